@@ -1,0 +1,229 @@
+"""What every pruner is given, gives back, and promises.
+
+Letters used in shapes: B images, N image tokens of an image (padded to the longest), D width of the language model,
+T prompt tokens (padded), K tokens kept of an image (padded).
+
+A row is one **image**, with the prompt it belongs to: a sample with two images is two rows, a sample without any is
+none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch.
+
+To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
+
+    @dataclass(frozen=True)
+    class NormConfig(PrunerConfig):
+        power: float = 1.0  # exponent of the norm
+
+    @register_pruner("norm")
+    class NormPruner(Pruner):
+        config_class = NormConfig
+
+        def score(self, inputs):
+            return inputs.features.norm(dim=-1) ** self.config.power
+
+The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PruneZooError
+from .gates import topk_gates, topk_mask
+from .plan import gather_rows, mask_to_index
+
+Keep = int | float | Tensor
+SIGNALS = ("cls_attention", "received_attention", "vision_keys", "prompt_attention")
+
+
+@dataclass(frozen=True)
+class PruneInputs:
+    """Everything a pruner may look at. Values on padding are arbitrary and must not matter."""
+
+    features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them
+    valid: Tensor  # (B, N) bool, False for padding
+    cells: Tensor  # (B, N, 3) long: tile, row, column of the patch; row and column are -1 for a newline or separator
+    text: Tensor | None = None  # (B, T, D) embeddings of the prompt, without image placeholders and without the answer
+    text_valid: Tensor | None = None  # (B, T) bool
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
+    layer: int | None = None  # decoder layer in front of which we stand; None before the language model
+
+    def signal(self, name: str) -> Tensor:
+        """A signal by name: ``cls_attention (B, N)``, ``received_attention (B, N)``, ``vision_keys (B, N, Dk)``,
+        ``prompt_attention (B, N)``.
+
+        Raises:
+            PruneZooError: It was not computed, because `needs` does not list it or the caller did not ask for it.
+        """
+        if name not in self.signals:
+            raise PruneZooError(f"signal '{name}' is missing: list it in the pruner's `needs`, or pass it to encode()")
+        return self.signals[name]
+
+
+@dataclass(frozen=True)
+class PruneOutput:
+    """What is left of each image."""
+
+    index: Tensor  # (B, K) long: slots that survive, ascending; filler comes last and holds 0
+    valid: Tensor  # (B, K) bool, False for filler
+    features: Tensor | None = None  # (B, K, D) where tokens were merged or made anew; None: those at `index`
+    scores: Tensor | None = None  # (B, N), higher is kept first; -inf on padding
+    gates: Tensor | None = None  # (B, N) while training: 0 or 1 in value, soft in gradient
+
+    @property
+    def count(self) -> Tensor:
+        """``(B,)`` long: tokens left of each image."""
+        return self.valid.sum(1)
+
+    def kept_features(self, inputs: PruneInputs) -> Tensor:
+        """``(B, K, D)``: the tokens to hand to the language model (arbitrary on filler)."""
+        return gather_rows(inputs.features, self.index) if self.features is None else self.features
+
+
+@dataclass(frozen=True)
+class PrunerConfig:
+    """Base of the configs: flat, frozen, JSON values only; check ranges in ``__post_init__``, raise PruneZooError."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Build from a mapping; an unknown key is an error that names it, the nearest known key, and ``where``."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
+                raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+class Pruner(nn.Module):
+    """A method that chooses or makes the visual tokens which a frozen language model reads.
+
+    A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
+    """
+
+    name: ClassVar[str] = ""  # set by @register_pruner
+    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
+    config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
+    exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
+    gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
+
+    config: PrunerConfig
+
+    def __init__(self, config: PrunerConfig | Mapping[str, Any] | None = None, **overrides: Any) -> None:
+        """Take a config, a mapping or nothing, then single fields over it; unknown keys are refused."""
+        super().__init__()
+        values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
+        self.config = self.config_class.from_dict({**values, **overrides})
+
+    @classmethod
+    def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
+        """Config fields of the smallest sensible instance for tokens of ``feature_dim`` and text of ``text_dim``.
+
+        The shared tests build every registered method with it; override it where a width or a size is configured.
+        """
+        return {}
+
+    def score(self, inputs: PruneInputs) -> Tensor:
+        """Rate the tokens: ``(B, N)`` float, higher is kept first. Values on padding do not matter."""
+        raise NotImplementedError(f"{type(self).__name__} must override score() or reduce()")
+
+    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """Bring each image to ``keep (B,)`` tokens. By default: the best by :meth:`score`, with gates in training."""
+        scores = self.score(inputs)
+        if scores.shape != inputs.valid.shape:
+            raise PruneZooError(
+                f"pruner '{self.name}' scored {tuple(scores.shape)} for tokens {tuple(inputs.valid.shape)}: "
+                "score() must return (B, N)"
+            )
+        scores = scores.masked_fill(~inputs.valid, -torch.inf)
+        if bool(scores.isnan().any()):
+            raise PruneZooError(f"pruner '{self.name}' scored NaN: check its weights and the features it was given")
+        gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
+        index, valid = mask_to_index(topk_mask(scores.detach(), inputs.valid, keep))
+        return PruneOutput(index=index, valid=valid, scores=scores, gates=gates)
+
+    def forward(self, inputs: PruneInputs, keep: Keep) -> PruneOutput:
+        """Prune.
+
+        Args:
+            inputs: What is known of the images.
+            keep: An ``int`` is tokens per image, clamped to what the image has; a ``float`` in (0, 1] is a share of
+                them, rounded, at least one; a ``(B,)`` integer tensor is tokens of each image, clamped likewise.
+                So 1.0 is all and 1 is one token.
+
+        Raises:
+            PruneZooError: ``keep`` is outside its range, a score is NaN, or the method broke the contract.
+        """
+        counts = budget(keep, inputs.valid.sum(1))
+        output = self.reduce(inputs, counts)
+        if self.exact and not torch.equal(output.count, counts):
+            raise PruneZooError(
+                f"pruner '{self.name}' kept {output.count.tolist()} tokens where {counts.tolist()} were asked for"
+            )
+        return output
+
+    def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
+        """Losses of the method's own, by name, each a weighted scalar; none by default."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``; see :func:`hub.save`."""
+        from .hub import save
+
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method."""
+        from .hub import load
+
+        return load(cls, source, revision)
+
+
+def check_keep(keep: Keep) -> None:
+    """Raise PruneZooError unless ``keep`` is an int >= 1, a float in (0, 1], or a tensor of integers."""
+    if isinstance(keep, Tensor):
+        if keep.is_floating_point() or keep.dtype == torch.bool or keep.dim() != 1:
+            raise PruneZooError(f"keep as a tensor must be (B,) integers, got {keep.dtype} {tuple(keep.shape)}")
+    elif isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise PruneZooError(f"keep must be an int (tokens per image) or a float in (0, 1], got {keep!r}")
+    elif isinstance(keep, int):
+        if keep < 1:
+            raise PruneZooError(f"keep={keep} is out of range: tokens per image must be at least 1")
+    elif math.isnan(keep) or not 0.0 < keep <= 1.0:
+        raise PruneZooError(f"keep={keep} is out of range: a float is a share in (0, 1]; for tokens write an int")
+
+
+def budget(keep: Keep, available: Tensor) -> Tensor:
+    """Tokens to keep of each image.
+
+    Args:
+        keep: As in :meth:`Pruner.forward`.
+        available: ``(B,)`` long, tokens that each image has.
+
+    Returns:
+        ``(B,)`` long, at least 1 and at most ``available`` (0 where there are none).
+    """
+    check_keep(keep)
+    if isinstance(keep, Tensor):
+        if keep.shape != available.shape:
+            raise PruneZooError(f"keep has {keep.shape[0]} entries for {available.shape[0]} images")
+        counts = keep.to(available)
+        if bool((counts < 1).any()):
+            raise PruneZooError(f"keep={counts.tolist()} is out of range: tokens per image must be at least 1")
+    elif isinstance(keep, int):
+        counts = torch.full_like(available, keep)
+    else:
+        # In double precision, and halves to even as Python's round() does: the same count on every device.
+        counts = (available.double() * keep).round().to(available.dtype).clamp_min(1)
+    return torch.minimum(counts, available)

@@ -1,0 +1,165 @@
+"""Strict saving and loading of pruners: a folder, or a repository of the Hugging Face Hub, with two files.
+
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``; ``model.safetensors`` is the weights.
+Nothing is ever unpickled. What is not exactly what the method expects is refused with one line.
+"""
+
+import json
+import os
+import re
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import PruneZooError
+
+if TYPE_CHECKING:
+    from .contract import Pruner
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_KEYS = {"method", "prunezoo_version", "config", "dtype"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+P = TypeVar("P", bound="Pruner")
+
+
+def version() -> str:
+    """The installed version of prunezoo, or ``0+local`` in a clone that is not installed."""
+    try:
+        return metadata.version("prunezoo")
+    except metadata.PackageNotFoundError:
+        return "0+local"
+
+
+def save(pruner: "Pruner", folder: str | Path) -> Path:
+    """Write a pruner. Both files are written whole beside the old ones before either takes its place, so a full disk or
+    a crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
+
+    Raises:
+        PruneZooError: It could not be written, or a weight is NaN.
+    """
+    folder = Path(folder)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in pruner.state_dict().items()}
+    for name, tensor in state.items():
+        if bool(tensor.isnan().any()):
+            raise PruneZooError(f"not saved to {folder}: tensor '{name}' of pruner '{pruner.name}' holds NaN")
+    floats = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
+    if len(floats) > 1:
+        raise PruneZooError(
+            f"not saved to {folder}: weights of mixed types {sorted(floats)}; cast with pruner.to(dtype)"
+        )
+    config = {
+        "method": pruner.name,
+        "prunezoo_version": version(),
+        "config": pruner.config.to_dict(),
+        "dtype": floats.pop() if floats else "float32",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+            weights_path, config_path = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
+            save_file(state, weights_path, metadata={"format": "pt"})
+            config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in (weights_path, config_path):
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
+            weights_path.replace(folder / WEIGHTS_FILE)
+            config_path.replace(folder / CONFIG_FILE)
+    except (OSError, SafetensorError) as error:
+        raise PruneZooError(f"cannot save to {folder}: {error}; free space or choose another folder") from error
+    return folder
+
+
+def read_method(source: str | Path, revision: str | None = None) -> str:
+    """The method that a folder or a Hub repository was saved from."""
+    return str(_read_config(_locate(source, CONFIG_FILE, revision))["method"])
+
+
+def load(cls: type[P], source: str | Path, revision: str | None = None) -> P:
+    """A pruner of class ``cls``, in eval mode and in its saved type, from a folder or a Hub id.
+
+    Raises:
+        PruneZooError: Another method, an unknown config key, a missing, extra, misshapen or NaN tensor, a broken file.
+    """
+    path = _locate(source, CONFIG_FILE, revision)
+    stored = _read_config(path)
+    if stored["method"] != cls.name:
+        raise PruneZooError(f"{path}: method is '{stored['method']}', not '{cls.name}'; use AutoPruner.from_pretrained")
+    if stored["dtype"] not in DTYPES:
+        raise PruneZooError(f"{path}: unknown dtype '{stored['dtype']}'; known: {', '.join(DTYPES)}")
+    pruner = cls(cls.config_class.from_dict(stored["config"], where=f"{path}: "))
+    pruner.to(DTYPES[stored["dtype"]])
+    _load_weights(pruner, _locate(source, WEIGHTS_FILE, revision))
+    return pruner.eval()
+
+
+def _load_weights(pruner: "Pruner", path: Path) -> None:
+    """Fill every tensor of the pruner from a safetensors file that holds exactly these."""
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
+    expected = pruner.state_dict()
+    for name in sorted(expected.keys() - stored.keys()):
+        raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{pruner.name}' checkpoint")
+    for name in sorted(stored.keys() - expected.keys()):
+        raise PruneZooError(f"{path}: unexpected tensor '{name}'; written by another version?")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise PruneZooError(
+                f"{path}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for "
+                f"{tuple(expected[name].shape)}; {CONFIG_FILE} and {WEIGHTS_FILE} do not belong together"
+            )
+        if bool(tensor.isnan().any()):
+            raise PruneZooError(f"{path}: tensor '{name}' holds NaN; train or download it again")
+    pruner.load_state_dict(stored, strict=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """``config.json``, its keys checked."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
+    keys = set(stored) if isinstance(stored, dict) else set()
+    for key in sorted(CONFIG_KEYS - keys):
+        raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of a prunezoo pruner")
+    for key in sorted(keys - CONFIG_KEYS):
+        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(CONFIG_KEYS))}")
+    if not isinstance(stored["config"], dict):
+        raise PruneZooError(f"{path}: key 'config' must be an object of config fields")
+    return stored
+
+
+def _locate(source: str | Path, filename: str, revision: str | None) -> Path:
+    """The local path of one file of a folder or of a Hub repository, downloaded where needed."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / filename).is_file():
+            raise PruneZooError(f"{folder}: {filename} is missing; give a folder written by save_pretrained")
+        return folder / filename
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise PruneZooError(f"'{source}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'")
+    try:
+        return Path(hf_hub_download(source, filename, revision=revision, library_name="prunezoo"))
+    except LocalEntryNotFoundError as error:
+        raise PruneZooError(f"'{source}' is no folder here and the Hub cannot be reached for {filename}") from error
+    except EntryNotFoundError as error:
+        raise PruneZooError(f"{filename} is missing in the Hub repository '{source}'; is it a pruner?") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise PruneZooError(f"'{source}' is neither a folder here nor a Hub repository that you can read") from error
+    except Exception as error:  # whatever the network stack raises: the user needs the name and one line
+        raise PruneZooError(f"cannot download {filename} of '{source}': {str(error).splitlines()[0]}") from error

@@ -1,0 +1,68 @@
+"""Index algebra of dropping tokens: masks to indices, and prompts to shorter prompts. Nothing here knows a model.
+
+Letters: R images, N image tokens of an image (padded), B rows of the batch, L prompt tokens, S tokens left.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def mask_to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The set columns of each row, ascending, then filler.
+
+    Args:
+        mask: ``(B, N)`` bool.
+
+    Returns:
+        ``index (B, K)`` long and ``valid (B, K)`` bool, where K is the largest count of a row. Filler stands last in
+        its row, is not valid, and holds index 0, so that gathering by it is legal wherever N > 0.
+    """
+    count = mask.sum(1)
+    width = int(count.max()) if mask.shape[0] else 0
+    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :width]
+    valid = torch.arange(width, device=mask.device) < count[:, None]
+    return order.masked_fill(~valid, 0), valid
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Take ``values (B, N, ...)`` at ``index (B, K)`` along dimension 1: ``(B, K, ...)``."""
+    shape = index.shape + (1,) * (values.dim() - 2)
+    return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """Which positions of a padded batch of prompts survive, and where they move.
+
+    Survivors keep their order and stand at the right end of the shorter batch; rows with fewer of them are filled on
+    the left. So the last token of every row is in the last column, as generation needs it, whichever side was padded
+    before. A plan that drops nothing is the identity, padding included: the model then sees its own inputs bit for bit.
+    """
+
+    index: Tensor  # (B, S) long: the old column of each new one (0 for filler)
+    valid: Tensor  # (B, S) bool: False for filler
+    identity: bool  # nothing was dropped
+
+    @classmethod
+    def from_mask(cls, keep: Tensor, real: Tensor) -> "KeepPlan":
+        """Build the plan from what to keep.
+
+        Args:
+            keep: ``(B, L)`` bool, False for tokens that are to go.
+            real: ``(B, L)`` bool, the attention mask: False for padding, which is left out of the shorter batch.
+        """
+        if bool(keep.logical_or(~real).all()):
+            return cls(torch.arange(keep.shape[1], device=keep.device).expand_as(real), real, True)
+        # Flipped twice: the filler that mask_to_index puts last comes first, and order is kept.
+        index, valid = mask_to_index((keep & real).flip(1))
+        index = (keep.shape[1] - 1 - index).masked_fill(~valid, 0)
+        return cls(index.flip(1), valid.flip(1), False)
+
+    def take(self, values: Tensor, filler: int | float) -> Tensor:
+        """Shorten ``values (B, L, ...)`` to ``(B, S, ...)``; filler columns get the value ``filler``."""
+        if self.identity:
+            return values
+        taken = gather_rows(values, self.index)
+        return taken.masked_fill(~self.valid.view(self.valid.shape + (1,) * (taken.dim() - 2)), filler)

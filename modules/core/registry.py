@@ -1,0 +1,104 @@
+"""Names of the methods. A file in one of the method folders registers itself; nothing else has to be edited."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .contract import SIGNALS, Pruner, PrunerConfig
+from .errors import PruneZooError
+from .hub import load, read_method
+
+METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
+_PRUNERS: dict[str, type[Pruner]] = {}
+P = TypeVar("P", bound=type[Pruner])
+
+
+def register_pruner(name: str) -> Callable[[P], P]:
+    """Class decorator that enters a pruner under ``name`` (lower case, digits, ``_``), checked here and now.
+
+    Raises:
+        PruneZooError: The name is malformed or taken, or the class breaks the contract's static rules.
+    """
+
+    def register(cls: P) -> P:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+            raise PruneZooError(f"pruner name '{name}' must be lower case letters and digits, parts joined by '_'")
+        taken = _PRUNERS.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise PruneZooError(f"pruner name '{name}' is taken by {taken.__module__}.{taken.__qualname__}")
+        if not issubclass(cls, Pruner) or not issubclass(cls.config_class, PrunerConfig):
+            raise PruneZooError(f"{cls.__name__} must be a Pruner and its config_class a PrunerConfig")
+        if (cls.score is Pruner.score) == (cls.reduce is Pruner.reduce):
+            raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
+        if isinstance(cls.needs, tuple):  # else a property, which depends on the config
+            for signal in cls.needs:
+                if signal not in SIGNALS:
+                    raise PruneZooError(f"{cls.__name__} needs unknown signal '{signal}'; known: {', '.join(SIGNALS)}")
+        cls.name = name
+        _PRUNERS[name] = cls
+        return cls
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    """Import every file of the method folders, once, so that it registers itself."""
+    parent = __package__.rpartition(".")[0]
+    for folder in METHOD_FOLDERS:
+        package = importlib.import_module(f"{parent}.{folder}")
+        for entry in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{entry.name}")
+
+
+def list_pruners() -> tuple[str, ...]:
+    """The registered names, sorted."""
+    _discover()
+    return tuple(sorted(_PRUNERS))
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The class registered under ``name``; an unknown name is an error that lists the known ones."""
+    if name not in list_pruners():
+        raise PruneZooError(f"unknown pruner '{name}'; known: {', '.join(list_pruners())}")
+    return _PRUNERS[name]
+
+
+def build_pruner(name: str, **config: Any) -> Pruner:
+    """A new, untrained instance of the method ``name`` with these config fields."""
+    return pruner_class(name)(**config)
+
+
+def load_pruner(source: str | Path, revision: str | None = None) -> Pruner:
+    """A ready pruner, in eval mode.
+
+    Args:
+        source: A registry name of a method without weights (``divprune``), a folder written by ``save_pretrained``,
+            or a Hub id (``org/ppm-llava-1.5-7b``).
+        revision: Branch, tag or commit, for a Hub id.
+
+    Raises:
+        PruneZooError: Nothing of that name, or what is there is not whole.
+    """
+    if str(source) in list_pruners():
+        try:
+            pruner = build_pruner(str(source))
+        except PruneZooError as error:
+            raise PruneZooError(f"'{source}' needs training ({error}): give a trained folder or Hub id") from None
+        if any(True for _ in pruner.parameters()):
+            raise PruneZooError(f"'{source}' is a learned method: give the folder or Hub id of a trained checkpoint")
+        return pruner.eval()
+    return load(pruner_class(read_method(source, revision)), source, revision)
+
+
+class AutoPruner:
+    """Loads any pruner; the method is read from what it loads."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, revision: str | None = None) -> Pruner:
+        """See :func:`load_pruner`."""
+        return load_pruner(source, revision)

@@ -1,0 +1,1 @@
+"""Methods with trained weights, one file each."""

@@ -1,0 +1,1 @@
+"""Methods that make new tokens, one file each."""

@@ -1,0 +1,1 @@
+"""Methods without weights, one file each: rivals and baselines."""
