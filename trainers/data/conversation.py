@@ -1,6 +1,7 @@
 """From suite items (picture, turns of question and answer) to a batch that a vision-language model reads.
 
-Works with any `transformers` processor that has a chat template: it never looks at how a family writes images into text.
+Works with any `transformers` processor that has a chat template, and never looks at how a family writes images into
+text.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class ConversationCollator:
 
     def __init__(self, processor: Any, answers: bool = True, max_length: int | None = None) -> None:
         if not getattr(processor, "chat_template", None):
-            raise PruneZooError(f"{type(processor).__name__} has no chat template: add chat_template.jinja to the folder")
+            raise PruneZooError(f"{type(processor).__name__} has no chat template: add chat_template.jinja beside it")
         self.processor = processor
         self.answers = answers
         self.max_length = max_length
@@ -51,7 +52,7 @@ class ConversationCollator:
             for b in too_long:
                 if len(turns[b]) == 1:
                     raise PruneZooError(
-                        f"{items[b].id}: the question alone needs more than max_length={self.max_length} tokens; raise it"
+                        f"{items[b].id}: the prompt alone fills max_length={self.max_length} tokens; raise max_length"
                     )
                 del turns[b][0]
             batch = self._process(items, turns)
