@@ -1,0 +1,145 @@
+"""Measure pruners on a suite.
+
+    python -m trainers.evaluate --vlm V --pruner P [P2 …] --keep 192 128 1/9 --suite S [--json F] [--report DIR]
+
+A pruner is a registry name (`divprune`), a folder or a Hub id; `oracle` and `attention@L` are diagnostics.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from modules.core.errors import PruneZooError
+from modules.core.registry import list_pruners
+
+from .data.suite import SPLITS, load_suite
+from .evaluation.budgets import parse_budget, parse_budgets
+from .evaluation.instrument import BUDGETS, judge
+from .evaluation.loading import DTYPES, load_vlm
+from .evaluation.measure import measure, passes
+from .evaluation.methods import ORACLE, RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
+from .evaluation.record import build_record, write_record
+from .evaluation.scores import FULL, NONE
+from .evaluation.tables import print_record, print_verdicts
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m trainers.evaluate",
+        description="Measure pruners on a suite, beside the full model and zero tokens.",
+    )
+    p.add_argument("--vlm", required=True, help="local folder or Hub id of an image-text-to-text model")
+    p.add_argument("--pruner", nargs="+", default=[], help="registry names, folders, Hub ids, oracle, attention@L")
+    p.add_argument("--keep", nargs="+", default=["1/3", "2/9", "1/9", "1/18"], help="tokens (64) or shares (1/9, 0.25)")
+    p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
+    p.add_argument(
+        "--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes, e.g. root=…"
+    )
+    p.add_argument("--split", default="test", choices=SPLITS)
+    p.add_argument("--limit", type=int, help="only the first so many items")
+    p.add_argument("--rivals", action="store_true", help=f"add {', '.join(RIVALS)}")
+    p.add_argument(
+        "--instrument", action="store_true", help="add oracle, random and every attention, and judge model and suite"
+    )
+    p.add_argument("--json", type=Path, help="write rows and paired differences here")
+    p.add_argument("--report", type=Path, help="write a page with curves and pictures into this folder")
+    p.add_argument("--examples", type=int, default=2, help="pictures of each group in the report")
+    p.add_argument("--card", type=Path, help="write the model card of this checkpoint folder from what is measured")
+    p.add_argument("--seed", type=int, default=0, help="moves only what is random in a method")
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--device", help="by default a GPU if there is one")
+    p.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    return p
+
+
+def build_methods(args: argparse.Namespace, layers: int, device: torch.device) -> list[Method]:
+    """The methods that the command line names, each once, in its order."""
+    names = [*args.pruner, *(RIVALS if args.rivals else ())]
+    if args.instrument:
+        names += [RANDOM, ORACLE, *layer_attentions(layers)]
+    names = [name for name in dict.fromkeys(names) if name not in (FULL, NONE)]  # these two are measured always
+    if not names:
+        raise PruneZooError(f"nothing to measure: name a --pruner ({', '.join(list_pruners())}, a folder, a Hub id)")
+    methods = [build_method(name, args.seed) for name in names]
+    for method in methods:
+        if isinstance(method, PrunerMethod):
+            method.pruners = [pruner.to(device) for pruner in method.pruners]
+    return methods
+
+
+def contenders(methods: Sequence[Method]) -> list[str]:
+    """Who is compared in pairs with all others: the first method, and every one with trained weights."""
+    learned = [m.name for m in methods if isinstance(m, PrunerMethod) and any(True for _ in m.pruners[0].parameters())]
+    return list(dict.fromkeys([methods[0].name, *learned]))
+
+
+def suite_options(pairs: Sequence[str]) -> dict[str, str]:
+    """`key=value` words as a dict."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise PruneZooError(f"--suite-option {pair!r}: write key=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def run(args: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
+    """Measure, print, and write what was asked for; gives the record back."""
+    budgets = parse_budgets(args.keep)
+    if args.instrument:
+        budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())
+    if args.batch_size < 1:
+        raise PruneZooError(f"--batch-size {args.batch_size}: at least 1")
+    suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
+    vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
+    methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
+
+    columns = (
+        TextColumn(f"{suite.name} {suite.split}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("answers"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(suite) * passes(methods, budgets))
+        measurement = measure(
+            vlm, processor, suite, methods, budgets, args.batch_size, lambda n: progress.advance(task, n)
+        )
+    header = {"vlm": args.vlm, "suite": args.suite, "split": args.split, "seed": args.seed, "command": command}
+    record = build_record(measurement, contenders(methods), header)
+    print_record(record, console)
+    if args.instrument:
+        verdicts = judge(record)
+        record["instrument"] = [vars(verdict) for verdict in verdicts]
+        print_verdicts(verdicts, console)
+    if args.json:
+        write_record(record, args.json)
+        console.print(f"numbers: {args.json}")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        run(args, shlex.join(["python", "-m", "trainers.evaluate", *argv]), Console())
+    except PruneZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,170 @@
+"""Measure methods on a suite: each picture is encoded once, then read again under every method and budget.
+
+Accuracy is that of greedy decoding, but nothing is decoded: the reference answer is fed in (teacher forcing), and an
+answer counts as right if the first choice is right at every one of its positions, the end token included. That is
+exact, not an estimate. Greedy decoding writes the reference answer if and only if its first choice is the reference's
+first token; then, having written that, if its next choice is the next token; and so on to the end token: the very
+conditions which one teacher-forced pass checks all at once. (What it checks is the tokens of the answer. A model that
+writes the same words in another case, or with a full stop, is counted as wrong.)
+
+Agreement with the full model is defined on the same positions: 1 where the pruned model's first choices equal the full
+model's first choices at every answer position, given the same reference before them. KL is KL(full || pruned) over the
+vocabulary, averaged over these positions.
+
+Letters: B items of a batch, L tokens, A answer positions of the whole batch, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules.core.contract import PruneOutput
+from modules.core.errors import PruneZooError
+from modules.core.registry import build_pruner
+from modules.host import Encoded, encode, full_forward, pruned_forward
+from trainers.data.conversation import IGNORED, ConversationCollator
+from trainers.data.suite import Item, Suite
+
+from .budgets import Budget
+from .methods import Method, View, attention_to_image
+from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
+
+WINDOW = 16
+"""Batches that are read ahead and sorted by length together, so that little is padded and little held in memory."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """First choices and log-probabilities at the answer positions of a batch.
+
+    Attributes:
+        item: (A,) which item of the batch a position belongs to; items in order, positions of an item in order.
+        target: (A,) the reference tokens.
+        choice: (A,) the most likely tokens.
+        log_probs: (A, V) float32.
+    """
+
+    item: Tensor
+    target: Tensor
+    choice: Tensor
+    log_probs: Tensor
+
+    @classmethod
+    def read(cls, logits: Tensor, labels: Tensor) -> "Answers":
+        """From logits (B, L, V) and labels (B, L), -100 outside the answer."""
+        target = labels[:, 1:]
+        here = target != IGNORED
+        log_probs = logits[:, :-1][here].float().log_softmax(dim=-1)
+        return cls(here.nonzero()[:, 0], target[here], log_probs.argmax(dim=-1), log_probs)
+
+    def mean(self, values: Tensor, items: int) -> Tensor:
+        """Mean of values (A,) over each item's positions: (B,)."""
+        total = values.new_zeros(items).index_add_(0, self.item, values)
+        return total / torch.bincount(self.item, minlength=items).clamp_min(1)
+
+    def every(self, holds: Tensor, items: int) -> Tensor:
+        """Whether holds (A,) bool is true at all positions of an item: (B,) float 0 or 1."""
+        return (self.mean((~holds).float(), items) == 0).float()
+
+    def compare(self, full: "Answers", items: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Correct, agreement and KL of each item against the full model, each (B,)."""
+        kl = (full.log_probs.exp() * (full.log_probs - self.log_probs)).sum(dim=-1)
+        return (
+            self.every(self.choice == self.target, items),
+            self.every(self.choice == full.choice, items),
+            self.mean(kl, items).clamp_min(0),  # rounding may leave -1e-8
+        )
+
+
+def passes(methods: Sequence[Method], budgets: Sequence[Budget]) -> int:
+    """Forward passes that one item takes, the full model and zero tokens included."""
+    return 2 + len(budgets) * sum(method.replicas for method in methods)
+
+
+@torch.no_grad()
+def measure(
+    vlm: Any,
+    processor: Any,
+    suite: Suite,
+    methods: Sequence[Method],
+    budgets: Sequence[Budget],
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda passes: None,
+) -> Measurement:
+    """Measure every method at every budget on every item of a suite, beside the full model and zero tokens.
+
+    Args:
+        vlm: the frozen model, in eval mode.
+        processor: its processor.
+        suite: the items; they are read in order, in windows of some batches.
+        methods: what to measure.
+        budgets: at how many tokens.
+        batch_size: B.
+        advance: told after each forward pass how many items it took, for a progress bar.
+
+    Raises:
+        PruneZooError: an empty suite, a group that the suite does not announce, or a method that cannot cope.
+    """
+    if not len(suite):
+        raise PruneZooError(f"suite {suite.name}: split {suite.split} has no items")
+    collate = ConversationCollator(processor)
+    keys: list[Key] = [(FULL, ALL_TOKENS), (NONE, NO_TOKENS)]
+    keys += [(method.name, budget.label) for method in methods for budget in budgets]
+    scores = {key: ItemScores.empty(len(suite)) for key in keys}
+    group_names: list[str] = [""] * len(suite)
+    needs = tuple(sorted({signal for method in methods for signal in method.needs}))
+    wants_attention = any(method.wants_attention for method in methods)
+
+    for places, items in _batches(suite, batch_size):
+        batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
+        encoded = encode(vlm, batch, needs=needs)
+        attention = attention_to_image(vlm, batch, encoded.inputs.valid) if wants_attention else None
+        view = View(encoded.inputs, items, attention)
+        for key, weight, values in _passes(vlm, encoded, view, methods, budgets):
+            for whole, part in zip(vars(scores[key]).values(), values, strict=True):
+                whole[places] += weight * part.double().cpu().numpy()
+            advance(len(items))
+        for place, item in zip(places, items, strict=True):
+            group_names[place] = item.group
+
+    unknown = set(group_names) - set(suite.groups)
+    if unknown:
+        raise PruneZooError(f"suite {suite.name}: items of unknown group {', '.join(sorted(unknown))}")
+    groups = tuple(group for group in suite.groups if group in set(group_names))
+    group_of = np.array([groups.index(name) for name in group_names], dtype=np.int64)
+    return Measurement(groups, group_of, suite.chance, scores)
+
+
+def _passes(
+    vlm: Any, encoded: Encoded, view: View, methods: Sequence[Method], budgets: Sequence[Budget]
+) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Every forward pass over one batch: (key, weight among its seeds, (tokens, correct, agreement, kl) each (B,))."""
+    items = len(view.items)
+    output = full_forward(vlm, encoded)
+    full = Answers.read(output.logits, output.labels)
+    yield (FULL, ALL_TOKENS), 1.0, (encoded.inputs.valid.sum(1), *full.compare(full, items))
+
+    def prune(choice: PruneOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shorter = pruned_forward(vlm, encoded, choice)
+        return choice.count, *Answers.read(shorter.logits, shorter.labels).compare(full, items)
+
+    yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE)(encoded.inputs, 1))
+    for method in methods:
+        for budget in budgets:
+            for replica in range(method.replicas):
+                choice = method.choose(view, budget.keep, replica)
+                yield (method.name, budget.label), 1 / method.replicas, prune(choice)
+
+
+def _batches(suite: Suite, batch_size: int) -> Iterator[tuple[list[int], list[Item]]]:
+    """Batches of items of like length, with their places in the suite."""
+    for start in range(0, len(suite), WINDOW * batch_size):
+        window = [(i, suite[i]) for i in range(start, min(start + WINDOW * batch_size, len(suite)))]
+        window.sort(key=lambda pair: sum(len(text) for turn in pair[1].turns for text in turn))
+        for first in range(0, len(window), batch_size):
+            part = window[first : first + batch_size]
+            yield [place for place, _ in part], [item for _, item in part]

@@ -1,0 +1,231 @@
+"""What can be measured: pruners, and two diagnostics that know more than a pruner may.
+
+Letters: B items of a batch, N image tokens of an image (padded), L tokens of the prompt with its answer, H heads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules.core.contract import PruneInputs, PruneOutput, Pruner
+from modules.core.errors import PruneZooError
+from modules.core.registry import build_pruner, load_pruner
+from trainers.data.conversation import IGNORED
+from trainers.data.suite import Item
+
+ORACLE, ATTENTION, RANDOM = "oracle", "attention", "random"
+RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
+"""The training-free methods that every table shows beside a learned one."""
+RANDOM_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class View:
+    """One encoded batch as the methods see it.
+
+    Attributes:
+        inputs: what a pruner may look at.
+        items: the B items.
+        attention: (layers, 2, B, N) the full model's attention to image tokens, from the last prompt token and as the
+            mean over all prompt tokens; None unless a method asks for it.
+    """
+
+    inputs: PruneInputs
+    items: Sequence[Item]
+    attention: Tensor | None = None
+
+
+class Method(ABC):
+    """One line of the table.
+
+    Attributes:
+        name: as on the command line.
+        needs: signals that `encode` must bring.
+        replicas: how many seeds it has; their results are averaged.
+        wants_attention: whether it reads `View.attention`.
+    """
+
+    needs: tuple[str, ...] = ()
+    replicas: int = 1
+    wants_attention: bool = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
+        """Bring the images of a batch to a budget."""
+
+
+class PrunerMethod(Method):
+    """A pruner, or the same pruner with several seeds."""
+
+    def __init__(self, name: str, pruners: Sequence[Pruner]) -> None:
+        super().__init__(name)
+        self.pruners = [pruner.eval() for pruner in pruners]
+        self.needs = tuple(pruners[0].needs)
+        self.replicas = len(pruners)
+
+    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
+        """Ask the pruner."""
+        return self.pruners[replica](view.inputs, keep)
+
+
+class GivenScores(Pruner):
+    """Keeps the best tokens by scores that stand ready among the signals; it is no method of the zoo."""
+
+    name = "given"
+    needs = ("given",)
+
+    def score(self, inputs: PruneInputs) -> Tensor:
+        """The scores that were put there, (B, N)."""
+        return inputs.signal("given")
+
+
+class ScoredMethod(Method):
+    """A diagnostic that only rates the tokens."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.pruner = GivenScores().eval()
+
+    @abstractmethod
+    def rate(self, view: View) -> Tensor:
+        """Scores (B, N), higher is kept first."""
+
+    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
+        """Keep the best."""
+        return self.pruner(replace(view.inputs, signals={"given": self.rate(view)}), keep)
+
+
+class Oracle(ScoredMethod):
+    """Keeps the tokens that lie on what the question is about, as the suite knows and no pruner can.
+
+    A token is worth the highest relevance among its pixels; among equals, the one that is covered more. The token grid
+    is taken to cover the whole picture, as it does wherever the processor does not crop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ORACLE)
+
+    def rate(self, view: View) -> Tensor:
+        """Relevance of each token, (B, N)."""
+        rows = [self._rate_item(item, view.inputs.cells[b]) for b, item in enumerate(view.items)]
+        return torch.stack(rows).to(view.inputs.features.device)
+
+    @staticmethod
+    def _rate_item(item: Item, cells: Tensor) -> Tensor:
+        """Relevance (N,) of one image's tokens; cells (N, 3) are tile, row and column."""
+        if item.relevant is None:
+            raise PruneZooError(
+                f"{item.id}: the suite does not say which pixels matter, so `{ORACLE}` has nothing to keep"
+            )
+        if int(cells[:, 0].max()) > 0:
+            raise PruneZooError(f"`{ORACLE}` knows images of one tile only; this model cuts them into several")
+        row, column = cells[:, 1].cpu(), cells[:, 2].cpu()
+        grid = (int(row.max()) + 1, int(column.max()) + 1)
+        pixels = torch.as_tensor(item.relevant, dtype=torch.float64)[None]
+        peak, cover = F.adaptive_max_pool2d(pixels, grid)[0], F.adaptive_avg_pool2d(pixels, grid)[0]
+        # where all else is equal (the background), a fixed shuffle: row-major order would favour the top of the picture
+        shuffle = torch.as_tensor(np.random.default_rng(0).permutation(grid[0] * grid[1])).view(grid)
+        value = peak + 1e-3 * cover + 1e-9 * shuffle
+        on_grid = (row >= 0) & (column >= 0)  # a newline or separator is not a patch
+        return torch.where(on_grid, value[row.clamp_min(0), column.clamp_min(0)], -1.0)
+
+
+class LayerAttention(ScoredMethod):
+    """Keeps what the full language model itself attends to at one layer; needs a whole forward pass first."""
+
+    wants_attention = True
+
+    def __init__(self, layer: int, mean: bool) -> None:
+        super().__init__(f"{ATTENTION}-mean@{layer}" if mean else f"{ATTENTION}@{layer}")
+        self.layer, self.mean = layer, mean
+
+    def rate(self, view: View) -> Tensor:
+        """Attention to each token, (B, N), mean over heads."""
+        assert view.attention is not None  # wants_attention
+        if self.layer >= len(view.attention):
+            raise PruneZooError(f"{self.name}: the language model has layers 0 to {len(view.attention) - 1}")
+        return view.attention[self.layer, int(self.mean)]
+
+
+def build_method(name: str, seed: int = 0) -> Method:
+    """The method of a name: `oracle`, `attention@L`, `attention-mean@L`, or anything that `load_pruner` takes.
+
+    Args:
+        name: as on the command line.
+        seed: where the seeds of `random` begin.
+
+    Raises:
+        PruneZooError: an unknown name, or a pruner of a stage that cannot be measured here.
+    """
+    if name == ORACLE:
+        return Oracle()
+    if name.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@")):
+        kind, _, layer = name.partition("@")
+        if not layer.isdigit():
+            raise PruneZooError(f"--pruner {name}: write the layer as a number from 0, e.g. {kind}@2")
+        return LayerAttention(int(layer), mean=kind != ATTENTION)
+    if name == RANDOM:
+        return PrunerMethod(name, [build_pruner(name, seed=seed + replica) for replica in range(RANDOM_SEEDS)])
+    pruner = load_pruner(name)
+    if pruner.stage != "prompt":
+        raise PruneZooError(
+            f"{name}: a pruner of the {pruner.stage} stage cannot be measured yet, only the prompt stage"
+        )
+    return PrunerMethod(name, [pruner])
+
+
+def layer_attentions(layers: int) -> list[str]:
+    """Names of all attention diagnostics of a language model with so many layers."""
+    return [f"{kind}@{layer}" for kind in (ATTENTION, f"{ATTENTION}-mean") for layer in range(layers)]
+
+
+@torch.no_grad()
+def attention_to_image(vlm: Any, batch: dict[str, Any], valid: Tensor) -> Tensor:
+    """The full model's attention to its image tokens.
+
+    Args:
+        vlm: the model; its language model runs with eager attention for this one pass.
+        batch: processor output with labels (B, L); the prompt is what stands before the first label.
+        valid: (B, N) bool, which image tokens are there.
+
+    Returns:
+        (layers, 2, B, N): from the last prompt token, and mean over the prompt tokens; heads averaged.
+    """
+    forward = {name: value for name, value in batch.items() if name != "labels"}
+    with _eager(vlm):
+        attentions = vlm(**forward, output_attentions=True, use_cache=False).attentions
+    labels = batch["labels"]
+    image = batch["input_ids"] == vlm.config.image_token_id
+    first = (labels != IGNORED).int().argmax(dim=1)  # (B,) where the answer begins
+    place = torch.arange(labels.shape[1], device=labels.device)[None]
+    prompt = (place < first[:, None]) & batch["attention_mask"].bool() & ~image  # (B, L)
+    rows = torch.arange(len(labels), device=labels.device)
+    result = valid.new_zeros((len(attentions), 2, *valid.shape), dtype=torch.float32)
+    for layer, weights in enumerate(attentions):
+        attention = weights.float().mean(dim=1)  # (B, L, L) mean over heads
+        mean = (attention * prompt[:, :, None]).sum(1) / prompt.sum(1, keepdim=True)
+        # image tokens stand in the prompt in the order of their slots, so both masks list them alike
+        result[layer, 0][valid] = attention[rows, first - 1][image]
+        result[layer, 1][valid] = mean[image]
+    return result
+
+
+@contextmanager
+def _eager(vlm: Any) -> Iterator[None]:
+    """Let the language model use eager attention, which alone gives its weights away."""
+    before = vlm.config.get_text_config()._attn_implementation
+    vlm.set_attn_implementation({"text_config": "eager"})
+    try:
+        yield
+    finally:
+        vlm.set_attn_implementation({"text_config": before})

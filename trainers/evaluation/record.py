@@ -1,0 +1,163 @@
+"""From a measurement to the JSON object that tables, report, card and later issues read."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modules.core.errors import PruneZooError
+
+from .scores import FULL, NONE, Key, Measurement
+from .statistics import Resampled, interval, resample
+
+MEAN = "mean"
+"""The group of the rows that hold the mean over groups."""
+
+Row = dict[str, Any]
+
+
+def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
+    """One row for each method x budget x group, and one for the mean over groups.
+
+    Returns:
+        `{pruner, keep, tokens, group, n, accuracy, retention, agreement, kl, ci}`: accuracy and agreement in [0, 1], kl
+        in nats, retention and its 95 % interval in percent of the full model (None where the full model answers
+        nothing).
+    """
+    retention, draws = resampled.retention(), resampled.retention_draws()
+    rows = []
+    for m, ((pruner, keep), scores) in enumerate(measurement.scores.items()):
+        per_group: dict[str, list[float]] = {"tokens": [], "accuracy": [], "agreement": [], "kl": []}
+        for g, group in enumerate((*measurement.groups, MEAN)):
+            if group == MEAN:
+                n, values = measurement.items, {name: float(np.mean(of)) for name, of in per_group.items()}
+            else:
+                here = measurement.group_of == g
+                n = int(here.sum())
+                values = {
+                    "tokens": float(scores.tokens[here].mean()),
+                    "accuracy": float(scores.correct[here].mean()),
+                    "agreement": float(scores.agreement[here].mean()),
+                    "kl": float(scores.kl[here].mean()),
+                }
+                for name, value in values.items():
+                    per_group[name].append(value)
+            low, high = interval(draws[m, g])
+            rows.append(
+                {
+                    "pruner": pruner,
+                    "keep": keep,
+                    "tokens": _number(values["tokens"]),
+                    "group": group,
+                    "n": n,
+                    "accuracy": _number(values["accuracy"]),
+                    "retention": _number(float(retention[m, g])),
+                    "agreement": _number(values["agreement"]),
+                    "kl": _number(values["kl"]),
+                    "ci": [_number(low), _number(high)],
+                }
+            )
+    return rows
+
+
+def paired_of(measurement: Measurement, resampled: Resampled, contenders: Sequence[str]) -> list[Row]:
+    """Each contender against every other method at the same budget, over the same items.
+
+    Returns:
+        `{pruner, rival, keep, difference, ci}` in points of mean retention; positive where the contender is better.
+    """
+    keys = list(measurement.scores)
+    index: dict[Key, int] = {key: m for m, key in enumerate(keys)}
+    mean, mean_draws = resampled.retention()[:, -1], resampled.retention_draws()[:, -1]
+    rows = []
+    for contender in contenders:
+        for keep in dict.fromkeys(k for p, k in keys if p == contender):
+            rivals = [p for p, k in keys if k == keep and p != contender and p not in (FULL, NONE)]
+            for rival in rivals:
+                own, other = index[contender, keep], index[rival, keep]
+                low, high = interval(mean_draws[own] - mean_draws[other])
+                rows.append(
+                    {
+                        "pruner": contender,
+                        "rival": rival,
+                        "keep": keep,
+                        "difference": _number(float(mean[own] - mean[other])),
+                        "ci": [_number(low), _number(high)],
+                    }
+                )
+    return rows
+
+
+def build_record(
+    measurement: Measurement,
+    contenders: Sequence[str],
+    header: Mapping[str, Any],
+    resamples: int = 2000,
+) -> dict[str, Any]:
+    """The whole JSON object: header, versions, chance, rows and paired differences.
+
+    Args:
+        measurement: what was measured.
+        contenders: methods that are compared in pairs with every other.
+        header: vlm, suite, split, command and what else names the run.
+        resamples: bootstrap resamples.
+    """
+    correct = np.stack([scores.correct for scores in measurement.scores.values()])
+    full = next(scores.correct for (pruner, _), scores in measurement.scores.items() if pruner == FULL)
+    resampled = resample(correct, full, measurement.group_of, len(measurement.groups), resamples)
+    return {
+        **header,
+        "n": measurement.items,
+        "versions": versions(),
+        "groups": list(measurement.groups),
+        "chance": {group: measurement.chance.get(group) for group in measurement.groups},
+        "rows": rows_of(measurement, resampled),
+        "paired": paired_of(measurement, resampled, contenders),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def write_record(record: Mapping[str, Any], path: str | Path) -> None:
+    """Write the object as JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read what `write_record` wrote.
+
+    Raises:
+        PruneZooError: no such file, no JSON, or not what `evaluate` writes.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PruneZooError(f"{path}: {error.strerror}; write it with `python -m trainers.evaluate … --json`") from None
+    except ValueError as error:
+        raise PruneZooError(f"{path}: not JSON ({error})") from None
+    missing = [key for key in ("vlm", "suite", "split", "n", "rows") if key not in record] if record else ["rows"]
+    if missing or not record["rows"]:
+        raise PruneZooError(f"{path}: not an evaluation, it lacks {', '.join(missing) or 'rows'}")
+    return record
+
+
+def select(record: Mapping[str, Any], **wanted: str) -> list[Row]:
+    """Rows whose fields equal what is wanted, e.g. `select(record, keep="1/9", group="mean")`."""
+    return [row for row in record["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def _number(value: float) -> float | None:
+    """Six decimals; None for what is not defined, which JSON cannot hold."""
+    return round(value, 6) if math.isfinite(value) else None
