@@ -131,7 +131,7 @@ def test_photo_grid_takes_the_leftover_classes_as_clutter(photos, tmp_path):
 
 def test_photo_grid_finds_its_folder_in_the_environment(photos, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, str(photos))
-    assert len(load_suite("photo-grid", "validation", classes=4)) == 1200
+    assert len(load_suite("photo-grid", "validation", classes="4")) == 1200
 
 
 def test_photo_grid_says_what_is_wrong(photos, tmp_path, monkeypatch):
@@ -142,6 +142,8 @@ def test_photo_grid_says_what_is_wrong(photos, tmp_path, monkeypatch):
         load_suite("photo-grid", root=tmp_path / "nowhere")
     with pytest.raises(PruneZooError, match="needs 16 class folders"):
         load_suite("photo-grid", root=photos)
+    with pytest.raises(PruneZooError, match="whole numbers"):
+        load_suite("photo-grid", root=photos, grid="two")
     with pytest.raises(PruneZooError, match="grid 2 to 9"):
         load_suite("photo-grid", root=photos, grid=1)
     for name in ("a", "b", "c", "clutter"):

@@ -82,11 +82,15 @@ class PhotoGrid(Suite):
         split: str = "test",
         limit: int | None = None,
         root: str | Path | None = None,
-        classes: int = 16,
-        grid: int = 3,
-        cell: int = 32,
+        classes: int | str = 16,
+        grid: int | str = 3,
+        cell: int | str = 32,
     ) -> None:
         super().__init__(split, limit)
+        try:  # a command line gives words
+            classes, grid, cell = int(classes), int(grid), int(cell)
+        except ValueError as error:
+            raise PruneZooError(f"suite photo-grid: classes, grid and cell are whole numbers ({error})") from None
         if classes < 3 or not 2 <= grid <= 9 or cell < 1:
             raise PruneZooError("suite photo-grid: classes must be at least 3, grid 2 to 9, cell at least 1")
         self.grid, self.cell = grid, cell
