@@ -3,6 +3,7 @@
 from .core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
 from .core.errors import PruneZooError
 from .core.registry import AutoPruner, build_pruner, list_pruners, load_pruner, register_pruner
+from .host import attach, encode, full_forward, gated_forward, pruned_forward
 
 __all__ = [
     "AutoPruner",
@@ -11,8 +12,13 @@ __all__ = [
     "PruneZooError",
     "Pruner",
     "PrunerConfig",
+    "attach",
     "build_pruner",
+    "encode",
+    "full_forward",
+    "gated_forward",
     "list_pruners",
     "load_pruner",
+    "pruned_forward",
     "register_pruner",
 ]

@@ -25,7 +25,7 @@ The base class does budgets, validity, order, checks and gates. Tests, commands 
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -51,6 +51,13 @@ class PruneInputs:
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
     layer: int | None = None  # decoder layer in front of which we stand; None before the language model
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same in another floating type."""
+
+        text = None if self.text is None else self.text.to(dtype)
+        signals = {name: signal.to(dtype) for name, signal in self.signals.items()}
+        return replace(self, features=self.features.to(dtype), text=text, signals=signals)
 
     def signal(self, name: str) -> Tensor:
         """A signal by name: ``cls_attention (B, N)``, ``received_attention (B, N)``, ``vision_keys (B, N, Dk)``,
@@ -164,6 +171,9 @@ class Pruner(nn.Module):
         Raises:
             PruneZooError: ``keep`` is outside its range, a score is NaN, or the method broke the contract.
         """
+        weight = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if weight is not None:  # a pruner works in the type of its own weights, whatever the host's
+            inputs = inputs.to(weight.dtype)
         counts = budget(keep, inputs.valid.sum(1))
         output = self.reduce(inputs, counts)
         if self.exact and not torch.equal(output.count, counts):

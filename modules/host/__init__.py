@@ -1,0 +1,16 @@
+"""Where pruning meets a vision-language model of `transformers`: encode once, run full, pruned or gated, attach."""
+
+from .attach import Attachment, AttachStats, attach
+from .prompt import Encoded, HostOutput, encode, full_forward, gated_forward, pruned_forward
+
+__all__ = [
+    "AttachStats",
+    "Attachment",
+    "Encoded",
+    "HostOutput",
+    "attach",
+    "encode",
+    "full_forward",
+    "gated_forward",
+    "pruned_forward",
+]
