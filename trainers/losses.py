@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.core.errors import PruneZooError
+
 from .data.conversation import IGNORED
 
 TINY = 1e-12
 
 
-def answer_slots(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def answer_slots(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The places that predict a labelled token.
 
     Args:
@@ -21,7 +23,12 @@ def answer_slots(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Returns:
         logits (S, V) in float32, the tokens to predict (S,), and the sample (S,) that each belongs to.
+
+    Raises:
+        PruneZooError: The batch has no labels.
     """
+    if labels is None:
+        raise PruneZooError("training and measuring need labels: collate with answers=True")
     asked = labels[:, 1:] != IGNORED
     return logits[:, :-1][asked].float(), labels[:, 1:][asked], asked.nonzero()[:, 0]
 
@@ -37,6 +44,11 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     student = F.log_softmax(student / temperature, dim=-1)
     teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p(reference token) in nats per answer slot; logits (S, V), tokens (S,)."""
+    return F.cross_entropy(logits, tokens)
 
 
 def guide_mse(scores: Tensor, guide: Tensor, valid: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ which tokens matter differs from question to question. Entries without a picture
 
 import json
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, overload
 from zlib import crc32
@@ -26,43 +27,41 @@ class LlavaJson(Sequence[Item]):
     Args:
         annotations: The JSON file.
         images: Folder that the entries' ``image`` paths are relative to.
-        part: ``train`` or ``validation``; all items of one picture fall into the same part. None: everything.
-        validation_share: Share of the pictures in [0, 1) that make the validation part, chosen by a hash of the path.
-        limit: Only the first so many items.
 
     Raises:
         PruneZooError: A file is missing, an entry is malformed, its image is missing or lies outside the folder. All
             entries are checked here, without decoding any picture; a picture that proves broken later names its file.
     """
 
-    def __init__(
-        self,
-        annotations: str | Path,
-        images: str | Path,
-        part: str | None = None,
-        validation_share: float = 0.01,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, annotations: str | Path, images: str | Path) -> None:
         self.annotations, self.images = Path(annotations), Path(images)
-        if not 0 <= validation_share < 1:
-            raise PruneZooError(f"validation_share must lie in [0, 1), got {validation_share}")
         if not self.images.is_dir():
-            raise PruneZooError(f"{self.images}: no such folder; set images to the folder that {annotations} refers to")
+            raise PruneZooError(f"{self.images}: no such folder; set data.images to what {annotations} refers to")
         self._entries: list[tuple[str, str, list[tuple[str, str]]]] = []
         self._places: list[tuple[int, int]] = []  # (entry, last turn) of each item
-        self.without_image = 0
         seen: set[str] = set()
         for number, entry in enumerate(self._read()):
             name, image, turns = self._check(entry, number, seen)
-            if image is None:
-                self.without_image += 1
-            elif part is None or (_share(image) < validation_share) == (part == "validation"):
+            if image is not None:
                 self._places += [(len(self._entries), turn) for turn in range(len(turns))]
                 self._entries.append((name, image, turns))
-        if limit is not None:
-            self._places = self._places[:limit]
-        if not self._places:
-            raise PruneZooError(f"{self.annotations}: no entry with a picture for {part or 'any part'}")
+
+    def part(self, split: str, validation_share: float, limit: int | None = None) -> "LlavaJson":
+        """The items of one split; all items of one picture fall into the same one, by a hash of its path.
+
+        Args:
+            split: ``train`` or ``validation``.
+            validation_share: Share of the pictures in (0, 1) that make the validation split.
+            limit: Only the first so many items.
+        """
+        if not 0 < validation_share < 1:
+            raise PruneZooError(f"validation_share must lie in (0, 1), got {validation_share}")
+        held_out = [crc32(image.encode()) / 2**32 < validation_share for _, image, _ in self._entries]
+        chosen = copy(self)
+        chosen._places = [p for p in self._places if held_out[p[0]] == (split == "validation")][:limit]
+        if not chosen._places:
+            raise PruneZooError(f"{self.annotations}: no picture falls into the {split} split; change validation_share")
+        return chosen
 
     def __len__(self) -> int:
         return len(self._places)
@@ -90,7 +89,7 @@ class LlavaJson(Sequence[Item]):
         try:
             entries = json.loads(self.annotations.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise PruneZooError(f"{self.annotations}: no such file; set annotations to a LLaVA-format JSON") from None
+            raise PruneZooError(f"{self.annotations}: no such file; set data.json to a LLaVA-format JSON") from None
         except (OSError, ValueError) as error:
             raise PruneZooError(f"{self.annotations}: not readable as JSON ({error})") from error
         if not isinstance(entries, list):
@@ -144,8 +143,3 @@ class LlavaJson(Sequence[Item]):
 def _both(path: str) -> tuple[PurePosixPath, PureWindowsPath]:
     """A path as either system would read it, so that a data set is as safe on one as on the other."""
     return PurePosixPath(path), PureWindowsPath(path)
-
-
-def _share(image: str) -> float:
-    """Where a picture falls in [0, 1), the same on every machine and for every order of entries."""
-    return crc32(image.encode()) / 2**32

@@ -1,0 +1,79 @@
+"""A loader that can stop in mid-epoch and go on there, alone or on many processes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class ResumableSampler(DistributedSampler):
+    """Every process' share of each epoch's own permutation; begins at `start`, which the loader sets.
+
+    It is a DistributedSampler so that Lightning leaves it in place.
+    """
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(super().__iter__())
+        return iter(indices[self.start :])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ignored: the loader counts the epochs, so that a resumed run and an unbroken one agree."""
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader whose state (epoch, batches done) Lightning writes into its checkpoints and restores.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Items of one process.
+        collate_fn: From a list of items to a batch.
+        num_workers: Processes that make batches; 0: none.
+        world_size: Number of training processes.
+        rank: Which of them this is.
+        seed: Of the order of items.
+        pin_memory: For copies to a GPU that do not wait.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any],
+        num_workers: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        super().__init__(
+            dataset,
+            batch_size,
+            sampler=self.order,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            drop_last=True,
+            persistent_workers=False,
+        )
+        self._epoch = self._done = 0
+        self._restored = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands."""
+        return {"epoch": self._epoch, "done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there at the next iteration."""
+        self._epoch, self._done, self._restored = state["epoch"], state["done"], True
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._done >= len(self) or (self._done and not self._restored):
+            self._epoch, self._done = self._epoch + 1, 0
+        self._restored = False
+        self.order.epoch, self.order.start = self._epoch, self._done * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._done += 1
+            yield batch

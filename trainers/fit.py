@@ -1,0 +1,92 @@
+"""Train a pruner: `python -m trainers.fit --config configs/ppm_tiny.yaml [--trainer.max_steps=10] [--ckpt_path=last]`.
+
+LightningCLI without a subcommand: several `--config`s are merged, the later one wins; any key can be overridden;
+`--print_config` shows the result; `--ckpt_path` resumes. `--out` becomes a folder that `AutoPruner.from_pretrained`
+loads, with logs and checkpoints of the training in its subfolder `training`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from modules.core.errors import PruneZooError
+
+from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, WholeCheckpoints
+from .data.modules import ItemDataModule
+from .errors import command
+
+
+class FitCLI(LightningCLI):
+    """Model and data module are named in the config; what several parts must agree on is said once."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what Lightning's trainer does not know, and hand on what is shared."""
+        parser.add_argument("--out", type=str, default="runs/fit", help="folder of the trained pruner")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last'")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ExportPruner, "export")
+        parser.add_lightning_class_args(SeedSteps, "seeds")
+        parser.link_arguments("out", "trainer.default_root_dir", compute_fn=training_folder)
+        parser.link_arguments("out", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+        parser.link_arguments("out", "export.folder")
+        parser.link_arguments("seed_everything", "seeds.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("model.init_args.vlm", "data.init_args.vlm")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer; a plain CSV log unless a logger is named."""
+        config = self.config_init["trainer"]
+        kwargs["plugins"] = [WholeCheckpoints(), *(config["plugins"] or [])]
+        kwargs["callbacks"] = [GracefulStop(), *(config["callbacks"] or [])]
+        if config["logger"] in (None, True):
+            kwargs["logger"] = CSVLogger(training_folder(self.config_init["out"]), name="logs")
+        if config["enable_progress_bar"] in (None, True):
+            kwargs["callbacks"].append(Progress())
+        return super().instantiate_trainer(**kwargs)
+
+
+def training_folder(out: str) -> str:
+    """Where logs and checkpoints of a run go."""
+    return str(Path(out) / "training")
+
+
+def checkpoint_folder(out: str) -> str:
+    """Where its checkpoints go."""
+    return str(Path(out) / "training" / "checkpoints")
+
+
+def build(args: list[str] | None = None) -> FitCLI:
+    """Parse and instantiate.
+
+    Raises:
+        PruneZooError: A mistake in the configuration; it names the key.
+    """
+    try:
+        return FitCLI(
+            L.LightningModule,
+            ItemDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            args=args,
+            seed_everything_default=1,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False},
+        )
+    except ArgumentError as error:
+        raise PruneZooError(f"configuration: {' '.join(str(error).split())}") from error
+
+
+@command
+def main(args: list[str] | None = None) -> None:
+    """Train."""
+    cli = build(args)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+
+
+if __name__ == "__main__":
+    main()
