@@ -20,14 +20,17 @@ from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
 
 from .data.suite import SPLITS, load_suite
+from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets
+from .evaluation.examples import pick_items, show_examples
 from .evaluation.instrument import BUDGETS, judge
 from .evaluation.loading import DTYPES, load_vlm
 from .evaluation.measure import measure, passes
 from .evaluation.methods import ORACLE, RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
 from .evaluation.record import build_record, write_record
+from .evaluation.report import write_report
 from .evaluation.scores import FULL, NONE
-from .evaluation.tables import print_record, print_verdicts
+from .evaluation.tables import WIDE, print_record, print_verdicts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,7 +92,7 @@ def suite_options(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def run(args: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
+def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
     """Measure, print, and write what was asked for; gives the record back."""
     budgets = parse_budgets(args.keep)
     if args.instrument:
@@ -113,7 +116,7 @@ def run(args: argparse.Namespace, command: str, console: Console) -> dict[str, A
         measurement = measure(
             vlm, processor, suite, methods, budgets, args.batch_size, lambda n: progress.advance(task, n)
         )
-    header = {"vlm": args.vlm, "suite": args.suite, "split": args.split, "seed": args.seed, "command": command}
+    header = {"vlm": args.vlm, "suite": args.suite, "split": args.split, "seed": args.seed, "command": command_line}
     record = build_record(measurement, contenders(methods), header)
     print_record(record, console)
     if args.instrument:
@@ -123,20 +126,26 @@ def run(args: argparse.Namespace, command: str, console: Console) -> dict[str, A
     if args.json:
         write_record(record, args.json)
         console.print(f"numbers: {args.json}")
+    if args.report:
+        named = [method for method in methods if method.name in (*args.pruner, *RIVALS, ORACLE)]
+        items = pick_items(suite, args.examples)
+        examples = show_examples(vlm, processor, items, named, budgets) if items and named else []
+        console.print(f"report: {write_report(record, examples, args.report)}")
     return record
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
     try:
-        run(args, shlex.join(["python", "-m", "trainers.evaluate", *argv]), Console())
-    except PruneZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        run(
+            parser().parse_args(argv),
+            shlex.join(["python", "-m", "trainers.evaluate", *argv]),
+            Console(width=None if sys.stdout.isatty() else WIDE),
+        )
     except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 

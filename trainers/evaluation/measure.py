@@ -25,7 +25,7 @@ from torch import Tensor
 from modules.core.contract import PruneOutput
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
-from modules.host import Encoded, encode, full_forward, pruned_forward
+from modules.host import Encoded, HostOutput, encode, full_forward, pruned_forward
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
@@ -144,13 +144,19 @@ def _passes(
 ) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """Every forward pass over one batch: (key, weight among its seeds, (tokens, correct, agreement, kl) each (B,))."""
     items = len(view.items)
-    output = full_forward(vlm, encoded)
-    full = Answers.read(output.logits, output.labels)
+    assert encoded.labels is not None  # the collator wrote them
+    # logits only from the position before the earliest answer on; a shorter prompt ends where the long one does
+    tail = encoded.labels.shape[1] - int((encoded.labels != IGNORED).any(dim=0).int().argmax()) + 1
+
+    def answers(output: HostOutput) -> Answers:
+        assert output.labels is not None
+        return Answers.read(output.logits, output.labels[:, -tail:])
+
+    full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
     yield (FULL, ALL_TOKENS), 1.0, (encoded.inputs.valid.sum(1), *full.compare(full, items))
 
     def prune(choice: PruneOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shorter = pruned_forward(vlm, encoded, choice)
-        return choice.count, *Answers.read(shorter.logits, shorter.labels).compare(full, items)
+        return choice.count, *answers(pruned_forward(vlm, encoded, choice, logits_to_keep=tail)).compare(full, items)
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE)(encoded.inputs, 1))
     for method in methods:

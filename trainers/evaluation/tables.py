@@ -13,6 +13,9 @@ from .instrument import Verdict
 from .record import MEAN, Row, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 
+WIDE = 150
+"""Columns of a terminal from which accuracy, agreement and KL are shown too."""
+
 
 def display_name(pruner: str) -> str:
     """A short name for a table or figure: the last part of a folder or Hub id."""
@@ -49,16 +52,17 @@ def span(row: Row) -> str:
 
 
 def print_record(record: Mapping[str, Any], console: Console) -> None:
-    """Print retention per group at each budget, then the paired differences."""
+    """Print retention per group at each budget, then the paired differences; a narrow terminal gets fewer columns."""
     groups = record["groups"]
+    wide = console.width >= WIDE
     for keep in budgets_of(record):
         rows = rows_at(record, keep)
-        table = Table(title=f"Retention in % at --keep {keep}", box=box.SIMPLE_HEAD, title_justify="left")
+        table = _table(f"Retention in % at --keep {keep}")
         table.add_column("pruner", no_wrap=True)
-        table.add_column("tokens", justify="right")
+        table.add_column("tokens", justify="right", no_wrap=True)
         for group in groups:
-            table.add_column(group, justify="right")
-        for column in ("mean", "95 %", "accuracy", "agree", "KL"):
+            table.add_column(group, justify="right", min_width=len(group) if wide else 5, overflow="fold")
+        for column in ("mean", *(("95 %", "accuracy", "agree", "KL") if wide else ())):
             table.add_column(column, justify="right", no_wrap=True)
         best = {
             group: max((r[group]["retention"] or 0.0) for p, r in rows.items() if p not in (FULL, NONE))
@@ -71,37 +75,42 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
                 top = pruner not in (FULL, NONE) and of[group]["retention"] == best[group]
                 cells.append(Text(percent(of[group]["retention"]), style="bold green" if top else ""))
             shares = [f"{100 * mean[name]:.1f}" for name in ("accuracy", "agreement")]
-            cells += [span(mean), *shares, f"{mean['kl']:.3f}"]
+            cells += [span(mean), *shares, f"{mean['kl']:.3f}"] if wide else []
             table.add_row(*cells, style="dim" if pruner in (FULL, NONE) else None)
         console.print(table)
     if record["paired"]:
-        console.print(_paired_table(record["paired"]))
+        console.print(_paired_table(record["paired"], budgets_of(record)))
 
 
-def _paired_table(paired: Sequence[Row]) -> Table:
-    table = Table(title="Paired differences of mean retention, points", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("pruner", "rival", "keep"):
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _paired_table(paired: Sequence[Row], keeps: Sequence[str]) -> Table:
+    table = _table("Paired differences of mean retention, points (95 %)")
+    for column in ("pruner", "rival"):
         table.add_column(column, no_wrap=True)
-    for column in ("difference", "95 %"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in paired:
-        low, high = row["ci"]
-        clear = low is not None and (low > 0 or high < 0)
-        interval = "–" if low is None else f"{low:+.1f} … {high:+.1f}"
-        difference = "–" if row["difference"] is None else f"{row['difference']:+.1f}"
-        table.add_row(
-            display_name(row["pruner"]),
-            display_name(row["rival"]),
-            row["keep"],
-            Text(difference, style=("green" if low > 0 else "red") if clear else "dim"),
-            interval,
-        )
+    for keep in keeps:
+        table.add_column(keep, justify="right", no_wrap=True)
+    cells = {(row["pruner"], row["rival"], row["keep"]): _difference(row) for row in paired}
+    for pruner, rival in dict.fromkeys((row["pruner"], row["rival"]) for row in paired):
+        line = [cells.get((pruner, rival, keep), "") for keep in keeps]
+        table.add_row(display_name(pruner), display_name(rival), *line)
     return table
+
+
+def _difference(row: Row) -> Text:
+    """`+3.1 (+1.0 … +5.2)`, coloured where the interval excludes 0."""
+    if row["difference"] is None:
+        return Text("–")
+    low, high = row["ci"]
+    style = "green" if low > 0 else "red" if high < 0 else "dim"
+    return Text(f"{row['difference']:+.1f} ({low:+.1f} … {high:+.1f})", style=style)
 
 
 def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print which bars of a good instrument hold."""
-    table = Table(title="Is this a good instrument?", box=box.SIMPLE_HEAD, title_justify="left")
+    table = _table("Is this a good instrument?")
     table.add_column("")
     table.add_column("bar")
     table.add_column("measured", justify="right")

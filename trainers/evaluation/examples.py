@@ -1,0 +1,148 @@
+"""Pick a few items of each group and see what every method keeps of them and what the model then answers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modules.core.contract import PruneInputs, PruneOutput, Pruner
+from modules.host import attach, encode
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import Item, Suite
+
+from .budgets import Budget
+from .methods import Method, View, attention_to_image
+
+NEW_TOKENS = 16
+"""Longest answer that is generated for a picture."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one method keeps of one picture at one budget, and the answer that follows.
+
+    Attributes:
+        pruner: the method.
+        keep: the budget, as on the command line.
+        kept: (K, 2) row and column of each token.
+        anchors: the tokens were merged or made anew; `kept` only says where they stand.
+        answer: what the model generates.
+        right: whether that is the reference answer.
+    """
+
+    pruner: str
+    keep: str
+    kept: NDArray[np.int64]
+    anchors: bool
+    answer: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item and what all methods make of it.
+
+    Attributes:
+        item: the item.
+        grid: rows and columns of its tokens.
+        answer: of the full model.
+        right: whether that is the reference answer.
+        shown: one entry for each method and budget.
+    """
+
+    item: Item
+    grid: tuple[int, int]
+    answer: str
+    right: bool
+    shown: list[Shown] = field(default_factory=list)
+
+
+class Fixed(Pruner):
+    """Keeps what was chosen before, so that `generate` runs with a choice that is already made."""
+
+    name = "fixed"
+    exact = False
+
+    def __init__(self, output: PruneOutput) -> None:
+        super().__init__()
+        self.output = output
+
+    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """The choice made before."""
+        return self.output
+
+
+def pick_items(suite: Suite, per_group: int) -> list[Item]:
+    """The first items of each group, in the order of the groups."""
+    picked: list[Item] = []
+    seen: Counter[str] = Counter()
+    for item in suite:
+        if seen[item.group] < per_group:
+            seen[item.group] += 1
+            picked.append(item)
+        if all(seen[group] == per_group for group in suite.groups):
+            break
+    return sorted(picked, key=lambda item: suite.groups.index(item.group))
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """Equal but for case and white space."""
+    return answer.lower().split() == reference.lower().split()
+
+
+@torch.no_grad()
+def show_examples(
+    vlm: Any, processor: Any, items: Sequence[Item], methods: Sequence[Method], budgets: Sequence[Budget]
+) -> list[Example]:
+    """Run every method and budget on a few items, with answers that are really generated.
+
+    Args:
+        vlm: the frozen model.
+        processor: its processor.
+        items: one batch.
+        methods: whom to show; of a method with several seeds the first.
+        budgets: at how many tokens.
+    """
+    scored, prompt = (_to(ConversationCollator(processor, answers=a)(items), vlm.device) for a in (True, False))
+    encoded = encode(vlm, scored, needs=tuple(sorted({signal for method in methods for signal in method.needs})))
+    wants_attention = any(method.wants_attention for method in methods)
+    attention = attention_to_image(vlm, scored, encoded.inputs.valid) if wants_attention else None
+    view = View(encoded.inputs, items, attention)
+    cells = encoded.inputs.cells.cpu().numpy()
+    examples = [
+        Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, same_answer(answer, item.answer))
+        for item, grid, answer in zip(items, cells, _generate(vlm, processor, prompt, None), strict=True)
+    ]
+    for budget in budgets:
+        for method in methods:
+            choice = method.choose(view, budget.keep)
+            index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
+            for b, answer in enumerate(_generate(vlm, processor, prompt, choice)):
+                kept = cells[b, index[b][valid[b]]]
+                kept = kept[(kept[:, 1] >= 0) & (kept[:, 2] >= 0), 1:]
+                right = same_answer(answer, items[b].answer)
+                examples[b].shown.append(
+                    Shown(method.name, budget.label, kept, choice.features is not None, answer, right)
+                )
+    return examples
+
+
+def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _generate(vlm: Any, processor: Any, prompt: dict[str, Any], choice: PruneOutput | None) -> list[str]:
+    """Greedy answers to a left-padded batch of prompts, with the tokens of a choice or with all."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    if choice is None:
+        written = vlm.generate(**prompt, **options)
+    else:
+        with attach(vlm, Fixed(choice), keep=1.0):
+            written = vlm.generate(**prompt, **options)
+    texts = processor.batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
