@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_SIZE, PATCH = 24, 4  # 6 x 6 = 36 image tokens
-WORDS = "what color is the ball box left of right above below red blue green yes no how many 1 2 3 4 ?".split()
+WORDS = ["what", "color", "is", "the", "ball", "box", "left", "right", "red", "blue", "yes", "no", "1", "2", "3", "?"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{% if message['role'] == 'user' %} USER: {% else %} ASSISTANT: {% endif %}"

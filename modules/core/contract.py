@@ -42,7 +42,7 @@ SIGNALS = ("cls_attention", "received_attention", "vision_keys", "prompt_attenti
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """Everything a pruner may look at. Values on padding are arbitrary and must not matter."""
+    """Everything a pruner may look at. Values on padding are finite, arbitrary, and must not matter."""
 
     features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them
     valid: Tensor  # (B, N) bool, False for padding
@@ -54,7 +54,6 @@ class PruneInputs:
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same in another floating type."""
-
         text = None if self.text is None else self.text.to(dtype)
         signals = {name: signal.to(dtype) for name, signal in self.signals.items()}
         return replace(self, features=self.features.to(dtype), text=text, signals=signals)
@@ -175,6 +174,9 @@ class Pruner(nn.Module):
         if weight is not None:  # a pruner works in the type of its own weights, whatever the host's
             inputs = inputs.to(weight.dtype)
         counts = budget(keep, inputs.valid.sum(1))
+        if inputs.valid.numel() == 0:  # a batch of text
+            nothing, scores = inputs.valid, inputs.features.new_zeros(inputs.valid.shape)
+            return PruneOutput(nothing.long(), nothing, scores=scores, gates=scores if self.training else None)
         output = self.reduce(inputs, counts)
         if self.exact and not torch.equal(output.count, counts):
             raise PruneZooError(

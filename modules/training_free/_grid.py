@@ -1,0 +1,101 @@
+"""Cutting the grid of an image into exactly K parts: shared by `uniform`, `pool` and `resize`.
+
+All depends on the cells and on K alone, so equal images share one layout. Letters: n tokens of an image.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.contract import PruneInputs, PruneOutput
+
+# One part: which tokens it reads (m,), with which weights (m,), and the token whose slot it takes.
+Part = tuple[Tensor, Tensor, int]
+Layout = Callable[[Tensor, int], list[Part]]  # from the cells (m, 3) of one tile and a count to that many parts
+
+
+def share(total: int, weights: list[int]) -> list[int]:
+    """Deal ``total`` out in proportion to ``weights``, none above its weight; what is left goes to the largest rests.
+
+    Args:
+        total: At most ``sum(weights)``.
+        weights: >= 0.
+    """
+    whole = max(sum(weights), 1)
+    shares = [total * weight // whole for weight in weights]
+    by_rest = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
+    for i in by_rest[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def row_count(height: int, width: int, count: int) -> int:
+    """How many rows of parts make ``count`` parts about square on a grid of ``height`` x ``width`` cells."""
+    return min(max(round((count * height / width) ** 0.5), -(-count // width), 1), height)
+
+
+def equal_areas(cells: Tensor, count: int) -> list[Part]:
+    """Cut a tile, of any outline, into ``count`` parts of as equal an area as whole cells allow.
+
+    Bands of rows first, then each band from left to right. A part is anchored at its token nearest to its centre.
+    """
+    rows, columns = cells[:, 1].unique(), cells[:, 2].unique()
+    bands = row_count(len(rows), len(columns), count)
+    band = torch.searchsorted(rows, cells[:, 1].contiguous()) * bands // len(rows)
+    members = [(band == b).nonzero()[:, 0] for b in range(bands)]
+    parts: list[Part] = []
+    for tokens, k in zip(members, share(count, [len(m) for m in members]), strict=True):
+        across = tokens[(cells[tokens, 2] * (int(rows.max()) + 1) + cells[tokens, 1]).argsort()]
+        for i in range(k):
+            own = across[i * len(across) // k : (i + 1) * len(across) // k]
+            place = cells[own, 1:].double()
+            anchor = (place - place.mean(0)).square().sum(1).argmin()
+            parts.append((own, torch.full((len(own),), 1 / len(own)), int(own[anchor])))
+    return parts
+
+
+def cut(cells: Tensor, count: int, layout: Layout) -> list[Part]:
+    """Cut an image with ``cells (n, 3)`` into ``count`` parts, ordered by anchor.
+
+    Tiles share the count in proportion to their patches; newlines and separators, which are no patches, are taken only
+    when the patches are used up, each a part of its own.
+    """
+    patches, others = (cells[:, 1] >= 0).nonzero()[:, 0], (cells[:, 1] < 0).nonzero()[:, 0]
+    from_patches = min(count, len(patches))
+    tiles = [patches[cells[patches, 0] == tile] for tile in cells[patches, 0].unique()]
+    parts = [(token[None], torch.ones(1), int(token)) for token in others[: count - from_patches]]
+    for tile, k in zip(tiles, share(from_patches, [len(t) for t in tiles]), strict=True):
+        if k:
+            parts += [(tile[own], weights, int(tile[anchor])) for own, weights, anchor in layout(cells[tile], k)]
+    return sorted(parts, key=lambda part: part[2])
+
+
+def reduce_by(layout: Layout, inputs: PruneInputs, keep: Tensor, merge: bool) -> PruneOutput:
+    """Bring each image to the parts of a layout: the weighted mean of each part, or its anchor as it is.
+
+    Args:
+        layout: How to cut a tile.
+        inputs: The images.
+        keep: ``(B,)`` parts of each.
+        merge: Whether to average; else the anchors are kept.
+    """
+    size, width = len(keep), int(keep.max()) if len(keep) else 0
+    index = torch.zeros(size, width, dtype=torch.long)
+    valid = torch.arange(width) < keep.cpu()[:, None]
+    weight = torch.zeros(size, width, inputs.valid.shape[1])  # (B, K, N)
+    known: dict[tuple[bytes, int], list[Part]] = {}
+    for row, (cells, real, k) in enumerate(zip(inputs.cells.cpu(), inputs.valid.cpu(), keep.tolist(), strict=True)):
+        slots, own_cells = real.nonzero()[:, 0], cells[real]
+        key = (own_cells.numpy().tobytes(), k)
+        if key not in known:
+            known[key] = cut(own_cells, k, layout)
+        for column, (tokens, weights, anchor) in enumerate(known[key]):
+            index[row, column] = slots[anchor]
+            weight[row, column, slots[tokens]] = weights
+    device = inputs.valid.device
+    merged = None
+    if merge:
+        tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)  # padding may hold anything, NaN too
+        merged = (weight.to(device) @ tokens.float()).to(tokens.dtype)
+    return PruneOutput(index=index.to(device), valid=valid.to(device), features=merged)

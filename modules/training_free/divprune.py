@@ -1,0 +1,41 @@
+"""DivPrune: keep the subset whose members are as unlike each other as can be (max-min diversity).
+
+DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, Alvar et al., CVPR 2025,
+https://arxiv.org/abs/2503.02175, code https://github.com/vbdi/divprune. Written from the paper.
+
+Distance is 1 - cosine of the projected tokens. The first token is the one whose nearest other token is farthest; then,
+K - 1 times, the token whose nearest chosen token is farthest. Here batched and exact, chosen tokens masked out (in
+half precision duplicates could be chosen twice), original positions kept by default.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.contract import PruneInputs, PruneOutput, Pruner
+from ..core.plan import mask_to_index
+from ..core.registry import register_pruner
+
+
+@register_pruner("divprune")
+class DivPrune(Pruner):
+    """Greedy farthest-first choice on cosine distance."""
+
+    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """Choose one token of each image per step, in all images at once."""
+        valid = inputs.valid
+        steps = int(keep.max()) if len(keep) else 0
+        unit = functional.normalize(inputs.features.float(), dim=-1)
+        unit = unit.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN too
+        distance = 1 - unit @ unit.transpose(1, 2)  # (B, N, N)
+        chosen = torch.zeros_like(valid)
+        rows = torch.arange(len(valid), device=valid.device)
+        itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+        nearest = distance.masked_fill(itself | ~valid[:, None], torch.inf).amin(2)
+        for step in range(steps):
+            best = nearest.masked_fill(chosen | ~valid, -torch.inf).argmax(1)
+            chosen[rows, best] |= step < keep
+            to_best = distance[rows, :, best]  # (B, N)
+            nearest = nearest.minimum(to_best) if step else to_best
+        index, kept = mask_to_index(chosen)
+        return PruneOutput(index=index, valid=kept)
