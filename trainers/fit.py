@@ -5,6 +5,8 @@ LightningCLI without a subcommand: several `--config`s are merged, the later one
 loads, with logs and checkpoints of the training in its subfolder `training`.
 """
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from modules.core.errors import PruneZooError
 from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, WholeCheckpoints
 from .data.modules import ItemDataModule
 from .errors import command
+from .run_record import RunRecord
 
 
 class FitCLI(LightningCLI):
@@ -37,16 +40,35 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("model.init_args.vlm", "data.init_args.vlm")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keep the words of the command line, for the run record."""
+        self.words = sys.argv[1:] if args is None else [str(word) for word in args]
+        super().parse_arguments(parser, args)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; a plain CSV log unless a logger is named."""
         config = self.config_init["trainer"]
         kwargs["plugins"] = [WholeCheckpoints(), *(config["plugins"] or [])]
-        kwargs["callbacks"] = [GracefulStop(), *(config["callbacks"] or [])]
+        kwargs["callbacks"] = [GracefulStop(), self.run_record(), *(config["callbacks"] or [])]
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(training_folder(self.config_init["out"]), name="logs")
         if config["enable_progress_bar"] in (None, True):
             kwargs["callbacks"].append(Progress())
         return super().instantiate_trainer(**kwargs)
+
+    def run_record(self) -> RunRecord:
+        """What is written down beside the pruner, for its card."""
+        config = self.config
+        data = config.data.init_args
+        named = [str(data[key]) for key in ("suite", "json", "images") if data.get(key) is not None]
+        return RunRecord(
+            folder=config.out,
+            command=shlex.join(["python", "-m", "trainers.fit", *self.words]),
+            recipe=self.parser.dump(config, skip_none=True),
+            vlm=str(config.model.init_args.vlm),
+            data=f"{config.data.class_path.rsplit('.', 1)[-1]}({', '.join(named)})",
+            seed=int(config.seed_everything),
+        )
 
 
 def training_folder(out: str) -> str:

@@ -1,0 +1,79 @@
+"""Writes down how a pruner was trained, beside the pruner, so that its card can say it without anybody's memory."""
+
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+RUN_FILE = "run.json"
+
+
+class RunRecord(L.Callback):
+    """Writes `run.json` into the pruner's folder after each validation and at the end.
+
+    Args:
+        folder: The pruner's folder.
+        command: The command line.
+        recipe: The whole configuration, as YAML text.
+        vlm: The frozen model, as it was named.
+        data: What it was trained on, in a few words.
+        seed: Of the run.
+    """
+
+    def __init__(self, folder: str, command: str, recipe: str, vlm: str, data: str, seed: int) -> None:
+        self.folder = Path(folder)
+        self.facts = {"command": command, "vlm": vlm, "data": data, "seed": seed}
+        self.recipe = recipe
+        self.seconds = 0.0
+        self._begun = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._begun = time.monotonic() - self.seconds
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the clock, so that a checkpoint knows it."""
+        self.seconds = time.monotonic() - self._begun
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the record, from the first process only."""
+        if not trainer.is_global_zero:
+            return
+        pruner: Any = pl_module.pruner
+        parameters = sum(p.numel() for p in pruner.parameters())
+        gpu = torch.cuda.get_device_name() if pl_module.device.type == "cuda" else None
+        record = {
+            **self.facts,
+            "steps": trainer.global_step,
+            "seconds": round(self.seconds, 1),
+            "device": gpu or f"CPU ({torch.get_num_threads()} of its threads)",
+            "processes": trainer.world_size,
+            "parameters": parameters,
+            "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+            "recipe": self.recipe,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = state_dict["seconds"]
