@@ -20,8 +20,8 @@ ENTRY = {
     "conversations": [
         {"from": "human", "value": "<image>\nwhat color is the ball ?"},
         {"from": "gpt", "value": "red"},
-        {"from": "human", "value": "left of the ball ?"},
-        {"from": "gpt", "value": "blue green"},
+        {"from": "human", "value": "is the ball right ?"},
+        {"from": "gpt", "value": "1 2"},
     ],
 }
 
@@ -56,7 +56,7 @@ def test_each_answer_is_an_item_with_its_history(folder):
     data = LlavaJson(write(folder, [text_only, ENTRY]), folder)
     assert len(data) == 2
     assert data[0].turns == (("what color is the ball ?", "red"),)
-    assert data[1].turns == (("what color is the ball ?", "red"), ("left of the ball ?", "blue green"))
+    assert data[1].turns == (("what color is the ball ?", "red"), ("is the ball right ?", "1 2"))
     assert data[1].id == "a1/1" and data[1].image.mode == "RGB"
 
 
@@ -118,7 +118,7 @@ def item(*turns, seed=0):
 
 
 SHORT = item(("what color ?", "red"))
-LONG = item(("what color is the ball ?", "red"), ("left of the ball ?", "blue green"), seed=1)
+LONG = item(("what color is the ball ?", "red"), ("is the ball right ?", "1 2"), seed=1)
 
 
 def labelled(processor, batch):
@@ -127,11 +127,11 @@ def labelled(processor, batch):
 
 def test_only_the_last_answer_and_its_end_are_labelled(tiny_llava):
     batch = ConversationCollator(tiny_llava.processor)([SHORT, LONG])
-    assert labelled(tiny_llava.processor, batch) == ["red </s>", "blue green </s>"]
+    assert labelled(tiny_llava.processor, batch) == ["red </s>", "1 2 </s>"]
     assert batch["attention_mask"][0, -1] == 0, "padding stands on the right"
     real = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][real], batch["input_ids"][real])
-    assert "ASSISTANT: red </s> USER: left of the ball ? ASSISTANT: blue green" in tiny_llava.processor.tokenizer.decode(
+    assert "ASSISTANT: red </s> USER: is the ball right ? ASSISTANT: 1 2" in tiny_llava.processor.tokenizer.decode(
         batch["input_ids"][1]
     )
 
@@ -146,7 +146,7 @@ def test_a_template_without_end_token_gets_one(tiny_llava, monkeypatch):
     template = tiny_llava.processor.chat_template.replace(" </s>", " ")
     monkeypatch.setattr(tiny_llava.processor, "chat_template", template)
     batch = ConversationCollator(tiny_llava.processor)([LONG, SHORT])
-    assert labelled(tiny_llava.processor, batch) == ["blue green </s>", "red </s>"]
+    assert labelled(tiny_llava.processor, batch) == ["1 2 </s>", "red </s>"]
 
 
 def test_what_is_too_long_loses_old_turns_then_the_answers_tail(tiny_llava):
@@ -158,7 +158,7 @@ def test_what_is_too_long_loses_old_turns_then_the_answers_tail(tiny_llava):
     shorter = ConversationCollator(processor, max_length=length)([LONG])
     assert torch.equal(shorter["input_ids"], last["input_ids"])
     cut = ConversationCollator(processor, max_length=length - 1)([LONG, SHORT])
-    assert labelled(processor, cut)[0] == "blue green" and cut["attention_mask"].shape == cut["input_ids"].shape
+    assert labelled(processor, cut)[0] == "1 2" and cut["attention_mask"].shape == cut["input_ids"].shape
     with pytest.raises(PruneZooError, match="max_length=20"):
         ConversationCollator(processor, max_length=20)([SHORT])
 
