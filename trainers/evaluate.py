@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
 
+from .cards import weights_digest, write_card
 from .data.suite import SPLITS, load_suite
 from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
+    weights = {method.name: weights_digest(method.name) for method in methods}
 
     columns = (
         TextColumn(f"{suite.name} {suite.split}"),
@@ -116,7 +118,14 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         measurement = measure(
             vlm, processor, suite, methods, budgets, args.batch_size, lambda n: progress.advance(task, n)
         )
-    header = {"vlm": args.vlm, "suite": args.suite, "split": args.split, "seed": args.seed, "command": command_line}
+    header = {
+        "vlm": args.vlm,
+        "suite": args.suite,
+        "split": args.split,
+        "seed": args.seed,
+        "command": command_line,
+        "weights": {name: digest for name, digest in weights.items() if digest},
+    }
     record = build_record(measurement, contenders(methods), header)
     print_record(record, console)
     if args.instrument:
@@ -131,6 +140,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         items = pick_items(suite, args.examples)
         examples = show_examples(vlm, processor, items, named, budgets) if items and named else []
         console.print(f"report: {write_report(record, examples, args.report)}")
+    if args.card:
+        console.print(f"card: {write_card(args.card, record)[0]}")
     return record
 
 

@@ -131,7 +131,7 @@ def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(_dump(record), encoding="utf-8")
     partial.replace(path)
 
 
@@ -156,6 +156,18 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def select(record: Mapping[str, Any], **wanted: str) -> list[Row]:
     """Rows whose fields equal what is wanted, e.g. `select(record, keep="1/9", group="mean")`."""
     return [row for row in record["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def _dump(record: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, which is easier to read, and to compare, than a line for each number."""
+    parts = []
+    for key, value in record.items():
+        if value and isinstance(value, list) and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in value) + "\n ]"
+        else:
+            text = json.dumps(value, allow_nan=False)
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _number(value: float) -> float | None:

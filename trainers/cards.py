@@ -1,0 +1,231 @@
+"""Render the model card of a pruner from its run record and a measured evaluation; no number is written by hand.
+
+    python -m trainers.cards checkpoints/ppm-tiny --json evaluation.json
+
+writes `README.md` (the card) and `metrics.json` (the numbers behind it) into the folder and, for what ships in
+`checkpoints/`, a copy of the card into `hub_cards/`.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from modules.core.contract import Pruner
+from modules.core.errors import PruneZooError
+from modules.core.registry import load_pruner
+
+from .errors import command
+from .evaluation.record import MEAN, Row, read_record, select, write_record
+from .evaluation.report import is_diagnostic
+from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
+from .evaluation.tables import budgets_of, display_name, methods_of, percent, span
+from .run_record import RUN_FILE
+
+ROOT = Path(__file__).parent.parent
+CARDS, SHIPPED = ROOT / "hub_cards", ROOT / "checkpoints"
+CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safetensors"
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 of a folder's weights, by which an evaluation knows them again; None where there are none."""
+    path = Path(folder) / WEIGHTS_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an evaluation that this pruner's card rests on.
+
+    Raises:
+        PruneZooError: it does not measure this pruner, or other weights, or not a held-out split.
+    """
+    digest = weights_digest(folder)
+    names = [p for p in methods_of(record) if "/" in p and Path(p).name == folder.resolve().name] + (
+        [str(folder)] if str(folder) in methods_of(record) else []
+    )
+    if not names:
+        raise PruneZooError(
+            f"{folder}: the evaluation measured {', '.join(map(display_name, methods_of(record)))}, not it"
+        )
+    name = names[-1]
+    if record.get("weights", {}).get(name) != digest:
+        raise PruneZooError(f"{folder}: the evaluation measured other weights than lie there now; run it again")
+    if record["split"] != "test":
+        raise PruneZooError(f"{folder}: a card needs the held-out test split, the evaluation has {record['split']!r}")
+    rows = [row for row in record["rows"] if not is_diagnostic(row["pruner"])]
+    paired = [row for row in record["paired"] if row["pruner"] == name and not is_diagnostic(row["rival"])]
+    kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
+    header = {key: record[key] for key in kept if key in record}
+    return {**header, "pruner": name, "weights": {name: digest}, "rows": rows, "paired": paired}
+
+
+def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
+    """The card of the pruner in a folder.
+
+    Args:
+        folder: what `save_pretrained` wrote, with the training's `run.json` where there is one.
+        metrics: what `metrics_of` picked.
+    """
+    pruner = load_pruner(folder)
+    run_path = folder / RUN_FILE
+    run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else None
+    vlm = metrics["vlm"]
+    about, papers = about_method(pruner)
+    is_local = Path(vlm).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", vlm)
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="prunezoo",
+        pipeline_tag="image-text-to-text",
+        base_model=None if is_local else vlm,
+        base_model_relation=None if is_local else "adapter",
+        tags=["prunezoo", "visual-token-pruning", "token-reduction", pruner.name, *(f"arxiv:{p}" for p in papers)],
+        model_name=folder.resolve().name,
+        eval_results=eval_results(metrics),
+    )
+    environment = Environment(  # Markdown, not a page: nothing to escape
+        loader=FileSystemLoader(CARDS),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        autoescape=False,  # noqa: S701
+    )
+    text = environment.get_template("template.md").render(
+        card_data=data.to_yaml(),
+        name=folder.resolve().name,
+        folder=shown_path(folder),
+        method=pruner.name,
+        about=about,
+        papers=papers,
+        parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
+        query_aware=getattr(pruner.config, "query_aware", None),
+        run=run,
+        metrics=metrics,
+        full=_mean(metrics, FULL, ALL_TOKENS),
+        blind=_mean(metrics, NONE, NO_TOKENS),
+        budgets=budget_table(metrics),
+        rivals=rival_table(metrics),
+        weakest=weakest(metrics),
+        minutes=f"{run['seconds'] / 60:.1f}" if run else None,
+    )
+    return ModelCard(text)
+
+
+def about_method(pruner: Pruner) -> tuple[str, list[str]]:
+    """What the method's file says of itself in its first paragraphs, and the arXiv numbers that it names."""
+    text = inspect.getdoc(sys.modules[type(pruner).__module__]) or ""
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+    return "\n\n".join(p for p in paragraphs if not p.startswith("Letters")), sorted(
+        set(re.findall(r"\b\d{4}\.\d{5}\b", text))
+    )
+
+
+def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """Accuracy and retention of the pruner, for each group and the mean, at every budget."""
+    results = []
+    for row in select(metrics, pruner=metrics["pruner"]):
+        for kind, value in (("accuracy", row["accuracy"]), ("retention", row["retention"])):
+            if value is not None:
+                results.append(
+                    EvalResult(
+                        task_type="image-text-to-text",
+                        dataset_type=metrics["suite"],
+                        dataset_name=metrics["suite"],
+                        dataset_config=row["group"],
+                        dataset_split=metrics["split"],
+                        metric_type=kind,
+                        metric_name=f"{kind}, keep {row['keep']}",
+                        metric_value=value,
+                    )
+                )
+    return results
+
+
+def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line a budget: its tokens, and retention with interval for each group and the mean."""
+    lines = []
+    for keep in budgets_of(metrics):
+        rows = {row["group"]: row for row in select(metrics, pruner=metrics["pruner"], keep=keep)}
+        groups = [*metrics["groups"], MEAN]
+        cells = [f"{percent(rows[group]['retention'])} ({span(rows[group])})" for group in groups]
+        lines.append({"keep": keep, "tokens": f"{rows[MEAN]['tokens']:.1f}", "cells": cells})
+    return lines
+
+
+def rival_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line a rival: its mean retention at every budget, and how far the pruner is above it."""
+    lines = []
+    for rival in dict.fromkeys(pair["rival"] for pair in metrics["paired"]):
+        cells = []
+        for keep in budgets_of(metrics):
+            row = _mean(metrics, rival, keep)
+            (pair,) = (p for p in metrics["paired"] if p["rival"] == rival and p["keep"] == keep)
+            cells.append(f"{percent(row['retention'])}, {_signed(pair)}")
+        lines.append({"rival": display_name(rival), "cells": cells})
+    return lines
+
+
+def weakest(metrics: Mapping[str, Any]) -> list[Row]:
+    """The row of the lowest retention at each budget."""
+    worst = []
+    for keep in budgets_of(metrics):
+        rows = select(metrics, pruner=metrics["pruner"], keep=keep)
+        rows = [row for row in rows if row["group"] != MEAN and row["retention"] is not None]
+        worst += sorted(rows, key=lambda row: row["retention"])[:1]
+    return worst
+
+
+def shown_path(folder: Path) -> str:
+    """A folder as the card shows it: within the repository from its root, elsewhere by its last name alone."""
+    folder = folder.resolve()
+    return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+    """Write card and metrics into the folder, and a copy of a shipped pruner's card into `hub_cards/`.
+
+    Returns:
+        The files that were written.
+    """
+    metrics = metrics_of(folder, record)
+    text = str(render_card(folder, metrics))
+    paths = [folder / CARD_FILE]
+    if folder.resolve().parent == SHIPPED:
+        paths.append(CARDS / f"{folder.resolve().name}.md")
+    for path in paths:
+        path.write_text(text, encoding="utf-8")
+    write_record(metrics, folder / METRICS_FILE)
+    return [*paths, folder / METRICS_FILE]
+
+
+def _mean(metrics: Mapping[str, Any], pruner: str, keep: str) -> Row:
+    (row,) = select(metrics, pruner=pruner, keep=keep, group=MEAN)
+    return row
+
+
+def _signed(pair: Row) -> str:
+    if pair["difference"] is None:
+        return "–"
+    return f"{pair['difference']:+.1f} ({pair['ci'][0]:+.1f} … {pair['ci'][1]:+.1f})"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the card of a checkpoint folder."""
+    p = argparse.ArgumentParser(prog="python -m trainers.cards", description="Write a pruner's model card.")
+    p.add_argument("folder", type=Path, help="the pruner's folder")
+    p.add_argument("--json", type=Path, required=True, help="what `trainers.evaluate --json` wrote")
+    args = p.parse_args(argv)
+    for path in write_card(args.folder, read_record(args.json)):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
