@@ -1,0 +1,162 @@
+"""What `make demo` runs: train a pruner on the embedded model, measure it beside its rivals, use it.
+
+    python -m trainers.demo [--out runs/demo] [--steps N] [--limit N]
+
+Training and measuring are the ordinary commands, printed as they run, so that they can be typed again with other
+settings.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from modules import AutoPruner, Pruner, PruneZooError, attach
+
+from .data.conversation import ConversationCollator
+from .data.suite import Item, load_suite
+from .errors import command
+from .evaluation.budgets import parse_budget
+from .evaluation.loading import load_vlm
+from .evaluation.methods import RIVALS
+from .evaluation.record import MEAN, Row, read_record, select
+
+CONFIG = "configs/ppm_tiny.yaml"
+VLM = "checkpoints/tiny-llava"
+SUITE = "scenes"
+KEEP = "1/9"
+STEPS, ITEMS = 1500, 1400  # about four and two minutes on two CPU cores
+ASKED = ("attribute", "reading", "dialogue")  # the first test item of each, whatever the answer turns out to be
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m trainers.demo", description="Train, measure and use a small pruner.")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything is written")
+    p.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    p.add_argument("--limit", type=int, default=ITEMS, help="questions of the test split to measure on")
+    return p
+
+
+def run_part(console: Console, title: str, words: Sequence[str]) -> None:
+    """Run one command of the repository, shown as it would be typed.
+
+    Raises:
+        PruneZooError: it failed; why stands above.
+    """
+    console.rule(f"[bold]{title}")
+    console.print(f"$ {shlex.join(['python', *words])}", style="cyan", soft_wrap=True, highlight=False)
+    # tables are made for a wide terminal; where there is none, rich would take 80 columns
+    environment = {"COLUMNS": str(max(console.width, 140)), **os.environ} if not console.is_terminal else None
+    begun = time.monotonic()
+    code = subprocess.run([sys.executable, *words], env=environment, check=False).returncode  # noqa: S603 - our own
+    if code:
+        raise PruneZooError(f"{words[1]} ended with code {code}; its own message stands above")
+    console.print(f"{title}: {time.monotonic() - begun:.0f} s", style="dim")
+
+
+def verdict(console: Console, path: Path, pruner: str) -> bool:
+    """Say whether the pruner is above every rival at the budget, from the evaluation's own file."""
+    record = read_record(path)
+    mean: dict[str, Row] = {row["pruner"]: row for row in select(record, keep=KEEP, group=MEAN)}
+    own, rivals = mean[pruner]["retention"], {name: mean[name]["retention"] for name in RIVALS}
+    best = max(rivals, key=lambda name: rivals[name])
+    pair = next(row for row in record["paired"] if row["pruner"] == pruner and row["rival"] == best)
+    gap, (low, high) = pair["difference"], pair["ci"]
+    above = all(own > retention for retention in rivals.values())
+    numbers = (
+        f"mean retention {own:.1f} % at {KEEP} of the image tokens, the best rival, {best}, {rivals[best]:.1f} %; "
+        f"difference {gap:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {record['n']} questions)"
+    )
+    if above and low > 0:
+        console.print(f"[bold green]The freshly trained PPM is above every rival:[/] {numbers}.", highlight=False)
+    elif above:
+        console.print(f"[bold yellow]The PPM is above every rival, but not clearly:[/] {numbers}.", highlight=False)
+    else:
+        console.print(f"[bold red]The freshly trained PPM is NOT above every rival:[/] {numbers}.", highlight=False)
+    return above
+
+
+@torch.no_grad()
+def answer(vlm: Any, processor: Any, item: Item) -> str:
+    """What the model writes when asked; `generate` is called as ever, pruner or not."""
+    batch = ConversationCollator(processor, answers=False)([item])
+    batch = {name: value.to(vlm.device) for name, value in batch.items()}
+    ids = vlm.generate(**batch, max_new_tokens=8, do_sample=False)
+    return processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def ask(console: Console, pruner: Pruner, out: Path) -> None:
+    """Answer sample questions with all tokens and with few, through the library as anybody would use it."""
+    console.rule("[bold]Three questions, with all image tokens and with few")
+    console.print(
+        f'pruner = AutoPruner.from_pretrained("{out}")\n'
+        f"with attach(vlm, pruner, keep={KEEP}) as run:\n"
+        "    vlm.generate(**processor(images=image, text=prompt, return_tensors='pt'))\n",
+        style="cyan",
+        markup=False,
+        highlight=False,
+    )
+    vlm, processor = load_vlm(VLM)
+    suite = load_suite(SUITE, "test")
+    table = Table("picture", "question", "reference", "all tokens", f"{KEEP} of them", "image tokens")
+    for group in ASKED:
+        item = next(item for item in suite if item.group == group)
+        picture = out.parent / "questions" / f"{group}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        item.image.save(picture)
+        full = answer(vlm, processor, item)
+        with attach(vlm, pruner, keep=parse_budget(KEEP).keep) as run:
+            pruned = answer(vlm, processor, item)
+        history = "".join(f"{question} {said}. " for question, said in item.turns[:-1])
+        tokens = f"{run.stats.before[0]} -> {run.stats.after[0]}"
+        table.add_row(str(picture), history + item.question, item.answer, full, pruned, tokens)
+    console.print(table)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; the exit code is 0 when all parts ran, whoever came out above."""
+    args = parser().parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    begun = time.monotonic()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"[bold]prunezoo demo[/] on {device}: a pruner learns which image tokens of {VLM} are worth reading.")
+    out, folder = args.out, str(args.out / "ppm")
+    run_part(console, "Training", fit_words(args.steps, folder))
+    run_part(console, "Measuring", evaluate_words(args.limit, folder, out))
+    verdict(console, out / "evaluation.json", folder)
+    ask(console, AutoPruner.from_pretrained(folder), args.out / "ppm")
+    console.rule("[bold]Where everything is")
+    console.print(f"pruner  {folder}  (config.json, model.safetensors, README.md)", highlight=False)
+    console.print(f"report  {out / 'report' / 'index.html'}  (curves, and pictures of what is kept)", highlight=False)
+    console.print(f"numbers {out / 'evaluation.json'}", highlight=False)
+    console.print(f"The demo took {(time.monotonic() - begun) / 60:.1f} minutes.", highlight=False)
+    return 0
+
+
+def fit_words(steps: int, folder: str) -> list[str]:
+    """The training command: the embedded recipe, shorter."""
+    return ["-m", "trainers.fit", "--config", CONFIG, f"--trainer.max_steps={steps}", f"--out={folder}"]
+
+
+def evaluate_words(limit: int, folder: str, out: Path) -> list[str]:
+    """The measuring command."""
+    words = ["-m", "trainers.evaluate", "--vlm", VLM, "--pruner", folder, "--rivals", "--keep", KEEP]
+    words += ["--suite", SUITE, "--limit", str(limit), "--json", str(out / "evaluation.json")]
+    return [*words, "--report", str(out / "report"), "--card", folder]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
