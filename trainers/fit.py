@@ -99,8 +99,16 @@ def build(args: list[str] | None = None) -> FitCLI:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False},
         )
-    except ArgumentError as error:
-        raise PruneZooError(f"configuration: {' '.join(str(error).split())}") from error
+    except (ArgumentError, ValueError) as error:
+        raise PruneZooError(root_message(error)) from error
+
+
+def root_message(error: BaseException) -> str:
+    """What jsonargparse is wrapped around, where that is an error of ours; else its own words, on one line."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, PruneZooError):
+        inner = inner.__cause__ or inner.__context__
+    return str(inner) if inner else f"configuration: {' '.join(str(error).split())}"
 
 
 @command

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modules.core.errors import PruneZooError
 from modules.core.plan import mask_to_index
 from modules.host import Encoded, full_forward, gated_forward
 from modules.host.families import find_family
@@ -60,6 +61,8 @@ def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Ten
     """
     out = full_forward(vlm, encoded, output_hidden_states=True)
     assert out.hidden_states is not None and encoded.labels is not None
+    if not 0 <= layer < len(out.hidden_states) - 1:
+        raise PruneZooError(f"guide_layer={layer}: the decoder has layers 0 to {len(out.hidden_states) - 2}")
     words = encoded.mask & (encoded.labels == IGNORED)
     rows = encoded.sample[:, None].expand_as(encoded.slots)
     words[rows[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False

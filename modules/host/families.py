@@ -92,8 +92,6 @@ class LlavaFamily:
             raise PruneZooError(
                 f"prompt_attention is not supported for decoder '{kind}'; it is for llama, mistral, qwen2"
             )
-        if not 0 <= layer < len(decoder.layers):
-            raise PruneZooError(f"decoder layer {layer} does not exist: the model has 0 to {len(decoder.layers) - 1}")
         attention = decoder.layers[layer].self_attn
         hidden = decoder.layers[layer].input_layernorm(embeds)
         asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,56 @@
+"""Every recipe in `configs/` parses against the code that it names; so none can rot."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainers import fit
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+TRAINED_BY_FIT = [path for path in RECIPES if "model" in yaml.safe_load(path.read_text())]
+
+
+class ParseOnly(fit.FitCLI):
+    """Stops before any model is loaded."""
+
+    def instantiate_classes(self):
+        self.datamodule = self.model = self.trainer = None
+
+
+def parse(monkeypatch, *words):
+    monkeypatch.setattr(fit, "FitCLI", ParseOnly)
+    monkeypatch.setattr(sys, "argv", ["fit"])
+    return fit.build([str(word) for word in words]).config
+
+
+@pytest.mark.parametrize("path", TRAINED_BY_FIT, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_comes_back_from_its_own_print(path, monkeypatch, tmp_path):
+    config = parse(monkeypatch, f"--config={path}")
+    assert config.data.init_args.vlm == config.model.init_args.vlm
+    assert config.trainer.default_root_dir.startswith(config.out)
+    assert "TODO" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["ppm_tiny", "ppm_llava"])
+def test_recipes_can_be_overridden(name, monkeypatch):
+    config = parse(
+        monkeypatch,
+        f"--config={ROOT / 'configs' / f'{name}.yaml'}",
+        "--trainer.max_steps=7",
+        "--model.pruner.config.blocks=5",
+        "--out=elsewhere",
+        "--seed_everything=4",
+    )
+    assert config.trainer.max_steps == 7 and config.model.init_args.pruner.init_args.config.blocks == 5
+    assert config.export.folder == "elsewhere" and config.checkpoint.dirpath.startswith("elsewhere")
+    assert config.seeds.seed == 4 and config.data.init_args.seed == 4
+
+
+def test_a_second_config_wins(monkeypatch, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("model:\n  init_args:\n    lr: 0.5\n")
+    config = parse(monkeypatch, f"--config={ROOT / 'configs' / 'ppm_tiny.yaml'}", f"--config={other}")
+    assert config.model.init_args.lr == 0.5 and config.model.init_args.vlm == "checkpoints/tiny-llava"

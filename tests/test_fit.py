@@ -1,0 +1,184 @@
+"""The training command end to end, on a tiny LLaVA on disk with a LLaVA-style JSON and real image files."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image
+from safetensors.torch import load_file
+
+from modules import AutoPruner, attach
+from trainers.fit import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tiny_llava, tmp_path_factory):
+    """A folder with what a user brings, and the words that point the LLaVA recipe at it."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    entries = []
+    for number in range(24):
+        make_image(number).save(folder / "images" / f"{number}.jpg")
+        talk = [("<image>\nwhat color is the ball ?", "red"), ("is the box left ?", "yes")]
+        turns = [
+            {"from": who, "value": text} for pair in talk for who, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        entries.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(entries))
+    return folder
+
+
+def words(world: Path, vlm: Path, out: Path, *extra: str) -> list[str]:
+    pruner = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
+    return [
+        f"--config={ROOT / 'configs' / 'ppm_llava.yaml'}",
+        f"--model.vlm={vlm}",
+        "--model.vlm_dtype=float32",
+        *(f"--model.pruner.config.{key}={value}" for key, value in pruner.items()),
+        f"--data.json={world / 'data.json'}",
+        f"--data.images={world / 'images'}",
+        "--data.batch_size=4",
+        "--data.workers=0",
+        "--data.validation_share=0.3",
+        "--trainer.precision=32",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=8",
+        "--trainer.val_check_interval=4",
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.enable_model_summary=false",
+        "--checkpoint.every_n_train_steps=2",
+        f"--out={out}",
+        *extra,
+    ]
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "trainers.fit", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def one_line_error(capsys, monkeypatch, arguments: list[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["fit"])  # LightningCLI warns about pytest's own words otherwise
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and message.startswith("error: "), message
+    return message
+
+
+@pytest.fixture(scope="module")
+def straight(world, tiny_llava_folder, tmp_path_factory):
+    """The unbroken run, by the command line as a user types it."""
+    out = tmp_path_factory.mktemp("straight") / "ppm"
+    done = run(words(world, tiny_llava_folder, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_what_was_trained_loads_and_prunes(straight, tiny_llava):
+    pruner = AutoPruner.from_pretrained(straight)
+    assert pruner.name == "ppm" and not pruner.training
+    batch = tiny_llava.batch(["<s> USER: <image> what color is the ball ? ASSISTANT:"], [[make_image(3)]])
+    with attach(tiny_llava.vlm, pruner, keep=5):
+        logits = tiny_llava.vlm(**batch).logits
+        ids = tiny_llava.vlm.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert logits.shape[1] == batch["input_ids"].shape[1] - 31
+    assert torch.equal(ids[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+
+
+def test_a_run_leaves_logs_and_checkpoints_with_only_the_pruner(straight):
+    checkpoint = torch.load(straight / "training" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 8
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"pruner"}
+    log = (straight / "training" / "logs" / "version_0" / "metrics.csv").read_text()
+    for share in ("0.333", "0.222", "0.111", "0.056"):
+        assert f"val/retention_{share}" in log and f"val/all_{share}" in log
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(straight, world, tiny_llava_folder, tmp_path):
+    """SIGTERM in the middle of an epoch (it has 8 steps), then `--ckpt_path=last`: the same pruner, bit for bit."""
+    out = tmp_path / "ppm"
+    arguments = words(world, tiny_llava_folder, out)
+    command = [sys.executable, "-m", "trainers.fit", *arguments, "--trainer.limit_val_batches=0"]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_time=00:00:05:00"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    last = out / "training" / "checkpoints" / "last.ckpt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    stopped = torch.load(last, weights_only=False)["global_step"]
+    assert stopped < 8, "the run was over before it could be stopped"
+    assert process.returncode == 128 + signal.SIGTERM
+    done = run([*arguments, "--ckpt_path=last"])
+    assert done.returncode == 0, done.stderr
+    ours = torch.load(last, weights_only=False)["state_dict"]
+    theirs = torch.load(straight / "training" / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(world, tiny_llava_folder, tmp_path):
+    out = tmp_path / "ppm"
+    assert run(words(world, tiny_llava_folder, out, "--trainer.max_steps=2")).returncode == 0
+    last = out / "training" / "checkpoints" / "last.ckpt"
+    before, weights = last.read_bytes(), (out / "model.safetensors").read_bytes()
+
+    def limit() -> None:  # no file may grow beyond this: what a full disk, or a quota, does to a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(weights) // 2, len(weights) // 2))
+
+    done = run([*words(world, tiny_llava_folder, out, "--trainer.max_steps=4"), "--ckpt_path=last"], preexec_fn=limit)
+    message = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and message.startswith(f"error: cannot write checkpoint {last.parent}"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert last.read_bytes() == before and (out / "model.safetensors").read_bytes() == weights
+    assert not [path.name for path in last.parent.iterdir() if path.name.startswith(".")], "no debris"
+    assert load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("--trainer.max_stepz=3", "max_stepz"),
+        ("--model.lrr=1", "lrr"),
+        ("--model.pruner.config.hiden=3", "hiden"),
+        ("--model.pruner.config.hidden=30", "hidden=30"),
+        ("--model.pruner.class_path=modules.learned.ppm.PPMM", "PPMM"),
+        ("--model.keep=[0.5,2]", "keep"),
+        ("--model.vlm=/nowhere/at/all", "/nowhere/at/all"),
+        ("--data.images=/nowhere/at/all", "/nowhere/at/all"),
+        ("--data.batch_size=0", "batch_size"),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(wrong, named, world, tiny_llava_folder, tmp_path, capsys, monkeypatch):
+    assert named in one_line_error(capsys, monkeypatch, [*words(world, tiny_llava_folder, tmp_path), wrong])
+
+
+def test_a_misspelt_key_in_a_file_is_named(world, tiny_llava_folder, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model:\n  init_args:\n    guide_shar: 0.5\n")
+    arguments = [*words(world, tiny_llava_folder, tmp_path), f"--config={recipe}"]
+    assert "guide_shar" in one_line_error(capsys, monkeypatch, arguments)
+
+
+def test_a_broken_picture_met_by_a_worker_is_one_line(world, tiny_llava_folder, tmp_path, capsys, monkeypatch):
+    data = json.loads((world / "data.json").read_text())
+    for entry in data:
+        (tmp_path / entry["image"]).write_text("no picture")
+    arguments = words(world, tiny_llava_folder, tmp_path / "out", f"--data.images={tmp_path}", "--data.workers=1")
+    assert "broken image of entry" in one_line_error(capsys, monkeypatch, arguments)
