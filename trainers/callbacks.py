@@ -58,7 +58,7 @@ class ExportPruner(L.Callback):
             known = ", ".join(sorted(trainer.callback_metrics))
             raise PruneZooError(f"ExportPruner.monitor='{self.monitor}' was never logged; there are: {known}")
         score = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or score > self.best:
+        if self.best is None or score >= self.best:
             self.best = score
             self.export(trainer, pl_module)
 

@@ -91,9 +91,10 @@ class DistillModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Move the frozen model to where training happens, and lay out the table that validation fills."""
-        self.vlm.to(self.device)
+        device = self.trainer.strategy.root_device  # this module itself is moved only later
+        self.vlm.to(device)
         self.groups: tuple[str, ...] = self.trainer.datamodule.groups  # type: ignore[attr-defined]
-        self.table = AnswerTable(len(self.groups), 1 + len(self.measure)).to(self.device)
+        self.table = AnswerTable(len(self.groups), 1 + len(self.measure)).to(device)
         self.total_steps = self.trainer.estimated_stepping_batches
         if stage == "fit" and not math.isfinite(self.total_steps):
             raise PruneZooError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
