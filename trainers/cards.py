@@ -25,8 +25,7 @@ from modules.core.registry import load_pruner
 
 from .errors import command
 from .evaluation.record import MEAN, Row, read_record, select, write_record
-from .evaluation.report import is_diagnostic
-from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
+from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .evaluation.tables import budgets_of, display_name, methods_of, percent, span
 from .run_record import RUN_FILE
 

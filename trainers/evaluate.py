@@ -27,10 +27,10 @@ from .evaluation.examples import pick_items, show_examples
 from .evaluation.instrument import BUDGETS, judge
 from .evaluation.loading import DTYPES, load_vlm
 from .evaluation.measure import measure, passes
-from .evaluation.methods import ORACLE, RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
+from .evaluation.methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
 from .evaluation.record import build_record, write_record
 from .evaluation.report import write_report
-from .evaluation.scores import FULL, NONE
+from .evaluation.scores import FULL, NONE, ORACLE
 from .evaluation.tables import WIDE, print_record, print_verdicts
 
 

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from .methods import ATTENTION, ORACLE
 from .record import MEAN, Row, select
-from .scores import NONE
+from .scores import NONE, ORACLE, is_diagnostic
 from .tables import display_name, methods_of
 
 # Okabe and Ito's colours, which people with colour-blindness can tell apart; the first is the leading method's
@@ -26,7 +25,7 @@ JITTER = 0.014
 
 def colours_of(pruners: Sequence[str]) -> dict[str, str]:
     """A colour for each method: diagnostics are black or grey, the rest take theirs in order."""
-    plain = [p for p in pruners if p != ORACLE and not p.startswith(ATTENTION)]
+    plain = [p for p in pruners if not is_diagnostic(p)]
     colours = {p: COLOURS[i % len(COLOURS)] for i, p in enumerate(plain)}
     return {p: colours.get(p, INK if p == ORACLE else LIGHT) for p in pruners}
 
@@ -71,7 +70,7 @@ def _draw_panel(
     for number, pruner in enumerate(pruners):
         points: list[Row] = [row for row in select(record, pruner=pruner, group=group) if row["retention"] is not None]
         points.sort(key=lambda row: row["tokens"])
-        diagnostic = pruner == ORACLE or pruner.startswith(ATTENTION)
+        diagnostic = is_diagnostic(pruner)
         # the first method stands on the budget itself, the others to its right and left by turns
         side = (number + 1) // 2 * (1 if number % 2 else -1)
         x = [row["tokens"] * (1 if diagnostic else (1 + JITTER) ** side) for row in points]
@@ -104,9 +103,9 @@ def _legend(pruners: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
     """One entry a method; the attention of all layers shares one."""
     handles = []
     for number, pruner in enumerate(pruners):
-        if pruner.startswith(ATTENTION):
-            continue
         oracle = pruner == ORACLE
+        if is_diagnostic(pruner) and not oracle:
+            continue
         handles.append(
             Line2D(
                 [],
@@ -119,7 +118,7 @@ def _legend(pruners: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
                 markersize=5 if number == 0 else 3.5,
             )
         )
-    if any(p.startswith(ATTENTION) for p in pruners):
+    if any(is_diagnostic(p) and p != ORACLE for p in pruners):
         handles.append(Line2D([], [], color=LIGHT, linestyle="--", linewidth=1.2, label="attention, each layer"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="all tokens"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="zero tokens"))

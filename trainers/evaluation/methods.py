@@ -20,7 +20,9 @@ from modules.core.registry import build_pruner, load_pruner
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
-ORACLE, ATTENTION, RANDOM = "oracle", "attention", "random"
+from .scores import ATTENTION, ORACLE, is_diagnostic
+
+RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
 """The training-free methods that every table shows beside a learned one."""
 RANDOM_SEEDS = 5
@@ -169,7 +171,7 @@ def build_method(name: str, seed: int = 0) -> Method:
     """
     if name == ORACLE:
         return Oracle()
-    if name.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@")):
+    if is_diagnostic(name):
         kind, _, layer = name.partition("@")
         if not layer.isdigit():
             raise PruneZooError(f"--pruner {name}: write the layer as a number from 0, e.g. {kind}@2")

@@ -11,7 +11,7 @@ from .curves import draw_curves
 from .examples import Example
 from .pictures import data_uri, draw_kept, enlarge
 from .record import MEAN, Row
-from .scores import FULL, NONE
+from .scores import FULL, NONE, is_diagnostic
 from .tables import budgets_of, display_name, methods_of, percent, rows_at, span
 
 PAGE, FIGURE = "index.html", "retention.png"
@@ -76,11 +76,6 @@ def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "rival": rows[best] if best else None,
         "pair": pairs[best] if best else None,
     }
-
-
-def is_diagnostic(pruner: str) -> bool:
-    """Whether a method knows more than a pruner may: the oracle, and the full model's own attention."""
-    return pruner == "oracle" or pruner.startswith("attention")
 
 
 def table_of(record: Mapping[str, Any], keep: str) -> list[dict[str, Any]]:

@@ -11,8 +11,16 @@ FULL, NONE = "full", "none"
 ALL_TOKENS, NO_TOKENS = "1.0", "0"
 """The budgets of these two rows."""
 
+ORACLE, ATTENTION = "oracle", "attention"
+"""Diagnostics: what lies on what the question is about, and the full model's own attention, `attention@L`."""
+
 Key = tuple[str, str]
 """(method, budget), both as written on the command line."""
+
+
+def is_diagnostic(method: str) -> bool:
+    """Whether a method knows what no pruner can know before the language model has run."""
+    return method == ORACLE or method.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@"))
 
 
 @dataclass(frozen=True)
