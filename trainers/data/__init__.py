@@ -1,0 +1,1 @@
+"""Suites and data modules: what pruners are trained on and measured with."""

@@ -1,0 +1,143 @@
+"""What a suite is: a deterministic sequence of questions about pictures, with groups that are reported apart."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args, overload
+
+import numpy as np
+from PIL import Image
+
+from modules.core.errors import PruneZooError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture and a dialogue about it; the last answer is the one that is scored.
+
+    Attributes:
+        id: unique within the suite and split.
+        image: the picture, RGB.
+        turns: (question, answer) pairs; the answers before the last are given to the model as history.
+        group: the question group, reported apart.
+        relevant: (H, W) float32, at least 0: how much the question is about a pixel, higher = first to keep; what an
+            oracle keeps. None where the suite does not know.
+    """
+
+    id: str
+    image: Image.Image
+    turns: tuple[tuple[str, str], ...]
+    group: str
+    relevant: np.ndarray | None = None
+
+    @property
+    def question(self) -> str:
+        """The question whose answer is scored."""
+        return self.turns[-1][0]
+
+    @property
+    def answer(self) -> str:
+        """The reference answer."""
+        return self.turns[-1][1]
+
+
+class Suite(Sequence[Item]):
+    """A deterministic sequence of items; item ``i`` is made when asked for, so workers can share one suite.
+
+    A suite overrides ``groups``, ``chance``, ``size`` and ``item``.
+
+    Attributes:
+        name: its name in the registry.
+        groups: the question groups.
+        chance: accuracy of guessing in a group, in [0, 1].
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    chance: dict[str, float]
+
+    def __init__(self, split: str = "test", limit: int | None = None) -> None:
+        if split not in SPLITS:
+            raise PruneZooError(f"suite {self.name}: split {split!r} is not one of {', '.join(SPLITS)}")
+        if limit is not None and limit < 1:
+            raise PruneZooError(f"suite {self.name}: limit must be at least 1, got {limit}")
+        self.split, self.limit = split, limit
+
+    def size(self) -> int:
+        """Number of items in the whole split."""
+        raise NotImplementedError
+
+    def item(self, index: int) -> Item:
+        """Make item ``index``, 0 <= index < size()."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.size() if self.limit is None else min(self.limit, self.size())
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        return self.item(index % len(self))
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(i) for i in range(len(self)))
+
+
+_SUITES: dict[str, type[Suite]] = {}
+
+
+def register_suite(name: str) -> Callable[[type[Suite]], type[Suite]]:
+    """Class decorator: make a suite known by ``name``."""
+
+    def register(cls: type[Suite]) -> type[Suite]:
+        if name in _SUITES and _SUITES[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"two suites are called {name!r}")
+        cls.name = name
+        _SUITES[name] = cls
+        return cls
+
+    return register
+
+
+def list_suites() -> tuple[str, ...]:
+    """Names of all suites."""
+    _import_suites()
+    return tuple(sorted(_SUITES))
+
+
+def load_suite(name: str, split: str = "test", limit: int | None = None, **options: object) -> Suite:
+    """Build a suite by name.
+
+    Args:
+        name: a registered suite.
+        split: train, validation or test; the three share no picture, digit or photograph.
+        limit: only the first so many items.
+        options: what the suite itself takes (photo-grid: ``root``).
+
+    Raises:
+        PruneZooError: an unknown suite or split, or a suite whose data are not there.
+    """
+    _import_suites()
+    if name not in _SUITES:
+        raise PruneZooError(f"suite {name!r} is unknown; there are: {', '.join(sorted(_SUITES))}")
+    build = cast(Callable[..., Suite], _SUITES[name])
+    return build(split=split, limit=limit, **options)
+
+
+def _import_suites() -> None:
+    """Import every file of this package, so that a new suite is one new file."""
+    import importlib
+    import pkgutil
+
+    import trainers.data
+
+    for info in pkgutil.iter_modules(trainers.data.__path__):
+        importlib.import_module(f"trainers.data.{info.name}")
