@@ -1,0 +1,1 @@
+"""The recipe that trained the embedded frozen VLM, checkpoints/tiny-llava."""
