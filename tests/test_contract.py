@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import make_image
 
 from modules import PruneInputs, PrunerConfig, PruneZooError, attach, encode, list_pruners, load_pruner, pruned_forward
 from modules.core.contract import Pruner, budget
 from modules.core.registry import pruner_class, register_pruner
-from tests.conftest import make_image
 
 DIM, TEXT = 32, 32
 GRIDS = ((6, 6), (4, 5), (3, 7))

