@@ -31,7 +31,7 @@ def make_inputs(batch: int = 2, side: int = 4, words: int = 5, width: int = 32, 
 
 def make_ppm(width: int = 32, **config) -> PPM:
     torch.manual_seed(0)
-    return build_pruner("ppm", width=width, hidden=32, heads=4, blocks=2, text_blocks=1, **config).eval()
+    return PPM(width=width, hidden=32, heads=4, blocks=2, text_blocks=1, **config).eval()
 
 
 def test_places_are_relative_to_each_tile():
