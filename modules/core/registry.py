@@ -28,7 +28,7 @@ def register_pruner(name: str) -> Callable[[P], P]:
         if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
             raise PruneZooError(f"pruner name '{name}' must be lower case letters and digits, parts joined by '_'")
         taken = _PRUNERS.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PruneZooError(f"pruner name '{name}' is taken by {taken.__module__}.{taken.__qualname__}")
         if not issubclass(cls, Pruner) or not issubclass(cls.config_class, PrunerConfig):
             raise PruneZooError(f"{cls.__name__} must be a Pruner and its config_class a PrunerConfig")

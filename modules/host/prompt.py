@@ -96,7 +96,8 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
     columns, column_valid = mask_to_index(is_prompt)
     text = embed(ids.gather(1, columns)) if columns.shape[1] else embed(ids[:, :0])
     if "prompt_attention" in needs and features:
-        whole = embed(ids).masked_scatter((ids == family.image_token_id)[..., None], torch.cat(features))
+        whole = embed(ids)
+        whole = whole.masked_scatter((ids == family.image_token_id)[..., None], torch.cat(features).to(whole.dtype))
         positions = given.get("position_ids")
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
         signals["prompt_attention"] = prompt_attention(
@@ -114,7 +115,7 @@ def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> Host
         encoded: From :func:`encode`.
         options: Passed to the model, as ``output_hidden_states=True``.
     """
-    out = vlm(**encoded.batch, mm_encoder_outputs=as_encoder_output(encoded.image_list()), **options)
+    out = _call(vlm, {**encoded.batch, "mm_encoder_outputs": as_encoder_output(encoded.image_list())}, options)
     return HostOutput(out.logits, encoded.labels, out.hidden_states)
 
 
@@ -126,7 +127,7 @@ def pruned_forward(
     Answers can be matched with those of :func:`full_forward` by ``labels != -100``: same tokens, same order.
     """
     shorter, labels, _ = shorten_prompt(vlm, encoded, output, positions)
-    out = vlm(**shorter, **options)
+    out = _call(vlm, shorter, options)
     return HostOutput(out.logits, labels, out.hidden_states)
 
 
@@ -156,8 +157,8 @@ def gated_forward(
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     allowed = causal & encoded.mask[:, None, None]
     mask = torch.where(allowed, bias[:, None, None], torch.finfo(vlm.dtype).min).to(vlm.dtype)
-    batch = {**encoded.batch, "attention_mask": mask}
-    out = vlm(**batch, mm_encoder_outputs=as_encoder_output(encoded.image_list()), **options)
+    images = as_encoder_output(encoded.image_list())
+    out = _call(vlm, {**encoded.batch, "attention_mask": mask, "mm_encoder_outputs": images}, options)
     return HostOutput(out.logits, encoded.labels, out.hidden_states)
 
 
@@ -214,6 +215,11 @@ def check_positions(positions: str) -> None:
     """Raise PruneZooError unless ``positions`` is "original" or "compact"."""
     if positions not in ("original", "compact"):
         raise PruneZooError(f"positions='{positions}' is unknown: choose 'original' or 'compact'")
+
+
+def _call(vlm: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+    """One forward; no cache is filled unless asked for, since nothing is decoded here."""
+    return vlm(**{"use_cache": False, **inputs, **options})
 
 
 def _real(batch: Mapping[str, Any]) -> Tensor:

@@ -1,9 +1,10 @@
 """Cutting the grid of an image into exactly K parts: shared by `uniform`, `pool` and `resize`.
 
-All depends on the cells and on K alone, so equal images share one layout. Letters: n tokens of an image.
+All depends on the cells and on K alone, so each layout is worked out once. Letters: n tokens of an image.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,20 +56,34 @@ def equal_areas(cells: Tensor, count: int) -> list[Part]:
     return parts
 
 
-def cut(cells: Tensor, count: int, layout: Layout) -> list[Part]:
-    """Cut an image with ``cells (n, 3)`` into ``count`` parts, ordered by anchor.
+@lru_cache(maxsize=256)
+def cut(cells: bytes, count: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Cut an image into ``count`` parts.
 
     Tiles share the count in proportion to their patches; newlines and separators, which are no patches, are taken only
     when the patches are used up, each a part of its own.
+
+    Args:
+        cells: The bytes of ``(n, 3)`` int64, so that equal grids are cut once.
+        count: At most n.
+        layout: How to cut a tile.
+
+    Returns:
+        Anchors ``(count,)``, ascending, and the weights ``(count, n)`` of the tokens in each part.
     """
-    patches, others = (cells[:, 1] >= 0).nonzero()[:, 0], (cells[:, 1] < 0).nonzero()[:, 0]
+    grid = torch.frombuffer(bytearray(cells), dtype=torch.long).view(-1, 3)
+    patches, others = (grid[:, 1] >= 0).nonzero()[:, 0], (grid[:, 1] < 0).nonzero()[:, 0]
     from_patches = min(count, len(patches))
-    tiles = [patches[cells[patches, 0] == tile] for tile in cells[patches, 0].unique()]
+    tiles = [patches[grid[patches, 0] == tile] for tile in grid[patches, 0].unique()]
     parts = [(token[None], torch.ones(1), int(token)) for token in others[: count - from_patches]]
     for tile, k in zip(tiles, share(from_patches, [len(t) for t in tiles]), strict=True):
         if k:
-            parts += [(tile[own], weights, int(tile[anchor])) for own, weights, anchor in layout(cells[tile], k)]
-    return sorted(parts, key=lambda part: part[2])
+            parts += [(tile[own], weights, int(tile[anchor])) for own, weights, anchor in layout(grid[tile], k)]
+    parts.sort(key=lambda part: part[2])
+    weight = torch.zeros(count, len(grid))
+    for row, (tokens, weights, _) in zip(weight, parts, strict=True):
+        row[tokens] = weights
+    return torch.tensor([anchor for _, _, anchor in parts], dtype=torch.long), weight
 
 
 def reduce_by(layout: Layout, inputs: PruneInputs, keep: Tensor, merge: bool) -> PruneOutput:
@@ -80,22 +95,18 @@ def reduce_by(layout: Layout, inputs: PruneInputs, keep: Tensor, merge: bool) ->
         keep: ``(B,)`` parts of each.
         merge: Whether to average; else the anchors are kept.
     """
-    size, width = len(keep), int(keep.max()) if len(keep) else 0
+    size, width = len(keep), int(keep.max())
     index = torch.zeros(size, width, dtype=torch.long)
     valid = torch.arange(width) < keep.cpu()[:, None]
     weight = torch.zeros(size, width, inputs.valid.shape[1])  # (B, K, N)
-    known: dict[tuple[bytes, int], list[Part]] = {}
     for row, (cells, real, k) in enumerate(zip(inputs.cells.cpu(), inputs.valid.cpu(), keep.tolist(), strict=True)):
-        slots, own_cells = real.nonzero()[:, 0], cells[real]
-        key = (own_cells.numpy().tobytes(), k)
-        if key not in known:
-            known[key] = cut(own_cells, k, layout)
-        for column, (tokens, weights, anchor) in enumerate(known[key]):
-            index[row, column] = slots[anchor]
-            weight[row, column, slots[tokens]] = weights
+        slots = real.nonzero()[:, 0]
+        anchors, weights = cut(cells[real].numpy().tobytes(), k, layout)
+        index[row, :k] = slots[anchors]
+        weight[row, :k, slots] = weights
     device = inputs.valid.device
     merged = None
     if merge:
-        tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)  # padding may hold anything, NaN too
+        tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)
         merged = (weight.to(device) @ tokens.float()).to(tokens.dtype)
     return PruneOutput(index=index.to(device), valid=valid.to(device), features=merged)

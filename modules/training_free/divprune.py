@@ -24,7 +24,7 @@ class DivPrune(Pruner):
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose one token of each image per step, in all images at once."""
         valid = inputs.valid
-        steps = int(keep.max()) if len(keep) else 0
+        steps = int(keep.max())
         unit = functional.normalize(inputs.features.float(), dim=-1)
         unit = unit.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN too
         distance = 1 - unit @ unit.transpose(1, 2)  # (B, N, N)
