@@ -20,11 +20,6 @@ class Budget:
     label: str
     keep: int | float
 
-    @property
-    def caption(self) -> str:
-        """The budget in words, `64 tokens` or `1/9 of the tokens`."""
-        return f"{self.label} tokens" if isinstance(self.keep, int) else f"{self.label} of the tokens"
-
 
 def parse_budget(text: str) -> Budget:
     """Read one budget: an integer, a fraction such as `1/9`, or a decimal share.

@@ -1,0 +1,319 @@
+"""`trainers.evaluate`: what is measured is what `generate` does, and the command says what is wrong in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, SPECIAL, WORDS, make_image, make_llava, make_processor
+
+from modules.core.errors import PruneZooError
+from modules.core.registry import build_pruner
+from modules.host import attach, encode
+from trainers import evaluate
+from trainers.data import suite as suites
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import Item, Suite
+from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.examples import same_answer, show_examples
+from trainers.evaluation.instrument import judge
+from trainers.evaluation.measure import measure
+from trainers.evaluation.methods import View, attention_to_image, build_method
+from trainers.evaluation.record import read_record, select
+
+EOS = SPECIAL.index("</s>")
+GROUPS = ("one", "two")
+
+
+def make_items(number: int, answer: str = "red") -> list[Item]:
+    """Items of two groups, with questions of different lengths and every fifth a dialogue; nothing like each other."""
+    rng = np.random.default_rng(5)
+    items = []
+    for i in range(number):
+        question = " ".join(rng.choice(WORDS, size=int(rng.integers(2, 9)))) + " ?"
+        turns = ((question, answer),) if i % 5 else (("what color ?", "blue"), (question, answer))
+        relevant = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        relevant[4:8, 8:16] = 1.0  # row 1, columns 2 and 3 of the 6 x 6 grid
+        items.append(Item(f"fake-{i}", make_image(i), turns, GROUPS[i % 2], relevant))
+    return items
+
+
+class FakeSuite(Suite):
+    """Items that are at hand."""
+
+    name = "fake"
+    groups = GROUPS
+    chance = {"one": 0.2, "two": 0.2}
+
+    def __init__(self, split: str = "test", limit: int | None = None, number: str = "12") -> None:
+        super().__init__(split, limit)
+        self.items = make_items(int(number))
+
+    def size(self) -> int:
+        return len(self.items)
+
+    def item(self, index: int) -> Item:
+        return self.items[index]
+
+
+def suite_of(items: list[Item]) -> FakeSuite:
+    suite = FakeSuite()
+    suite.items = items
+    return suite
+
+
+@pytest.fixture
+def fake_suite(monkeypatch):
+    monkeypatch.setitem(suites._SUITES, "fake", FakeSuite)
+
+
+@pytest.fixture(scope="module")
+def ending_llava():
+    """A random model that likes to end its answers, so that greedy decoding writes short answers and stops."""
+    vlm = make_llava(seed=3)
+    with torch.no_grad():
+        special = torch.arange(len(SPECIAL))[:, None]  # other special tokens than the end are no words of an answer
+        vlm.lm_head.weight[: len(SPECIAL)] *= torch.where(special == EOS, 2.0, 0.0)
+    vlm.generation_config.eos_token_id = EOS
+    vlm.generation_config.pad_token_id = 0
+    return vlm, make_processor()
+
+
+def greedy(vlm, processor, items, pruner, keep) -> list[list[int]]:
+    """Token ids that `generate` writes, the end token included, with a pruner attached in the ordinary way."""
+    prompt = ConversationCollator(processor, answers=False)(items)
+    with attach(vlm, pruner, keep=keep):
+        ids = vlm.generate(**prompt, max_new_tokens=6, do_sample=False)[:, prompt["input_ids"].shape[1] :]
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in ids.tolist()]
+
+
+def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava):
+    """The oracle: an item counts as right if and only if `generate` through `attach` writes its reference answer."""
+    vlm, processor = ending_llava
+    items = make_items(60)
+    settings = [(name, budget) for name in ("uniform", "fastervlm") for budget in parse_budgets(["4", "1/4"])]
+    written = {
+        (name, budget.label): greedy(vlm, processor, items, build_pruner(name), budget.keep)
+        for name, budget in settings
+    }
+    # reference answers: what one of the settings writes, so that each setting is right on some and wrong on others
+    keys = list(written)
+    referenced = []
+    for i, item in enumerate(items):
+        ids = written[keys[i % len(keys)]][i]
+        usable = ids[-1] == EOS and len(ids) > 1 and all(token >= len(SPECIAL) for token in ids[:-1])
+        answer = processor.tokenizer.decode(ids[:-1]) if usable else "red"
+        turns = (*item.turns[:-1], (item.question, answer))
+        referenced.append(Item(item.id, item.image, turns, item.group))
+    answers = [[*processor.tokenizer(item.answer)["input_ids"], EOS] for item in referenced]
+
+    measured = measure(
+        vlm,
+        processor,
+        suite_of(referenced),
+        [build_method("uniform"), build_method("fastervlm")],
+        parse_budgets(["4", "1/4"]),
+        batch_size=7,
+    )
+    for key in keys:
+        expected = [float(ids == answer) for ids, answer in zip(written[key], answers, strict=True)]
+        assert 0.1 < np.mean(expected) < 0.9, "the comparison would prove little"
+        assert len({len(answer) for answer, right in zip(answers, expected, strict=True) if right}) > 1
+        assert measured.scores[key].correct.tolist() == expected
+
+
+def test_all_tokens_equal_the_full_model_and_zero_tokens_are_none(ending_llava):
+    vlm, processor = ending_llava
+    measured = measure(
+        vlm, processor, suite_of(make_items(10)), [build_method("uniform")], parse_budgets(["1.0", "1/6"])
+    )
+    full, everything, few = (measured.scores[k] for k in (("full", "1.0"), ("uniform", "1.0"), ("uniform", "1/6")))
+    np.testing.assert_array_equal(full.correct, everything.correct)
+    assert set(full.tokens) == set(everything.tokens) == {36}
+    assert set(full.agreement) == set(everything.agreement) == {1}
+    assert full.kl.max() == everything.kl.max() == 0
+    assert set(measured.scores["none", "0"].tokens) == {0}
+    assert set(few.tokens) == {6}
+    assert few.kl.min() > 1e-4
+    assert few.agreement.mean() < 1
+
+
+def test_batches_change_nothing_and_random_is_the_mean_of_five_seeds(ending_llava):
+    vlm, processor = ending_llava
+    items, methods = make_items(11), [build_method("random")]
+    one = measure(vlm, processor, suite_of(items), methods, parse_budgets(["1/6"]), batch_size=1)
+    many = measure(vlm, processor, suite_of(items), methods, parse_budgets(["1/6"]), batch_size=8)
+    assert methods[0].replicas == 5
+    for key, scores in one.scores.items():
+        for name, values in vars(scores).items():
+            np.testing.assert_allclose(values, vars(many.scores[key])[name], atol=1e-5, err_msg=f"{key} {name}")
+    agreement = one.scores["random", "1/6"].agreement
+    assert set(np.round(agreement * 5, 6)) <= {0, 1, 2, 3, 4, 5}
+    assert ((agreement > 0) & (agreement < 1)).any()
+
+
+def view_of(vlm, processor, items) -> View:
+    batch = ConversationCollator(processor)(items)
+    inputs = encode(vlm, batch).inputs
+    return View(inputs, items, attention_to_image(vlm, batch, inputs.valid))
+
+
+def test_the_oracle_keeps_what_the_question_is_about(ending_llava):
+    view = view_of(*ending_llava, make_items(3))
+    oracle = build_method("oracle")
+    assert oracle.choose(view, 2).index.tolist() == [[8, 9]] * 3
+    kept = oracle.choose(view, 0.5)
+    assert kept.count.tolist() == [18] * 3
+    assert {8, 9} <= set(kept.index[0].tolist())
+    blind = [Item(item.id, item.image, item.turns, item.group) for item in view.items]
+    with pytest.raises(PruneZooError, match="fake-0: the suite does not say which pixels matter"):
+        oracle.choose(View(view.inputs, blind), 2)
+
+
+def test_attention_diagnostics_read_the_full_model(ending_llava):
+    vlm, processor = ending_llava
+    items = make_items(4)
+    before = vlm.config.text_config._attn_implementation
+    view = view_of(vlm, processor, items)
+    assert vlm.config.text_config._attn_implementation == before
+    assert view.attention.shape == (2, 2, 4, 36)
+    assert view.attention.min() > 0
+    assert view.attention.sum(-1).max() < 1
+    for b, item in enumerate(items):  # padding changes nothing
+        torch.testing.assert_close(view.attention[:, :, b], view_of(vlm, processor, [item]).attention[:, :, 0])
+    # the last prompt token is where the first word of the answer is predicted
+    prompt = ConversationCollator(processor, answers=False)(items[1:2])
+    vlm.set_attn_implementation({"text_config": "eager"})
+    weights = vlm(**prompt, output_attentions=True).attentions[1][0, :, -1].mean(0)
+    vlm.set_attn_implementation({"text_config": before})
+    image = prompt["input_ids"][0] == vlm.config.image_token_id
+    torch.testing.assert_close(view.attention[1, 0, 1], weights[image])
+    best = weights[image].topk(5).indices.sort().values
+    assert build_method("attention@1").choose(view, 5).index[1].tolist() == best.tolist()
+    with pytest.raises(PruneZooError, match="layers 0 to 1"):
+        build_method("attention@2").choose(view, 5)
+
+
+def test_examples_show_what_generate_writes(ending_llava):
+    vlm, processor = ending_llava
+    items = make_items(4)
+    budgets = parse_budgets(["4", "1/4"])
+    examples = show_examples(vlm, processor, items, [build_method(n) for n in ("uniform", "pool", "oracle")], budgets)
+    assert [e.item for e in examples] == items
+    assert all(e.grid == (6, 6) for e in examples)
+    for number, budget in enumerate(budgets):
+        written = greedy(vlm, processor, items, build_pruner("uniform"), budget.keep)
+        for example, ids in zip(examples, written, strict=True):
+            shown = example.shown[3 * number]
+            assert (shown.pruner, shown.keep, shown.anchors) == ("uniform", budget.label, False)
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            assert shown.answer.split()[: len(text.split())] == text.split()
+            assert shown.right == same_answer(shown.answer, "red")
+            assert example.shown[3 * number + 1].anchors
+
+
+def record_where(**accuracy: float) -> dict:
+    """A record of one group; accuracies by name, `oracle9` is the oracle at 1/9."""
+    keeps = {"full": ("full", "1.0"), "none": ("none", "0"), "random9": ("random", "1/9"), "oracle9": ("oracle", "1/9")}
+    keeps |= {"oracle18": ("oracle", "1/18"), "a18": ("attention@0", "1/18"), "b18": ("attention-mean@1", "1/18")}
+    rows = [
+        {"pruner": keeps[name][0], "keep": keeps[name][1], "group": group, "accuracy": value}
+        for name, value in accuracy.items()
+        for group in ("counting", "mean")
+    ]
+    return {"groups": ["counting"], "chance": {"counting": 0.25}, "rows": rows}
+
+
+GOOD = {"full": 0.86, "none": 0.34, "random9": 0.7, "oracle9": 0.85, "oracle18": 0.8, "a18": 0.5, "b18": 0.76}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"full": 0.84, "oracle9": 0.83, "random9": 0.6}, "full, counting"),
+        ({"none": 0.36}, "zero tokens, counting"),
+        ({"random9": 0.72}, "random at 1/9"),
+        ({"oracle9": 0.83}, "oracle at 1/9"),
+        ({"b18": 0.78}, "best attention score"),
+    ],
+)
+def test_each_bar_of_the_instrument_fails_alone(change, failing):
+    verdicts = judge(record_where(**{**GOOD, **change}))
+    assert len(verdicts) == 5
+    assert [v.bar.split(":")[0].removesuffix(" at 1/18") for v in verdicts if not v.passed] == (
+        [failing] if failing else []
+    )
+
+
+def test_the_command_writes_rows_and_a_page(fake_suite, tiny_llava_folder, tmp_path, capsys):
+    words = f"--vlm {tiny_llava_folder} --pruner uniform full --rivals --instrument --keep 1/3 5 --suite fake --limit 8"
+    words += f" --json {tmp_path / 'e.json'} --report {tmp_path / 'report'} --examples 1"
+    assert evaluate.main(words.split()) == 0
+    record = read_record(tmp_path / "e.json")
+    names = ["uniform", "random", "pool", "resize", "fastervlm", "divprune", "oracle"]
+    names += ["attention@0", "attention@1", "attention-mean@0", "attention-mean@1"]
+    keeps = ["1/3", "5", "1/9", "1/18"]
+    expected = {("full", "1.0"), ("none", "0"), *((name, keep) for name in names for keep in keeps)}
+    assert {(row["pruner"], row["keep"]) for row in record["rows"]} == expected
+    assert {row["group"] for row in record["rows"]} == {"one", "two", "mean"}
+    assert (record["n"], record["split"], record["suite"]) == (8, "test", "fake")
+    assert record["command"].startswith("python -m trainers.evaluate --vlm")
+    assert {row["tokens"] for row in select(record, pruner="uniform", keep="1/3")} == {12}
+    assert {row["tokens"] for row in select(record, pruner="pool", keep="5")} == {5}
+    assert {(p["pruner"], p["keep"]) for p in record["paired"]} == {("uniform", keep) for keep in keeps}
+    assert len(record["instrument"]) == 2 + 2 + 3
+    out = capsys.readouterr().out
+    assert "Is this a good instrument?" in out
+    assert "uniform" in out
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert make_items(1)[0].question in page
+    assert page.count("data:image/webp") == 2 * 4 * (1 + 7)  # two items, four budgets; the picture and seven methods
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pruner", "uniform", "--keep", "0"], "--keep 0: a budget is at least 1 token"),
+        (["--pruner", "uniform", "--keep", "-4"], "--keep -4"),
+        (["--pruner", "uniform", "--keep", "64", "1.5"], "--keep 1.5: a share lies in"),
+        (["--pruner", "uniform", "--keep", "few"], "--keep 'few' is not a budget"),
+        (["--pruner", "unifrom"], "unifrom"),
+        (["--pruner", "ppm"], "ppm"),
+        ([], "nothing to measure"),
+        (["--pruner", "full"], "nothing to measure"),
+        (["--pruner", "attention@last"], "--pruner attention@last: write the layer as a number"),
+        (["--pruner", "attention@7"], "attention@7: the language model has layers 0 to 1"),
+        (["--pruner", "uniform", "--limit", "0"], "limit must be at least 1"),
+        (["--pruner", "uniform", "--batch-size", "0"], "--batch-size 0"),
+        (["--pruner", "uniform", "--suite", "scene"], "suite 'scene' is unknown"),
+        (["--pruner", "uniform", "--suite-option", "number"], "write key=value"),
+        (["--pruner", "uniform", "--vlm", "no/where/at/all"], "--vlm no/where/at/all: not a loadable"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(fake_suite, tiny_llava_folder, capsys, words, message):
+    base = ["--vlm", str(tiny_llava_folder), "--suite", "fake", "--keep", "1/3"]
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([*base, *words])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_as_a_command_on_scenes(tiny_llava_folder, tmp_path):
+    words = ["-m", "trainers.evaluate", "--vlm", str(tiny_llava_folder), "--pruner", "uniform", "--keep", "1/9"]
+    words += ["--suite", "scenes", "--limit", "14", "--json", str(tmp_path / "e.json")]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *words], cwd=root, env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert record["n"] == 14
+    assert {row["tokens"] for row in record["rows"] if row["pruner"] == "uniform"} == {4}
