@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForCon
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
 from modules.core.contract import PruneOutput
 from modules.core.plan import KeepPlan
+from modules.core.registry import pruner_class
 
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
 SHORT = "<s> USER: <image> what ? ASSISTANT:"
@@ -349,3 +350,17 @@ def test_plan_fills_on_the_left_and_keeps_order():
     values = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
     assert plan.take(values, -1).tolist() == [[11, 13, 14], [-1, 20, 24]]
     assert not plan.identity and KeepPlan.from_mask(~keep | keep, real).identity
+
+
+@pytest.mark.parametrize("name", ["uniform", "pool", "fastervlm", "ppm"])
+def test_a_float32_pruner_serves_a_bfloat16_model(tiny, mixed, name):
+    """The pruner works in its own type; the model gets tokens and gates in its own."""
+    vlm, cls = make_llava().bfloat16(), pruner_class(name)
+    pruner = cls(**cls.tiny_config(32, 32))
+    with attach(vlm, pruner, keep=9):
+        assert vlm(**mixed).logits.dtype == torch.bfloat16
+        assert vlm.generate(**mixed, max_new_tokens=2).shape[0] == 4
+    encoded = encode(vlm, mixed, pruner.needs)
+    gates = pruner.train()(encoded.inputs, 9).gates
+    if gates is not None:
+        assert gated_forward(vlm, encoded, gates).logits.isfinite().all()
