@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .errors import command
 from .evaluation.budgets import parse_budget
 from .evaluation.loading import load_vlm
 from .evaluation.methods import RIVALS
-from .evaluation.record import MEAN, Row, read_record, select
+from .evaluation.record import MEAN, read_record, select
 
 CONFIG = "configs/ppm_tiny.yaml"
 VLM = "checkpoints/tiny-llava"
@@ -64,26 +64,30 @@ def run_part(console: Console, title: str, words: Sequence[str]) -> None:
     console.print(f"{title}: {time.monotonic() - begun:.0f} s", style="dim")
 
 
-def verdict(console: Console, path: Path, pruner: str) -> bool:
-    """Say whether the pruner is above every rival at the budget, from the evaluation's own file."""
-    record = read_record(path)
-    mean: dict[str, Row] = {row["pruner"]: row for row in select(record, keep=KEEP, group=MEAN)}
-    own, rivals = mean[pruner]["retention"], {name: mean[name]["retention"] for name in RIVALS}
+def verdict(record: Mapping[str, Any], pruner: str) -> str:
+    """Whether the pruner is above every rival at the budget, as a line of rich text.
+
+    Args:
+        record: what `trainers.evaluate --json` wrote.
+        pruner: the trained pruner, as named there.
+    """
+    mean = {row["pruner"]: row["retention"] for row in select(record, keep=KEEP, group=MEAN)}
+    own, rivals = mean[pruner], {name: mean[name] for name in RIVALS}
+    if own is None:
+        return "[bold red]No comparison:[/] the full model answers nothing in some group of so few questions."
     best = max(rivals, key=lambda name: rivals[name])
-    pair = next(row for row in record["paired"] if row["pruner"] == pruner and row["rival"] == best)
-    gap, (low, high) = pair["difference"], pair["ci"]
-    above = all(own > retention for retention in rivals.values())
-    numbers = (
-        f"mean retention {own:.1f} % at {KEEP} of the image tokens, the best rival, {best}, {rivals[best]:.1f} %; "
-        f"difference {gap:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {record['n']} questions)"
-    )
-    if above and low > 0:
-        console.print(f"[bold green]The freshly trained PPM is above every rival:[/] {numbers}.", highlight=False)
-    elif above:
-        console.print(f"[bold yellow]The PPM is above every rival, but not clearly:[/] {numbers}.", highlight=False)
+    pairs = {row["rival"]: row for row in record["paired"] if row["pruner"] == pruner}
+    low, high = pairs[best]["ci"]
+    if own <= rivals[best]:
+        said = "[bold red]The freshly trained PPM is NOT above every rival:[/]"
+    elif all(pairs[name]["ci"][0] > 0 for name in RIVALS):
+        said = "[bold green]The freshly trained PPM is above every rival:[/]"
     else:
-        console.print(f"[bold red]The freshly trained PPM is NOT above every rival:[/] {numbers}.", highlight=False)
-    return above
+        said = "[bold yellow]The freshly trained PPM is above every rival, but an interval reaches 0:[/]"
+    return (
+        f"{said} mean retention {own:.1f} % at {KEEP} of the image tokens; the best rival, {best}, has "
+        f"{rivals[best]:.1f} %: {own - rivals[best]:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {record['n']} questions)."
+    )
 
 
 @torch.no_grad()
@@ -95,24 +99,30 @@ def answer(vlm: Any, processor: Any, item: Item) -> str:
     return processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
 
 
-def ask(console: Console, pruner: Pruner, out: Path) -> None:
-    """Answer sample questions with all tokens and with few, through the library as anybody would use it."""
+def ask(console: Console, vlm_source: str, pruner: Pruner, pictures: Path) -> None:
+    """Answer sample questions with all tokens and with few, through the library as anybody would use it.
+
+    Args:
+        console: where the table is printed.
+        vlm_source: folder of the model.
+        pruner: the pruner.
+        pictures: folder in which the pictures are left.
+    """
     console.rule("[bold]Three questions, with all image tokens and with few")
     console.print(
-        f'pruner = AutoPruner.from_pretrained("{out}")\n'
+        "pruner = AutoPruner.from_pretrained(folder)\n"
         f"with attach(vlm, pruner, keep={KEEP}) as run:\n"
-        "    vlm.generate(**processor(images=image, text=prompt, return_tensors='pt'))\n",
+        '    vlm.generate(**processor(images=image, text=prompt, return_tensors="pt"))\n',
         style="cyan",
-        markup=False,
         highlight=False,
     )
-    vlm, processor = load_vlm(VLM)
+    vlm, processor = load_vlm(vlm_source)
     suite = load_suite(SUITE, "test")
     table = Table("picture", "question", "reference", "all tokens", f"{KEEP} of them", "image tokens")
     for group in ASKED:
         item = next(item for item in suite if item.group == group)
-        picture = out.parent / "questions" / f"{group}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture = pictures / f"{group}.png"
+        pictures.mkdir(parents=True, exist_ok=True)
         item.image.save(picture)
         full = answer(vlm, processor, item)
         with attach(vlm, pruner, keep=parse_budget(KEEP).keep) as run:
@@ -131,13 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     begun = time.monotonic()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU ({os.cpu_count()} cores)"
     console.print(f"[bold]prunezoo demo[/] on {device}: a pruner learns which image tokens of {VLM} are worth reading.")
     out, folder = args.out, str(args.out / "ppm")
     run_part(console, "Training", fit_words(args.steps, folder))
     run_part(console, "Measuring", evaluate_words(args.limit, folder, out))
-    verdict(console, out / "evaluation.json", folder)
-    ask(console, AutoPruner.from_pretrained(folder), args.out / "ppm")
+    console.print(verdict(read_record(out / "evaluation.json"), folder), highlight=False)
+    ask(console, VLM, AutoPruner.from_pretrained(folder), out / "questions")
     console.rule("[bold]Where everything is")
     console.print(f"pruner  {folder}  (config.json, model.safetensors, README.md)", highlight=False)
     console.print(f"report  {out / 'report' / 'index.html'}  (curves, and pictures of what is kept)", highlight=False)
@@ -148,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fit_words(steps: int, folder: str) -> list[str]:
     """The training command: the embedded recipe, shorter."""
-    return ["-m", "trainers.fit", "--config", CONFIG, f"--trainer.max_steps={steps}", f"--out={folder}"]
+    words = ["-m", "trainers.fit", "--config", CONFIG, f"--out={folder}", f"--trainer.max_steps={steps}"]
+    return [*words, f"--trainer.val_check_interval={steps}"]  # measured once, at the end
 
 
 def evaluate_words(limit: int, folder: str, out: Path) -> list[str]:
