@@ -84,7 +84,7 @@ def test_answers_follow_from_the_picture(group):
 
 def test_groups_take_turns_and_answers_are_balanced():
     items = [load_suite("scenes", "validation")[i] for i in range(1400)]
-    assert Counter(i.group for i in items) == {group: 200 for group in GROUPS}
+    assert Counter(i.group for i in items) == dict.fromkeys(GROUPS, 200)
     for group, most in (("existence", 0.62), ("relation", 0.62), ("counting", 0.40), ("grounding", 0.16)):
         answers = Counter(i.answer for i in items if i.group == group)
         assert max(answers.values()) / 200 <= most, (group, answers)
@@ -145,7 +145,7 @@ def test_packed_questions_keep_to_themselves():
 
 def test_mistakes_are_named():
     assert "scenes" in list_suites()
-    with pytest.raises(PruneZooError, match="'scones' is unknown; there are: .*scenes"):
+    with pytest.raises(PruneZooError, match=r"'scones' is unknown; there are: .*scenes"):
         load_suite("scones")
     with pytest.raises(PruneZooError, match="split 'dev' is not one of train, validation, test"):
         load_suite("scenes", "dev")

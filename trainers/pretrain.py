@@ -61,7 +61,7 @@ def train(
     out: str = "checkpoints/tiny-llava",
     work: str = "runs/tiny_llava",
     sizes: Sizes = Sizes(),  # noqa: B008
-    machine: Machine = Machine(),  # noqa: B008
+    machine: Machine = Machine(),
     seed: int = 0,
 ) -> None:
     """Train tower and language model, or what is left of it.

@@ -121,7 +121,9 @@ class Asker:
 
     def _grounding(self) -> Question | None:
         thing = self._pick(self.unique)
-        return thing and Question("grounding", ((f"where is the {thing.color} {thing.shape} ?", thing.cell),), [thing])
+        if thing is None:
+            return None
+        return Question("grounding", ((f"where is the {thing.color} {thing.shape} ?", thing.cell),), [thing])
 
     def _reading(self) -> Question | None:
         plate = self._pick([t for t in self.unique if t.number])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .scenes import GROUPS, NOUNS, NUMBERS, Asker
-from .scenes_render import CELLS, COLORS, DIGIT, SIDE, Thing, make_things, render
+from .scenes_render import CELLS, COLORS, SIDE, Thing, make_things, render
 
 GRID, PATCH = 12, 8
 WORD_SLOTS = {  # what the projector's output says of a patch, in the language model's own words
@@ -71,7 +71,7 @@ def presence(things: list[Thing]) -> np.ndarray:
 
 
 class DenseScenes(Dataset[dict[str, Any]]):
-    """Pictures with patch labels; with a word index also ``questions`` packed into one sequence; none is in a split of the suite.
+    """Pictures with patch labels or questions packed into one sequence; none of them is an item of the suite.
 
     Args:
         word_ids: token id of each word and special token; None for pictures alone.
@@ -151,4 +151,3 @@ def encode_dialogue(turns: tuple[tuple[str, str], ...], word_ids: dict[str, int]
 def as_pixels(image: Tensor) -> Tensor:
     """uint8 pictures (B, 3, 96, 96) -> what the processor makes of them: (value / 255 - 0.5) / 0.5."""
     return image.to(torch.float32) / 127.5 - 1
-

@@ -74,8 +74,8 @@ def load_assets(split: str) -> Assets:
     data = load_digits()
     flat, target = data.images.reshape(-1, 64), data.target
     low, high = _DIGIT_SPLITS[split]
-    inside = np.arange(len(target))
-    inside = (inside >= low) & (inside < high)
+    order = np.arange(len(target))
+    inside = (order >= low) & (order < high)
     legible = inside.copy()
     for reader in (KNeighborsClassifier(5), SVC(gamma=0.001)):
         legible[inside] &= reader.fit(flat[~inside], target[~inside]).predict(flat[inside]) == target[inside]
@@ -120,8 +120,13 @@ def shape_mask(shape: str, across: int, turn: int) -> np.ndarray:
 
     def polygon(radii: list[float], start: float) -> None:
         angles = start + angle + np.arange(len(radii)) * 2 * np.pi / len(radii)
-        draw.polygon([(center + radius * r * np.cos(a), center + radius * r * np.sin(a))
-                      for r, a in zip(radii, angles, strict=True)], fill=255)
+        draw.polygon(
+            [
+                (center + radius * r * np.cos(a), center + radius * r * np.sin(a))
+                for r, a in zip(radii, angles, strict=True)
+            ],
+            fill=255,
+        )
 
     if shape in ("circle", "ring"):
         draw.ellipse((center - radius, center - radius, center + radius, center + radius), fill=255)
@@ -139,8 +144,10 @@ def shape_mask(shape: str, across: int, turn: int) -> np.ndarray:
         corners = [(bar, arm), (bar, bar), (arm, bar), (arm, -bar), (bar, -bar), (bar, -arm)]
         corners += [(-x, -y) for x, y in corners]
         cos, sin = np.cos(angle), np.sin(angle)
-        draw.polygon([(center + radius * (x * cos - y * sin), center + radius * (x * sin + y * cos))
-                      for x, y in corners], fill=255)
+        draw.polygon(
+            [(center + radius * (x * cos - y * sin), center + radius * (x * sin + y * cos)) for x, y in corners],
+            fill=255,
+        )
     return np.asarray(canvas.resize((across, across), Image.Resampling.BOX), np.float32) / 255
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as WordTokenizer
@@ -75,13 +76,13 @@ def new_vlm(sizes: Sizes) -> LlavaForConditionalGeneration:
     return vlm
 
 
-def tower_of(vlm: LlavaForConditionalGeneration) -> nn.Module:
-    """The vision transformer itself."""
+def tower_of(vlm: LlavaForConditionalGeneration) -> Any:
+    """The vision transformer itself (loosely typed, as all of transformers)."""
     tower = vlm.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
 
-def _start_tower(tower: nn.Module, sizes: Sizes) -> None:
+def _start_tower(tower: Any, sizes: Sizes) -> None:
     for parameter_name, parameter in tower.named_parameters():
         if parameter.dim() > 1:
             last = parameter_name.endswith(("fc2.weight", "out_proj.weight"))
@@ -116,7 +117,7 @@ def _grid_waves(channels: int) -> Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-def _same_query_and_key(attention: nn.Module, gain: float) -> None:
+def _same_query_and_key(attention: Any, gain: float) -> None:
     query, key = attention.q_proj.weight, attention.k_proj.weight
     shared = gain * torch.linalg.qr(torch.randn(query.shape))[0]
     with torch.no_grad():

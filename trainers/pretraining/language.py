@@ -36,6 +36,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.steps, self.lr = steps, lr
         self.language = vlm.model.language_model
+        self.vlm: Any
         self.__dict__["vlm"] = vlm  # frozen parts stay out of this module's state
         vlm.requires_grad_(False)
         self.language.requires_grad_(True)
