@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from trainers.data.suite import Item, Suite
 from trainers.evaluation.budgets import parse_budgets
 from trainers.evaluation.examples import same_answer, show_examples
 from trainers.evaluation.instrument import judge
+from trainers.evaluation.journal import Journal
 from trainers.evaluation.measure import measure
 from trainers.evaluation.methods import View, attention_to_image, build_method
 from trainers.evaluation.record import read_record, select
@@ -317,3 +319,36 @@ def test_as_a_command_on_scenes(tiny_llava_folder, tmp_path):
     record = json.loads((tmp_path / "e.json").read_text())
     assert record["n"] == 14
     assert {row["tokens"] for row in record["rows"] if row["pruner"] == "uniform"} == {4}
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(ending_llava, tmp_path, monkeypatch):
+    vlm, processor = ending_llava
+    items, budgets, methods = make_items(10), parse_budgets(["1/6"]), [build_method("uniform")]
+    monkeypatch.setattr("trainers.evaluation.measure.WINDOW", 2)
+    whole = measure(vlm, processor, suite_of(items), methods, budgets, batch_size=2)
+
+    class Interrupted(FakeSuite):
+        def item(self, index: int) -> Item:
+            if index == 7:
+                raise KeyboardInterrupt
+            return items[index]
+
+    journal = Journal(tmp_path / "e.json.partial.npz", "these settings")
+    with pytest.raises(KeyboardInterrupt):
+        measure(vlm, processor, Interrupted(limit=10), methods, budgets, batch_size=2, journal=journal)
+    steps: list[int] = []
+    rest = suite_of([replace(item, group="") for item in items[:4]] + items[4:])  # the first four are not asked again
+    resumed = measure(vlm, processor, rest, methods, budgets, batch_size=2, advance=steps.append, journal=journal)
+    assert steps == [4 * 3, *[2] * 9]
+    np.testing.assert_array_equal(resumed.group_of, whole.group_of)
+    for key, scores in whole.scores.items():
+        for name, values in vars(scores).items():
+            np.testing.assert_array_equal(values, vars(resumed.scores[key])[name])
+
+    other = Journal(journal.path, "other settings")
+    measure(vlm, processor, suite_of(items), methods, budgets, batch_size=2, advance=steps.append, journal=other)
+    assert 0 in steps
+    journal.path.write_bytes(journal.path.read_bytes()[:100])
+    assert other.read(dict(whole.scores), [""] * 10) == 0
+    journal.remove()
+    assert not list(tmp_path.iterdir())

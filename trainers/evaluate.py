@@ -6,6 +6,7 @@ A pruner is a registry name (`divprune`), a folder or a Hub id; `oracle` and `at
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets
 from .evaluation.examples import pick_items, show_examples
 from .evaluation.instrument import BUDGETS, judge
+from .evaluation.journal import Journal
 from .evaluation.loading import DTYPES, load_vlm
 from .evaluation.measure import measure, passes
 from .evaluation.methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
@@ -104,6 +106,19 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
     weights = {method.name: weights_digest(method.name) for method in methods}
+    journal = None
+    if args.json:
+        names = [args.vlm, str(vlm.dtype), args.suite, args.split, *args.suite_option, *(m.name for m in methods)]
+        facts = [
+            len(suite),
+            args.seed,
+            args.batch_size,
+            [b.label for b in budgets],
+            weights_digest(args.vlm),
+            weights,
+            *names,
+        ]
+        journal = Journal(args.json.with_name(f"{args.json.name}.partial.npz"), json.dumps(facts))
 
     columns = (
         TextColumn(f"{suite.name} {suite.split}"),
@@ -116,7 +131,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(suite) * passes(methods, budgets))
         measurement = measure(
-            vlm, processor, suite, methods, budgets, args.batch_size, lambda n: progress.advance(task, n)
+            vlm, processor, suite, methods, budgets, args.batch_size, lambda n: progress.advance(task, n), journal
         )
     header = {
         "vlm": args.vlm,
@@ -132,8 +147,9 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         verdicts = judge(record)
         record["instrument"] = [vars(verdict) for verdict in verdicts]
         print_verdicts(verdicts, console)
-    if args.json:
+    if args.json and journal:
         write_record(record, args.json)
+        journal.remove()
         console.print(f"numbers: {args.json}")
     if args.report:
         named = [method for method in methods if method.name in (*args.pruner, *RIVALS, ORACLE)]
@@ -156,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Console(width=None if sys.stdout.isatty() else WIDE),
         )
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; with --json the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

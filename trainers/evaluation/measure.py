@@ -30,6 +30,7 @@ from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
+from .journal import Journal
 from .methods import Method, View, attention_to_image
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
 
@@ -94,6 +95,7 @@ def measure(
     budgets: Sequence[Budget],
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda passes: None,
+    journal: Journal | None = None,
 ) -> Measurement:
     """Measure every method at every budget on every item of a suite, beside the full model and zero tokens.
 
@@ -105,6 +107,7 @@ def measure(
         budgets: at how many tokens.
         batch_size: B.
         advance: told after each forward pass how many items it took, for a progress bar.
+        journal: where to note what is done after each window, and to read what was done before.
 
     Raises:
         PruneZooError: an empty suite, a group that the suite does not announce, or a method that cannot cope.
@@ -119,7 +122,10 @@ def measure(
     needs = tuple(sorted({signal for method in methods for signal in method.needs}))
     wants_attention = any(method.wants_attention for method in methods)
 
-    for places, items in _batches(suite, batch_size):
+    done = journal.read(scores, group_names) if journal else 0
+    advance(done * passes(methods, budgets))
+
+    for places, items, ends in _batches(suite, batch_size, done):
         batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
         encoded = encode(vlm, batch, needs=needs)
         attention = attention_to_image(vlm, batch, encoded.inputs.valid) if wants_attention else None
@@ -130,6 +136,8 @@ def measure(
             advance(len(items))
         for place, item in zip(places, items, strict=True):
             group_names[place] = item.group
+        if journal and ends:
+            journal.write(scores, group_names, ends)
 
     unknown = set(group_names) - set(suite.groups)
     if unknown:
@@ -166,11 +174,13 @@ def _passes(
                 yield (method.name, budget.label), 1 / method.replicas, prune(choice)
 
 
-def _batches(suite: Suite, batch_size: int) -> Iterator[tuple[list[int], list[Item]]]:
-    """Batches of items of like length, with their places in the suite."""
-    for start in range(0, len(suite), WINDOW * batch_size):
-        window = [(i, suite[i]) for i in range(start, min(start + WINDOW * batch_size, len(suite)))]
+def _batches(suite: Suite, batch_size: int, start: int) -> Iterator[tuple[list[int], list[Item], int]]:
+    """Batches of items of like length, their places in the suite, and, where its window ends with it."""
+    for begin in range(start, len(suite), WINDOW * batch_size):
+        end = min(begin + WINDOW * batch_size, len(suite))
+        window = [(i, suite[i]) for i in range(begin, end)]
         window.sort(key=lambda pair: sum(len(text) for turn in pair[1].turns for text in turn))
         for first in range(0, len(window), batch_size):
             part = window[first : first + batch_size]
-            yield [place for place, _ in part], [item for _, item in part]
+            is_last = first + batch_size >= len(window)
+            yield [place for place, _ in part], [item for _, item in part], end if is_last else 0

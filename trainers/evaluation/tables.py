@@ -18,8 +18,9 @@ WIDE = 150
 
 
 def display_name(pruner: str) -> str:
-    """A short name for a table or figure: the last part of a folder or Hub id."""
-    return Path(pruner).name if "/" in pruner else pruner
+    """A short name for a table or figure: the last part of a Hub id or folder, the last two of a deeper folder."""
+    parts = Path(pruner).parts
+    return pruner if "/" not in pruner else "/".join(parts[-2:]) if len(parts) > 2 else parts[-1]
 
 
 def budgets_of(record: Mapping[str, Any]) -> list[str]:
