@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from test_evaluate_statistics import measurement
 
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
-from tests.test_evaluate_statistics import measurement
 from trainers import cards, publish
 from trainers.cards import weights_digest, write_card
 from trainers.evaluation.record import build_record, write_record

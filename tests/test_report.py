@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image
+from test_evaluate_statistics import measurement
 
-from tests.test_evaluate_statistics import measurement
 from trainers.data.suite import Item
 from trainers.evaluation.curves import draw_curves
 from trainers.evaluation.examples import Example, Shown

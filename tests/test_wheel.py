@@ -128,7 +128,7 @@ import prunezoo
 from prunezoo import AutoPruner, attach, build_pruner, list_pruners
 
 assert Path(prunezoo.__file__).is_relative_to(Path(__import__("sys").prefix)), prunezoo.__file__
-for name in ("modules", "trainers", "lightning", "rich", "matplotlib", "sklearn"):
+for name in ("modules", "trainers", "lightning", "peft", "matplotlib", "sklearn"):
     assert importlib.util.find_spec(name) is None, name
 for found in pkgutil.walk_packages(prunezoo.__path__, "prunezoo."):
     importlib.import_module(found.name)

@@ -76,6 +76,7 @@ def verdict(record: Mapping[str, Any], pruner: str) -> str:
     if own is None:
         return "[bold red]No comparison:[/] the full model answers nothing in some group of so few questions."
     best = max(rivals, key=lambda name: rivals[name])
+    gap = own - rivals[best]
     pairs = {row["rival"]: row for row in record["paired"] if row["pruner"] == pruner}
     low, high = pairs[best]["ci"]
     if own <= rivals[best]:
@@ -86,7 +87,7 @@ def verdict(record: Mapping[str, Any], pruner: str) -> str:
         said = "[bold yellow]The freshly trained PPM is above every rival, but an interval reaches 0:[/]"
     return (
         f"{said} mean retention {own:.1f} % at {KEEP} of the image tokens; the best rival, {best}, has "
-        f"{rivals[best]:.1f} %: {own - rivals[best]:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {record['n']} questions)."
+        f"{rivals[best]:.1f} %: {gap:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {record['n']} questions)."
     )
 
 
