@@ -95,7 +95,8 @@ def test_groups_take_turns_and_answers_are_balanced():
 def test_relevance_lies_on_the_things_asked_about():
     for things in _things(20):
         value = relevance(things[:1])
-        thing, rows, columns = things[0], *np.mgrid[:96, :96] + 0.5
+        thing = things[0]
+        rows, columns = np.mgrid[:96, :96] + 0.5
         inside = (abs(columns - thing.x) <= thing.width / 2) & (abs(rows - thing.y) <= thing.height / 2)
         assert (value[inside] > 0).all() and (value[~inside] == 0).all()
         peak = np.unravel_index(value.argmax(), value.shape)
