@@ -147,9 +147,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         verdicts = judge(record)
         record["instrument"] = [vars(verdict) for verdict in verdicts]
         print_verdicts(verdicts, console)
-    if args.json and journal:
+    if args.json:
         write_record(record, args.json)
-        journal.remove()
         console.print(f"numbers: {args.json}")
     if args.report:
         named = [method for method in methods if method.name in (*args.pruner, *RIVALS, ORACLE)]
@@ -158,6 +157,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         console.print(f"report: {write_report(record, examples, args.report)}")
     if args.card:
         console.print(f"card: {write_card(args.card, record)[0]}")
+    if journal:
+        journal.remove()
     return record
 
 
