@@ -336,7 +336,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(ending_llava, tmp_p
     journal = Journal(tmp_path / "e.json.partial.npz", "these settings")
     with pytest.raises(KeyboardInterrupt):
         measure(vlm, processor, Interrupted(limit=10), methods, budgets, batch_size=2, journal=journal)
-    steps: list[int] = []
+    steps = []
     rest = suite_of([replace(item, group="") for item in items[:4]] + items[4:])  # the first four are not asked again
     resumed = measure(vlm, processor, rest, methods, budgets, batch_size=2, advance=steps.append, journal=journal)
     assert steps == [4 * 3, *[2] * 9]
