@@ -184,7 +184,7 @@ class DistillModule(L.LightningModule):
                 values[f"val/{name}_{share:.3f}"] = table[group, row, 0]
             values[f"val/retention_{share:.3f}"] = 100 * accuracy[row] / accuracy[0]
         values["val/score"] = accuracy[1:].mean()
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True)  # equal on all processes already; this says so
         kept = ", ".join(
             f"{100 * right / accuracy[0]:.1f} % at {share:.3f}"
             for right, share in zip(accuracy[1:].tolist(), self.measure, strict=True)
