@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -161,18 +160,16 @@ class WholeCheckpoints(TorchCheckpointIO):
             PruneZooError: It cannot be written; what was there before is untouched.
         """
         path = Path(path)
-        scratch: Path | None = None
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-                scratch = Path(file.name)
+            with scratch.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(path)
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says into a RuntimeError
-            if scratch is not None:
-                scratch.unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
             cause: BaseException = error
             while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
                 cause = cause.__cause__ or cause.__context__ or cause
