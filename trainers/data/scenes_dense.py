@@ -18,6 +18,10 @@ WORD_SLOTS = {  # what the projector's output says of a patch, in the language m
     "digit": NUMBERS,
     "cell": CELLS,
 }
+# How often a question of each group is drawn: reading and counting are learnt last.
+_SHARES = {"counting": 0.28, "reading": 0.24, "dialogue": 0.12} | dict.fromkeys(
+    ("attribute", "existence", "relation", "grounding"), 0.09
+)
 _PRETRAIN_SEED = 5  # apart from the seeds of the suite's own splits
 
 
@@ -111,7 +115,7 @@ class DenseScenes(Dataset[dict[str, Any]]):
         group = np.full(self.length, -1)
         used = 0
         for number in range(self.questions):
-            which = int(rng.integers(len(GROUPS)))
+            which = int(rng.choice(len(GROUPS), p=[_SHARES[group] for group in GROUPS]))
             question = asker.ask(GROUPS[which])
             if question is None:
                 continue
