@@ -152,5 +152,7 @@ def test_mistakes_are_named():
         load_suite("scenes", "dev")
     with pytest.raises(PruneZooError, match="limit must be at least 1"):
         load_suite("scenes", limit=0)
+    with pytest.raises(PruneZooError, match="option 'root' is unknown, it takes none"):
+        load_suite("scenes", root="x")
     with pytest.raises(IndexError):
         load_suite("scenes", limit=3)[3]

@@ -1,5 +1,8 @@
 """What a suite is: a deterministic sequence of questions about pictures, with groups that are reported apart."""
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args, overload
@@ -129,14 +132,16 @@ def load_suite(name: str, split: str = "test", limit: int | None = None, **optio
     if name not in _SUITES:
         raise PruneZooError(f"suite {name!r} is unknown; there are: {', '.join(sorted(_SUITES))}")
     build = cast(Callable[..., Suite], _SUITES[name])
+    known = [option for option in inspect.signature(build).parameters if option not in ("split", "limit")]
+    for option in options:
+        if option not in known:
+            there = f"; it takes: {', '.join(known)}" if known else ", it takes none"
+            raise PruneZooError(f"suite {name}: option {option!r} is unknown{there}")
     return build(split=split, limit=limit, **options)
 
 
 def _import_suites() -> None:
     """Import every file of this package, so that a new suite is one new file."""
-    import importlib
-    import pkgutil
-
     import trainers.data
 
     for info in pkgutil.iter_modules(trainers.data.__path__):
