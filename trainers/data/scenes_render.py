@@ -26,6 +26,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": (10, 12), "large": (17, 20)}  # pixels across, both ends included
 DIGIT = (12, 12)  # width and height of a digit on a plate, pixels
+LENGTHS = (0.3, 0.3, 0.25, 0.15)  # how often a plate has one, two, three, four digits
 CELLS = tuple(f"{row}{column}" for row in "abcd" for column in "1234")  # the 4×4 grid cells that questions name
 _DIGIT_SPLITS = {"train": (0, 1200), "validation": (1200, 1450), "test": (1450, 1797)}  # the file is in writer order
 _PHOTO_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.78), "test": (0.78, 1.0)}  # shares of a photograph's width
@@ -68,7 +69,7 @@ class Assets:
 def load_assets(split: str) -> Assets:
     """Digits and photographs of a split.
 
-    A digit is left out as illegible unless its five nearest neighbours by the *other* splits' writers, and a support
+    A digit is left out as illegible unless its ten nearest neighbours by the *other* splits' writers, and a support
     vector classifier fitted on those, all read it right.
     """
     data = load_digits()
@@ -76,7 +77,7 @@ def load_assets(split: str) -> Assets:
     low, high = _DIGIT_SPLITS[split]
     order = np.arange(len(target))
     inside = (order >= low) & (order < high)
-    neighbours = KNeighborsClassifier(5).fit(flat[~inside], target[~inside]).predict_proba(flat[inside])
+    neighbours = KNeighborsClassifier(10).fit(flat[~inside], target[~inside]).predict_proba(flat[inside])
     reader = SVC(gamma=0.001).fit(flat[~inside], target[~inside])
     legible = inside.copy()
     legible[inside] = neighbours[np.arange(inside.sum()), target[inside]] == 1
@@ -173,7 +174,7 @@ def make_things(
     plate_colors = rng.permutation(palette)[:count]
     for index in range(count + int(rng.integers(others[0], others[1] + 1))):
         if index < count:
-            length = int(rng.integers(1, 5))
+            length = int(rng.choice(4, p=LENGTHS)) + 1
             number = "".join(str(d) for d in rng.integers(0, 10, length))
             width, height = DIGIT[0] * length + 4, DIGIT[1] + 4
             color, shape, size = str(plate_colors[index]), "plate", "large" if length > 2 else "small"
