@@ -9,7 +9,7 @@ from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.distill import AnswerTable, DistillModule, draw_budgets
 from trainers.losses import answer_slots, distillation_kl, guide_kl, guide_mse, topk_hinge
-from trainers.teacher import attention_guide, relevance
+from trainers.teacher import attention_guide, one_slot_each, relevance
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 
@@ -70,21 +70,34 @@ def test_hinge_asks_for_the_guides_best_and_no_more():
 
 
 def test_relevance_is_what_dimming_a_token_costs(tiny_llava, encoded):
-    """First order: a token's gate lowered by h changes the log-likelihood of the answer by h times its relevance."""
+    """First order: a gate lowered by h changes the log-odds at the slot drawn by h times its token's relevance."""
+    torch.manual_seed(3)
     found, logits = relevance(tiny_llava.vlm, encoded)
     torch.testing.assert_close(logits, answer_slots(full_forward(tiny_llava.vlm, encoded).logits, encoded.labels)[0])
+    _, tokens, sample = answer_slots(full_forward(tiny_llava.vlm, encoded).logits, encoded.labels)
+    torch.manual_seed(3)
+    chosen = one_slot_each(sample)
+    assert sample[chosen].tolist() == [0, 1]
 
-    def likelihood(gates):
-        values, tokens, sample = answer_slots(gated_forward(tiny_llava.vlm, encoded, gates).logits, encoded.labels)
-        each = values.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return torch.zeros(2, dtype=torch.double).index_add(0, sample, each)
+    def odds(gates):
+        values = answer_slots(gated_forward(tiny_llava.vlm, encoded, gates).logits, encoded.labels)[0][chosen]
+        p = values.double().softmax(-1).gather(1, tokens[chosen, None])[:, 0]
+        return (p / (1 - p)).log()
 
     step = 0.02
     for slot in (0, 7, 20):
         low, high = torch.ones(2, 36), torch.ones(2, 36)
         low[:, slot], high[:, slot] = 1 - step, 1 + step
-        slope = (likelihood(high) - likelihood(low)) / (2 * step)
+        slope = (odds(high) - odds(low)) / (2 * step)
         torch.testing.assert_close(found[:, slot].double(), slope.abs(), rtol=2e-2, atol=1e-4)
+
+
+def test_every_answer_slot_is_drawn_alike():
+    torch.manual_seed(0)
+    sample = torch.tensor([0, 1, 1, 1, 2, 2])
+    drawn = torch.stack([one_slot_each(sample) for _ in range(600)])
+    assert torch.equal(sample[drawn], torch.tensor([0, 1, 2]).expand(600, 3))
+    assert drawn[:, 1].bincount(minlength=4)[1:].min() > 150 and drawn[:, 2].bincount(minlength=6)[4:].min() > 240
 
 
 def test_attention_guide_equals_the_models_own_attention(tiny_llava, encoded):

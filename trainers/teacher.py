@@ -19,16 +19,20 @@ from .losses import answer_slots
 
 
 def relevance(vlm: Any, encoded: Encoded, answer: Literal["reference", "top"] = "reference") -> tuple[Tensor, Tensor]:
-    """How much the answer's log-likelihood moves when an image token's attention keys are dimmed.
+    """How much an answer token's log-odds move when an image token's attention keys are dimmed.
 
-    |d log p(answer) / d log gate| at gates of 1, through all layers at once: first-order token removal, as in Molchanov
-    et al. (arXiv 1611.06440) and, for attention masks of heads, Michel et al. (arXiv 1905.10650). One forward and one
-    backward pass of the frozen model; no label is needed with ``top``.
+    |d log-odds / d log gate| at gates of 1, through all layers at once: first-order token removal, as in Molchanov
+    et al. (arXiv 1611.06440) and, for attention masks of heads, Michel et al. (arXiv 1905.10650). Log-odds, because
+    the gradient of a log-likelihood fades where the model is sure. One answer slot a sample, drawn at random: each
+    digit of a number has its own image tokens, and a sum over slots hides those of the slots that the model is surest
+    of. A loss that is linear in the guide sees the mean of the slots' maps all the same, at the price of one forward
+    and one backward pass.
 
     Args:
         vlm: The frozen model.
         encoded: A batch with labels, images encoded.
-        answer: The reference answer, or what the model itself thinks best at each answer slot.
+        answer: The reference answer, or what the model itself thinks best at each answer slot (then no label is needed
+            but for its length).
 
     Returns:
         relevance (B, N) float32, at least 0, 0 on padding; the full model's logits (S, V) at the answer slots.
@@ -37,12 +41,28 @@ def relevance(vlm: Any, encoded: Encoded, answer: Literal["reference", "top"] = 
     with torch.enable_grad():
         gates = torch.ones(valid.shape, device=valid.device, requires_grad=True)
         out = gated_forward(vlm, encoded, gates)
-        logits, tokens, _ = answer_slots(out.logits, out.labels)
+        logits, tokens, sample = answer_slots(out.logits, out.labels)
         if answer == "top":
             tokens = logits.argmax(-1)
-        likelihood = logits.log_softmax(-1).gather(-1, tokens[:, None]).sum()
-        (gradient,) = torch.autograd.grad(likelihood, gates)  # d/d gate and d/d log gate are one at a gate of 1
+        chosen = one_slot_each(sample)
+        place = tokens[chosen, None]
+        others = logits[chosen].scatter(-1, place, -torch.inf).logsumexp(-1)
+        odds = logits[chosen].gather(-1, place)[:, 0] - others
+        (gradient,) = torch.autograd.grad(odds.sum(), gates)  # d/d gate and d/d log gate are one at a gate of 1
     return gradient.abs() * valid, logits.detach()
+
+
+def one_slot_each(sample: Tensor) -> Tensor:
+    """A random answer slot of every sample: indices into the slots, (number of samples with a slot,).
+
+    Args:
+        sample: (S,) the sample of each slot, ascending.
+    """
+    draw = torch.rand(len(sample), device=sample.device)
+    shuffled = (sample + draw).argsort()  # within each sample a random order, samples one after another
+    first = torch.ones_like(sample, dtype=torch.bool)
+    first[1:] = sample[1:] != sample[:-1]
+    return shuffled[first]
 
 
 def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Tensor]:
