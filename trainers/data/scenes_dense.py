@@ -19,8 +19,8 @@ WORD_SLOTS = {  # what the projector's output says of a patch, in the language m
     "cell": CELLS,
 }
 # How often a question of each group is drawn: reading and counting are learnt last.
-_SHARES = {"counting": 0.28, "reading": 0.24, "dialogue": 0.12} | dict.fromkeys(
-    ("attribute", "existence", "relation", "grounding"), 0.09
+_SHARES = {"counting": 0.42, "reading": 0.14, "dialogue": 0.16} | dict.fromkeys(
+    ("attribute", "existence", "relation", "grounding"), 0.07
 )
 _PRETRAIN_SEED = 5  # apart from the seeds of the suite's own splits
 
