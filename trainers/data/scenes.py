@@ -88,11 +88,15 @@ class Asker:
         return Question("existence", ((f"is there a {color} {shape} ?", answer),), wanted)
 
     def _countable(self, but: str = "") -> tuple[str, str, list[Thing]] | None:
-        """A word to count by (a colour or shape, not ``but``), the count, and the things; counts are equally likely."""
+        """What to count (things of a colour, or plates; not ``but``), how many, and the things; counts are balanced.
+
+        Shapes are not counted: a shape is named wrong for one thing in forty, which adds up over a scene.
+        """
         by_word: dict[str, list[Thing]] = {}
         for thing in self.things:
             by_word.setdefault(f"{thing.color} objects", []).append(thing)
-            by_word.setdefault(PLURALS[thing.shape], []).append(thing)
+            if thing.number:
+                by_word.setdefault(PLURALS[thing.shape], []).append(thing)
         count = int(self.rng.integers(1, len(COUNTS) + 1))
         words = sorted(word for word, found in by_word.items() if len(found) == count and word != but)
         if not words:
