@@ -1,9 +1,9 @@
-"""Render the model card of a pruner from its run record and a measured evaluation; no number is written by hand.
+"""Render model cards from run record and measured evaluation; no number is written by hand.
 
     python -m trainers.cards checkpoints/ppm-tiny --json evaluation.json
 
 writes `README.md` (the card) and `metrics.json` (the numbers behind it) into the folder and, for what ships in
-`checkpoints/`, a copy of the card into `hub_cards/`.
+`checkpoints/`, a copy of the card into `hub_cards/`. For the frozen model's own folder it is the instrument's card.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from modules.core.errors import PruneZooError
 from modules.core.registry import load_pruner
 
 from .errors import command
+from .evaluation.loading import load_vlm
 from .evaluation.record import MEAN, Row, read_record, select, write_record
 from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .evaluation.tables import budgets_of, display_name, methods_of, percent, span
@@ -89,31 +90,39 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
         model_name=folder.resolve().name,
         eval_results=eval_results(metrics),
     )
-    environment = Environment(  # Markdown, not a page: nothing to escape
+    text = (
+        templates()
+        .get_template("template.md")
+        .render(
+            card_data=data.to_yaml(),
+            name=folder.resolve().name,
+            folder=shown_path(folder),
+            method=pruner.name,
+            about=about,
+            papers=papers,
+            parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
+            query_aware=getattr(pruner.config, "query_aware", None),
+            run=run,
+            metrics=metrics,
+            full=_mean(metrics, FULL, ALL_TOKENS),
+            blind=_mean(metrics, NONE, NO_TOKENS),
+            budgets=budget_table(metrics),
+            rivals=rival_table(metrics),
+            weakest=weakest(metrics),
+            minutes=f"{run['seconds'] / 60:.1f}" if run else None,
+        )
+    )
+    return ModelCard(text)
+
+
+def templates() -> Environment:
+    """The card templates."""
+    return Environment(  # Markdown, not a page: nothing to escape
         loader=FileSystemLoader(CARDS),
         undefined=StrictUndefined,
         trim_blocks=True,
         autoescape=False,  # noqa: S701
     )
-    text = environment.get_template("template.md").render(
-        card_data=data.to_yaml(),
-        name=folder.resolve().name,
-        folder=shown_path(folder),
-        method=pruner.name,
-        about=about,
-        papers=papers,
-        parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
-        query_aware=getattr(pruner.config, "query_aware", None),
-        run=run,
-        metrics=metrics,
-        full=_mean(metrics, FULL, ALL_TOKENS),
-        blind=_mean(metrics, NONE, NO_TOKENS),
-        budgets=budget_table(metrics),
-        rivals=rival_table(metrics),
-        weakest=weakest(metrics),
-        minutes=f"{run['seconds'] / 60:.1f}" if run else None,
-    )
-    return ModelCard(text)
 
 
 def about_method(pruner: Pruner) -> tuple[str, list[str]]:
@@ -186,14 +195,65 @@ def shown_path(folder: Path) -> str:
     return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
 
 
+def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
+    """The card of a frozen model, from what `trainers.evaluate --instrument` measured.
+
+    Raises:
+        PruneZooError: the record was measured without `--instrument`.
+    """
+    if "instrument" not in record:
+        raise PruneZooError(f"{folder}: the card of a frozen model needs `trainers.evaluate --instrument`")
+    vlm, processor = load_vlm(str(folder))
+    lines = []
+    for keep in dict.fromkeys(row["keep"] for row in record["rows"]):
+        for name in methods_of(record):
+            rows = {row["group"]: row for row in select(record, pruner=name, keep=keep)}
+            if rows:
+                shown = name if name in (FULL, NONE) else f"{name}, {keep}"
+                cells = [f"{100 * rows[group]['accuracy']:.1f}" for group in (*record["groups"], MEAN)]
+                tokens = f"{rows[MEAN]['tokens']:.1f}"
+                retention = f"{percent(rows[MEAN]['retention'])} ({span(rows[MEAN])})"
+                lines.append({"name": shown, "tokens": tokens, "cells": cells, "retention": retention})
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["prunezoo", "visual-token-pruning"],
+        model_name=folder.resolve().name,
+    )
+    text = (
+        templates()
+        .get_template("frozen_model.md")
+        .render(
+            card_data=data.to_yaml(),
+            name=folder.resolve().name,
+            architecture=type(vlm).__name__,
+            parameters=f"{sum(p.numel() for p in vlm.parameters()):,}",
+            tokens=_mean(record, FULL, ALL_TOKENS)["tokens"],
+            words=len(processor.tokenizer),
+            record=record,
+            lines=lines,
+        )
+    )
+    return ModelCard(text)
+
+
 def write_card(folder: Path, record: Mapping[str, Any]) -> list[Path]:
-    """Write card and metrics into the folder, and a copy of a shipped pruner's card into `hub_cards/`.
+    """Write card and metrics into the folder, and a copy of a shipped model's card into `hub_cards/`.
+
+    Args:
+        folder: of a pruner, or of the frozen model itself.
+        record: what `trainers.evaluate` measured.
 
     Returns:
         The files that were written.
     """
-    metrics = metrics_of(folder, record)
-    text = str(render_card(folder, metrics))
+    if folder.resolve() == Path(record["vlm"]).resolve():
+        metrics, card = dict(record), render_frozen_card(folder, record)
+    else:
+        metrics = metrics_of(folder, record)
+        card = render_card(folder, metrics)
+    text = str(card)
     paths = [folder / CARD_FILE]
     if folder.resolve().parent == SHIPPED:
         paths.append(CARDS / f"{folder.resolve().name}.md")
