@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args, overload
@@ -68,13 +69,13 @@ class Suite(Sequence[Item]):
             raise PruneZooError(f"suite {self.name}: limit must be at least 1, got {limit}")
         self.split, self.limit = split, limit
 
+    @abstractmethod
     def size(self) -> int:
         """Number of items in the whole split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def item(self, index: int) -> Item:
         """Make item ``index``, 0 <= index < size()."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.size() if self.limit is None else min(self.limit, self.size())
