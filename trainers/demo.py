@@ -34,7 +34,7 @@ CONFIG = "configs/ppm_tiny.yaml"
 VLM = "checkpoints/tiny-llava"
 SUITE = "scenes"
 KEEP = "1/9"
-STEPS, ITEMS = 300, 1400  # some three and three minutes on two CPU cores
+STEPS, ITEMS = 300, 1400  # 3.5 and 0.6 minutes on two CPU cores
 ASKED = ("attribute", "reading", "dialogue")  # the first test item of each, whatever the answer turns out to be
 
 
