@@ -1,5 +1,6 @@
 """The recipe of the embedded VLM, and the VLM that it made."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,12 @@ def test_one_command_trains_both_phases_and_goes_on_where_it_stopped(tmp_path):
     with torch.no_grad():
         assert vlm.float()(**batch).logits.isfinite().all()
     tower = (tmp_path / "work" / "tower" / "vlm" / "model.safetensors").stat().st_mtime_ns
-    again = subprocess.run([*words, "--language.steps=2"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and f"frozen VLM: {tmp_path / 'vlm'}" in again.stdout
+    # as a run that was stopped in the middle of the second phase leaves it: checkpoints, but no finished model
+    shutil.rmtree(tmp_path / "work" / "language" / "vlm")
+    again = subprocess.run([*words, "--language.steps=4"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and f"frozen VLM: {tmp_path / 'vlm'}" in again.stdout, again.stderr
+    assert "Restored all states from the checkpoint" in again.stderr + again.stdout
+    assert [*(tmp_path / "work" / "language").glob("*step=4.ckpt")]
     assert (tmp_path / "work" / "tower" / "vlm" / "model.safetensors").stat().st_mtime_ns == tower
 
 

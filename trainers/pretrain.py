@@ -81,7 +81,7 @@ def train(
     phases = {"tower": (tower, TowerModule), "language": (language, LanguageModule)}
     for name, (phase, kind) in phases.items():
         done = folder / name / "vlm"
-        if not (done / "config.json").exists():
+        if not (done / "model.safetensors").exists():  # written last
             trainer = _fit(name, kind(vlm, phase.steps, phase.lr), phase, machine, folder / name, seed)
             if trainer.global_step < phase.steps:
                 raise PruneZooError(f"{name} stopped at step {trainer.global_step}; give the command again to go on")
@@ -95,13 +95,14 @@ def train(
 
 
 def _fit(name: str, module: L.LightningModule, phase: Phase, machine: Machine, folder: Path, seed: int) -> L.Trainer:
+    every = min(200, phase.steps)  # steps from one validation, and checkpoint, to the next
     trainer = L.Trainer(
         accelerator=machine.accelerator, devices=machine.devices, strategy=machine.strategy,
         precision=machine.precision, max_steps=phase.steps, max_epochs=-1, gradient_clip_val=1.0,
-        val_check_interval=min(200, phase.steps), check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        val_check_interval=every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
         log_every_n_steps=20, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
         plugins=[WholeCheckpoints()],
-        callbacks=[GracefulStop(), SeedSteps(seed), Progress(), Checkpoints(str(folder), every_n_train_steps=200)],
+        callbacks=[GracefulStop(), SeedSteps(seed), Progress(), Checkpoints(str(folder), every_n_train_steps=every)],
     )  # fmt: skip
     words = WORD_IDS if name == "language" else None
     batch = phase.batch_size // trainer.world_size
