@@ -1,5 +1,6 @@
 """Data modules: where `python -m trainers.fit` gets its questions about pictures."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ GROUPS = "groups"
 """Key of the batch under which the group names of its items travel."""
 
 
-class ItemDataModule(L.LightningDataModule):
+class ItemDataModule(L.LightningDataModule, ABC):
     """Turns items into batches; a subclass says which items.
 
     Args:
@@ -43,14 +44,14 @@ class ItemDataModule(L.LightningDataModule):
         self.train_set: Sequence[Item] | None = None
         self.validation_set: Sequence[Item] | None = None
 
+    @abstractmethod
     def items(self, split: str) -> Sequence[Item]:
         """The items of `train` or `validation`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def groups(self) -> tuple[str, ...]:
         """Groups that validation reports apart; known after `setup`."""
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Open processor and data, and check them."""
