@@ -88,7 +88,7 @@ def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Ten
     words[rows[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False
     positions = torch.arange(words.shape[1], device=words.device).expand_as(words)
     attention = prompt_attention(
-        find_family(vlm),
+        find_family(vlm).decoder(),
         out.hidden_states[layer],
         encoded.mask,
         positions,

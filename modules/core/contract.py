@@ -25,6 +25,7 @@ The base class does budgets, validity, order, checks and gates. Tests, commands 
 import difflib
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -37,7 +38,6 @@ from .gates import topk_gates, topk_mask
 from .plan import gather_rows, mask_to_index
 
 Keep = int | float | Tensor
-SIGNALS = ("cls_attention", "received_attention", "vision_keys", "prompt_attention")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class PruneInputs:
     text: Tensor | None = None  # (B, T, D) embeddings of the prompt, without image placeholders and without the answer
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
-    layer: int | None = None  # decoder layer in front of which we stand; None before the language model
+    layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
+    sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same in another floating type."""
@@ -59,8 +60,7 @@ class PruneInputs:
         return replace(self, features=self.features.to(dtype), text=text, signals=signals)
 
     def signal(self, name: str) -> Tensor:
-        """A signal by name: ``cls_attention (B, N)``, ``received_attention (B, N)``, ``vision_keys (B, N, Dk)``,
-        ``prompt_attention (B, N)``.
+        """A signal, by the name that `needs` gives it; see :mod:`signals` for names and shapes.
 
         Raises:
             PruneZooError: It was not computed, because `needs` does not list it or the caller did not ask for it.
@@ -79,6 +79,7 @@ class PruneOutput:
     features: Tensor | None = None  # (B, K, D) where tokens were merged or made anew; None: those at `index`
     scores: Tensor | None = None  # (B, N), higher is kept first; -inf on padding
     gates: Tensor | None = None  # (B, N) while training: 0 or 1 in value, soft in gradient
+    groups: Tensor | None = None  # (B, N) long, where tokens were merged: the column of K each went into, -1 for none
 
     @property
     def count(self) -> Tensor:
@@ -130,6 +131,42 @@ class Pruner(nn.Module):
         super().__init__()
         values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
         self.config = self.config_class.from_dict({**values, **overrides})
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
+
+        Args:
+            depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).
+
+        Returns:
+            Layers in front of which, or blocks inside which, it prunes: ascending, from 0, below ``depth``.
+
+        Raises:
+            PruneZooError: The config names a layer that the model has not.
+        """
+        return ()
+
+    def schedule(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
+        """Tokens left by each of the :meth:`stages`, where there are several.
+
+        By default the last leaves ``keep``, and each leaves the same share of what it finds.
+
+        Args:
+            keep: ``(B,)`` long, tokens that the last stage leaves of each image.
+            available: ``(B,)`` long, tokens that the first one finds.
+            depth: As in :meth:`stages`.
+        """
+        count = len(self.stages(depth))
+        share = keep.double() / available.clamp_min(1)
+        steps = [(available * share ** ((i + 1) / count)).round().long() for i in range(count)]
+        return [torch.maximum(step, keep) for step in steps[:-1]] + [keep]
+
+    def adapt(self, vlm: nn.Module) -> AbstractContextManager[None]:
+        """What the host enters around every use of this pruner: a change to the frozen model, undone on leaving.
+
+        Nothing by default. A method that trains an adapter of the language model (LoRA) switches it on here.
+        """
+        return nullcontext()
 
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .contract import SIGNALS, Pruner, PrunerConfig
+from .contract import Pruner, PrunerConfig
 from .errors import PruneZooError
 from .hub import load, read_method
+from .signals import parse_signal
 
 METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
 _PRUNERS: dict[str, type[Pruner]] = {}
@@ -36,8 +37,7 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
         if isinstance(cls.needs, tuple):  # else a property, which depends on the config
             for signal in cls.needs:
-                if signal not in SIGNALS:
-                    raise PruneZooError(f"{cls.__name__} needs unknown signal '{signal}'; known: {', '.join(SIGNALS)}")
+                parse_signal(signal)
         cls.name = name
         _PRUNERS[name] = cls
         return cls

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows, mask_to_index
+from ..core.signals import parse_signal
 from .families import as_encoder_output, find_family, require_float_mask
-from .signals import VISION_SIGNALS, check_signals, prompt_attention, tap, vision_signals
+from .signals import check_signals, prompt_attention, tap, vision_signals
 
 Positions = Literal["original", "compact"]
 IGNORED = -100  # label of a token that is not trained on
@@ -76,8 +77,8 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
     signals: dict[str, Tensor] = {}
     features: list[Tensor] = []
     if batch.get("pixel_values") is not None:
-        if any(name in VISION_SIGNALS for name in needs):
-            attention = family.vision_attention()
+        if any(parse_signal(name).is_vision for name in needs):
+            attention = family.tower().attention()
             with tap(attention.query, attention.key) as tapped:
                 features = family.features(dict(batch))
             signals = vision_signals(needs, attention, *tapped)
@@ -101,7 +102,7 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
         positions = given.get("position_ids")
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
         signals["prompt_attention"] = prompt_attention(
-            family, whole, _real(given), positions, (columns, column_valid), sample, slots
+            family.decoder(), whole, _real(given), positions, (columns, column_valid), sample, slots
         )
     inputs = PruneInputs(padded, valid, cells, text[sample], column_valid[sample], signals)
     return Encoded(inputs, given, labels, sample, slots)

@@ -10,18 +10,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import SIGNALS
 from ..core.errors import PruneZooError
-from .families import LlavaFamily, VisionAttention
-
-VISION_SIGNALS = ("cls_attention", "received_attention", "vision_keys")
+from ..core.signals import parse_signal
+from .decoder import Decoder
+from .tower import VisionAttention
 
 
 def check_signals(needs: tuple[str, ...]) -> None:
     """Raise PruneZooError on a name that is no signal."""
     for name in needs:
-        if name not in SIGNALS:
-            raise PruneZooError(f"unknown signal '{name}'; known: {', '.join(SIGNALS)}")
+        parse_signal(name)
 
 
 @contextmanager
@@ -78,8 +76,8 @@ def vision_signals(needs: tuple[str, ...], attention: VisionAttention, query: Te
 
 
 def prompt_attention(
-    family: LlavaFamily,
-    embeds: Tensor,
+    decoder: Decoder,
+    hidden: Tensor,
     mask: Tensor,
     positions: Tensor,
     prompt: tuple[Tensor, Tensor],
@@ -90,8 +88,8 @@ def prompt_attention(
     """What the prompt's words attend to in one layer of the language model, the first by default.
 
     Args:
-        family: Adapter of the model.
-        embeds: ``(B, L, D)`` what enters that layer; for the first one the embedded prompt, images in place.
+        decoder: The language model.
+        hidden: ``(B, L, D)`` what enters that layer; for the first one the embedded prompt, images in place.
         mask: ``(B, L)`` bool, False for padding.
         positions: ``(B, L)`` position ids.
         prompt: Columns of the words ``(B, T)``, and which of them are no filler ``(B, T)`` bool.
@@ -103,11 +101,7 @@ def prompt_attention(
         ``(R, N)`` float32: the softmax weight, mean over heads and over the words that follow the image (0: none do).
     """
     columns, real = prompt
-    query, key = family.query_key(embeds, positions, columns, layer)
-    logits = query @ key.transpose(-1, -2)  # (B, heads, T, L)
-    allowed = (torch.arange(embeds.shape[1], device=embeds.device) <= columns[..., None]) & mask[:, None]
-    logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1, dtype=torch.float32).mean(1)  # (B, T, L)
+    weights = decoder.attention_rows(layer, hidden, decoder.rotary(hidden, positions), columns, mask)  # (B, T, L)
     after = real[sample] & (columns[sample] > slots.amax(1, keepdim=True))  # (R, T)
     seen = weights[sample].gather(2, slots[:, None].expand(-1, columns.shape[1], -1))  # (R, T, N)
     return (seen * after[..., None]).sum(1) / after.sum(1, keepdim=True).clamp_min(1)
