@@ -7,7 +7,8 @@ from conftest import make_image
 from modules import PruneZooError, encode, full_forward, gated_forward
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
-from trainers.distill import AnswerTable, DistillModule, draw_budgets
+from trainers.distill import draw_budgets
+from trainers.frozen import AnswerTable, judge
 from trainers.losses import answer_slots, distillation_kl, guide_kl, guide_mse, topk_hinge
 from trainers.teacher import attention_guide, one_slot_each, relevance
 
@@ -128,7 +129,7 @@ def test_an_answer_counts_only_if_every_token_of_it_is_right():
     tokens, sample = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
     teacher = torch.eye(3) * 9
     student = teacher[[0, 2, 2]]
-    judged = DistillModule.judge(student, teacher, tokens, sample, 2)
+    judged = judge(student, teacher, tokens, sample, 2)
     assert judged[:, 0].tolist() == [0, 1] and judged[:, 1].tolist() == [0, 1]
     assert judged[0, 2] > 1 and judged[1, 2] == 0
     table = AnswerTable(groups=2, rows=1)
