@@ -51,6 +51,7 @@ class HostOutput:
     logits: Tensor  # (B, S, V)
     labels: Tensor | None  # (B, S), shortened like the prompt
     hidden_states: tuple[Tensor, ...] | None = None  # where asked for with output_hidden_states
+    attentions: tuple[Tensor, ...] | None = None  # (B, H, L, L) a layer, where asked for with output_attentions
 
 
 def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...] = ()) -> Encoded:
@@ -117,7 +118,7 @@ def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> Host
         options: Passed to the model, as ``output_hidden_states=True``.
     """
     out = _call(vlm, {**encoded.batch, "mm_encoder_outputs": as_encoder_output(encoded.image_list())}, options)
-    return HostOutput(out.logits, encoded.labels, out.hidden_states)
+    return HostOutput(out.logits, encoded.labels, out.hidden_states, out.attentions)
 
 
 def pruned_forward(

@@ -4,8 +4,7 @@ Letters: B items of a batch, N image tokens of an image (padded), L tokens of th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from modules.core.contract import PruneInputs, PruneOutput, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, load_pruner
+from modules.host.relevance import eager_attention
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -204,7 +204,7 @@ def attention_to_image(vlm: Any, batch: dict[str, Any], valid: Tensor) -> Tensor
         (layers, 2, B, N): from the last prompt token, and mean over the prompt tokens; heads averaged.
     """
     forward = {name: value for name, value in batch.items() if name != "labels"}
-    with _eager(vlm):
+    with eager_attention(vlm):
         attentions = vlm(**forward, output_attentions=True, use_cache=False).attentions
     labels = batch["labels"]
     image = batch["input_ids"] == vlm.config.image_token_id
@@ -220,14 +220,3 @@ def attention_to_image(vlm: Any, batch: dict[str, Any], valid: Tensor) -> Tensor
         result[layer, 0][valid] = attention[rows, first - 1][image]
         result[layer, 1][valid] = mean[image]
     return result
-
-
-@contextmanager
-def _eager(vlm: Any) -> Iterator[None]:
-    """Let the language model use eager attention, which alone gives its weights away."""
-    before = vlm.config.get_text_config()._attn_implementation
-    vlm.set_attn_implementation({"text_config": "eager"})
-    try:
-        yield
-    finally:
-        vlm.set_attn_implementation({"text_config": before})

@@ -1,0 +1,135 @@
+"""Relevance maps: the rollout against its definition, and the map against one made item by item, token by token."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_image
+
+from modules.host import encode
+from modules.host.relevance import eager_attention, relevance_map, roll_out
+
+PROMPTS = (
+    "<s> USER: <image> what color is the ball ? ASSISTANT: red </s>",
+    "<s> USER: <image> is the box left ? ASSISTANT: 1 2 3 </s>",
+    "<s> USER: <image> what ? ASSISTANT: no </s>",
+)
+ANSWERS = (2, 4, 2)  # labelled tokens at the end of each
+
+
+def labelled(tiny, rows=(0, 1, 2), side="right"):
+    """A padded batch with labels on the answers."""
+    batch = tiny.batch([PROMPTS[r] for r in rows], [[make_image(r)] for r in rows], padding_side=side)
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, which in enumerate(rows):
+        real = batch["attention_mask"][row].nonzero()[-ANSWERS[which] :, 0]
+        labels[row, real] = batch["input_ids"][row, real]
+    return {**batch, "labels": labels}
+
+
+def by_definition(vlm, batch, tokens, places):
+    """The map of one unpadded item: whole matrices R, one answer token after the other, nothing shared with ours."""
+    vlm.set_attn_implementation({"text_config": "eager"})
+    embeds = vlm.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    features = vlm.model.get_image_features(batch["pixel_values"]).pooler_output[0]
+    image = batch["input_ids"][0] == vlm.config.image_token_id
+    embeds = embeds.masked_scatter(image[None, :, None], features)
+    maps = []
+    for place, token in zip(places, tokens, strict=True):
+        out = vlm(inputs_embeds=embeds, attention_mask=batch["attention_mask"], output_attentions=True)
+        probability = out.logits[0, place].softmax(-1)[token]
+        gradients = torch.autograd.grad((probability / (1 - probability)).log(), out.attentions)
+        relevance = torch.eye(len(image))
+        for weights, gradient in zip(out.attentions, gradients, strict=True):
+            relevance = relevance + (weights[0] * gradient[0]).clamp(min=0).mean(0) @ relevance
+        maps.append(relevance[place, image])
+    vlm.set_attn_implementation({"text_config": "sdpa"})
+    return torch.stack(maps).mean(0).detach()
+
+
+def test_two_layers_by_hand():
+    """Token 2 reads token 1 in the last layer, which has read token 0 in the first: token 0 matters by the product."""
+    first, last, ones = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)
+    first[0, 0, 1, 0], last[0, :, 2, 1], last[0, 1, 2, 0] = 0.5, 0.8, 0.4
+    hurts = ones.clone()
+    hurts[0, 1, 2, 0] = -1.0  # what speaks against the answer counts nothing
+    row = roll_out(torch.tensor([[0.0, 0.0, 1.0]]), [first, last], [ones, hurts])
+    torch.testing.assert_close(row, torch.tensor([[0.8 * 0.5 / 2, 0.8, 1.0]]))
+
+
+def test_a_row_is_handed_through_as_whole_matrices_would():
+    random = torch.Generator().manual_seed(0)
+    attentions = [torch.rand(2, 3, 7, 7, generator=random).tril() for _ in range(4)]
+    gradients = [torch.randn(2, 3, 7, 7, generator=random) for _ in range(4)]
+    whole = torch.eye(7).expand(2, 7, 7)
+    for weights, gradient in zip(attentions, gradients, strict=True):
+        whole = whole + (weights * gradient).clamp(min=0).mean(1) @ whole
+    start = torch.zeros(2, 7)
+    start[0, 5] = start[1, 6] = 1.0
+    row = roll_out(start, attentions, gradients)
+    assert (row - start).abs().max() > 0.1
+    torch.testing.assert_close(row, torch.stack([whole[0, 5], whole[1, 6]]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_equals_the_definition(side, tiny_llava):
+    """Answers of unlike length: each averages over its own tokens, and padding changes nothing."""
+    vlm, maps = tiny_llava.vlm, {}
+    for limit in (None, 1):
+        maps[limit] = relevance_map(vlm, encode(vlm, labelled(tiny_llava, side=side)), limit)
+        assert maps[limit].shape == (3, 36) and (maps[limit] >= 0).all()
+    for row in range(3):
+        single = labelled(tiny_llava, (row,))
+        end, ids = single["input_ids"].shape[1], single["input_ids"][0]
+        asked = list(range(end - ANSWERS[row], end))
+        for limit in (None, 1):
+            expected = by_definition(vlm, single, ids[asked[:limit]], [place - 1 for place in asked[:limit]])
+            assert expected.max() > 1e-3
+            torch.testing.assert_close(maps[limit][row], expected, rtol=1e-3, atol=1e-6)
+    assert (maps[None] - maps[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_labels_the_best_next_token_is_the_answer(side, tiny_llava):
+    vlm, batch = tiny_llava.vlm, labelled(tiny_llava, (0, 1), side)
+    batch.pop("labels")
+    ours = relevance_map(vlm, encode(vlm, batch))
+    for row in range(2):
+        single = labelled(tiny_llava, (row,))
+        single.pop("labels")
+        token = vlm(**single).logits[0, -1].argmax()
+        expected = by_definition(vlm, single, [token], [single["input_ids"].shape[1] - 1])
+        torch.testing.assert_close(ours[row], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_map_is_the_same_in_inference_mode_and_leaves_the_model_as_it_was(tiny_llava):
+    vlm, batch = tiny_llava.vlm, labelled(tiny_llava)
+    vlm.set_attn_implementation({"text_config": "sdpa"})
+    before = vlm(**batch).logits
+    expected = relevance_map(vlm, encode(vlm, batch))
+    with torch.inference_mode():
+        ours = relevance_map(vlm, encode(vlm, batch))
+    assert torch.equal(ours, expected) and not ours.requires_grad
+    assert vlm.config.get_text_config()._attn_implementation == "sdpa"
+    assert torch.equal(vlm(**batch).logits, before)
+    assert all(p.grad is None and not p.requires_grad for p in vlm.parameters())
+
+
+def test_eager_attention_is_given_back_after_an_error(tiny_llava):
+    vlm, encoded = tiny_llava.vlm, encode(tiny_llava.vlm, labelled(tiny_llava))
+    broken = replace(encoded, inputs=replace(encoded.inputs, features=encoded.inputs.features[..., :5]))
+    with pytest.raises((RuntimeError, ValueError)):
+        relevance_map(vlm, broken)
+    assert vlm.config.get_text_config()._attn_implementation == "sdpa"
+    with eager_attention(vlm):
+        assert vlm.config.get_text_config()._attn_implementation == "eager"
+
+
+def test_a_batch_of_text_and_a_sample_without_an_answer_have_no_relevance(tiny_llava):
+    vlm = tiny_llava.vlm
+    text = tiny_llava.batch(["<s> USER: what ? ASSISTANT:"], [[]])
+    assert relevance_map(vlm, encode(vlm, text)).shape == (0, 0)
+    batch = labelled(tiny_llava, (0, 1))
+    batch["labels"][1] = -100
+    ours = relevance_map(vlm, encode(vlm, batch))
+    assert ours[0].max() > 0 and not ours[1].any()
