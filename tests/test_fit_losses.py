@@ -9,8 +9,8 @@ from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.distill import draw_budgets
 from trainers.frozen import AnswerTable, judge
+from trainers.guides import attention_guide, one_slot_each, relevance
 from trainers.losses import answer_slots, distillation_kl, guide_kl, guide_mse, topk_hinge
-from trainers.teacher import attention_guide, one_slot_each, relevance
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 

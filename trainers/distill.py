@@ -20,7 +20,7 @@ from modules.host import Encoded, encode, full_forward, gated_forward
 from .data.modules import GROUPS
 from .frozen import Dtype, FrozenModule
 from .losses import answer_slots, cross_entropy, distillation_kl, guide_kl, guide_mse, topk_hinge
-from .teacher import attention_guide, relevance
+from .guides import attention_guide, relevance
 
 GUIDE_LOSSES = {"mse": guide_mse, "kl": guide_kl}
 
