@@ -19,8 +19,8 @@ from modules.host import Encoded, encode, full_forward, gated_forward
 
 from .data.modules import GROUPS
 from .frozen import Dtype, FrozenModule
-from .losses import answer_slots, cross_entropy, distillation_kl, guide_kl, guide_mse, topk_hinge
 from .guides import attention_guide, relevance
+from .losses import answer_slots, cross_entropy, distillation_kl, guide_kl, guide_mse, topk_hinge
 
 GUIDE_LOSSES = {"mse": guide_mse, "kl": guide_kl}
 
