@@ -63,7 +63,7 @@ def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
         for name in maps:
             maps[name][i, :n] = torch.rand(n, generator=random)
         text[i, :t] = torch.randn(t, TEXT, generator=random)
-    return PruneInputs(features, valid, cells, text, text_valid, {**maps, "vision_keys": keys})
+    return PruneInputs(features, valid, cells, text, text_valid, {**maps, "vision_keys": keys.unflatten(-1, (2, -1))})
 
 
 def take_rows(inputs, rows):

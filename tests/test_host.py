@@ -116,7 +116,7 @@ def test_attention_signals_equal_eager_maps(tiny, mixed, name):
 
 def test_signals_come_only_when_asked_for(tiny, mixed):
     assert not encode(tiny.vlm, mixed).inputs.signals
-    assert encode(tiny.vlm, mixed, ("vision_keys",)).inputs.signals["vision_keys"].shape == (4, 36, 24)
+    assert encode(tiny.vlm, mixed, ("vision_keys",)).inputs.signals["vision_keys"].shape == (4, 36, 2, 12)
     with pytest.raises(PruneZooError, match="unknown signal 'cls'"):
         encode(tiny.vlm, mixed, ("cls",))
 

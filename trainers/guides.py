@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modules.core.errors import PruneZooError
 from modules.core.plan import mask_to_index
+from modules.core.signals import parse_signal
 from modules.host import Encoded, full_forward, gated_forward
 from modules.host.families import find_family
-from modules.host.signals import prompt_attention
+from modules.host.signals import Entry, attention_to_images
 
 from .data.conversation import IGNORED
 from .losses import answer_slots
@@ -87,14 +88,8 @@ def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Ten
     rows = encoded.sample[:, None].expand_as(encoded.slots)
     words[rows[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False
     positions = torch.arange(words.shape[1], device=words.device).expand_as(words)
-    attention = prompt_attention(
-        find_family(vlm).decoder(),
-        out.hidden_states[layer],
-        encoded.mask,
-        positions,
-        mask_to_index(words),
-        encoded.sample,
-        encoded.slots,
-        layer,
-    )
+    decoder, hidden = find_family(vlm).decoder(), out.hidden_states[layer]
+    entry = Entry(hidden, decoder.rotary(hidden, positions), encoded.mask)
+    signal = parse_signal("prompt_attention")
+    attention = attention_to_images(decoder, signal, layer, entry, mask_to_index(words), encoded.sample, encoded.slots)
     return attention * encoded.inputs.valid, answer_slots(out.logits, out.labels)[0]

@@ -9,15 +9,16 @@ kind                   shape            what it is
 ====================== ================ ==========================================================================
 ``cls_attention``      (R, N)           what CLS attends to in a vision block, mean over heads
 ``received_attention`` (R, N)           what a patch receives in a vision block, mean over heads and all rows
-``vision_keys``        (R, N, Dk)       keys of a vision block, heads side by side
-``vision_values``      (R, N, Dk)       values likewise
+``vision_keys``        (R, N, H, d)     keys of a vision block, H heads
+``vision_values``      (R, N, H, d)     values likewise
 ``prompt_attention``   (R, N)           what the prompt's words after the image attend to in a decoder layer, mean
 ``last_attention``     (R, N)           what the prompt's last token attends to in a decoder layer, mean over heads
 ``hidden_states``      (R, N, D)        image tokens as they enter a decoder layer
 ``relevance``          (R, N)           gradient-weighted attention, rolled out over all decoder layers
 ====================== ================ ==========================================================================
 
-Vision kinds: ``@b`` is a block, from 0, or from the end if negative; without it the block whose output is projected.
+Vision kinds: ``@b`` is a block, from 0, or from the end if negative; without it the block whose output is projected,
+and in the vision stage, which knows no other, the one inside which the pruner stands.
 Decoder kinds: ``@l`` is a layer, from 0; without it layer 0 in the prompt stage, and in the layer stage the one in
 front of which the pruner stands; ``@previous`` (layer stage only) the one before that. ``+norope`` leaves the rotary
 embedding out of queries and keys.
@@ -43,6 +44,11 @@ class Signal:
     kind: str
     at: int | str | None = None  # vision block or decoder layer; "previous"; None: the default of the kind
     rotary: bool = True
+
+    @property
+    def number(self) -> int | None:
+        """The block or layer, where it is given by number."""
+        return self.at if isinstance(self.at, int) else None
 
     @property
     def is_vision(self) -> bool:

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows, mask_to_index
-from ..core.signals import parse_signal
 from .families import as_encoder_output, find_family, require_float_mask
-from .signals import check_signals, prompt_attention, tap, vision_signals
+from .signals import check_signals, decoder_signals, watch_tower
 
 Positions = Literal["original", "compact"]
 IGNORED = -100  # label of a token that is not trained on
@@ -78,12 +77,7 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
     signals: dict[str, Tensor] = {}
     features: list[Tensor] = []
     if batch.get("pixel_values") is not None:
-        if any(parse_signal(name).is_vision for name in needs):
-            attention = family.tower().attention()
-            with tap(attention.query, attention.key) as tapped:
-                features = family.features(dict(batch))
-            signals = vision_signals(needs, attention, *tapped)
-        else:
+        with watch_tower(family.tower, needs) as signals:
             features = family.features(dict(batch))
     sample, slots, valid = _place(ids == family.image_token_id, [len(f) for f in features])
     embed = vlm.get_input_embeddings()
@@ -97,16 +91,10 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
         is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
     columns, column_valid = mask_to_index(is_prompt)
     text = embed(ids.gather(1, columns)) if columns.shape[1] else embed(ids[:, :0])
-    if "prompt_attention" in needs and features:
-        whole = embed(ids)
-        whole = whole.masked_scatter((ids == family.image_token_id)[..., None], torch.cat(features).to(whole.dtype))
-        positions = given.get("position_ids")
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
-        signals["prompt_attention"] = prompt_attention(
-            family.decoder(), whole, _real(given), positions, (columns, column_valid), sample, slots
-        )
     inputs = PruneInputs(padded, valid, cells, text[sample], column_valid[sample], signals)
-    return Encoded(inputs, given, labels, sample, slots)
+    encoded = Encoded(inputs, given, labels, sample, slots)
+    signals.update(decoder_signals(vlm, encoded, (columns, column_valid), needs))
+    return encoded
 
 
 def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> HostOutput:

@@ -1,19 +1,39 @@
 """Signals that pruners may ask for, each computed only when asked, and only the rows of attention that it needs.
 
 Nothing switches the model to eager attention: queries and keys are tapped, and the few wanted rows are made from them.
-Letters: R images, N image tokens, T prompt tokens, B rows of the batch, L prompt length, P tokens before the patches.
+What nobody asks for puts no hook anywhere and runs nothing. Names and shapes: ``core/signals.py``.
+Letters: R images, N image tokens, B rows of the batch, L its tokens, T words, S tokens in the tower, P of them before
+the patches, H heads, D width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..core.contract import Pruner
 from ..core.errors import PruneZooError
-from ..core.signals import parse_signal
-from .decoder import Decoder
-from .tower import VisionAttention
+from ..core.plan import gather_rows
+from ..core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
+from .decoder import Decoder, Rotary
+from .families import as_encoder_output, find_family
+from .tower import KEY, MASK, QUERY, VALUE, Tower
+
+if TYPE_CHECKING:
+    from .prompt import Encoded
+
+ROWS = 1024  # of a map of attention that are in memory at a time
+PARTS = {
+    "cls_attention": (QUERY, KEY, MASK),
+    "received_attention": (QUERY, KEY, MASK),
+    "vision_keys": (KEY,),
+    "vision_values": (VALUE,),
+}
+"""What of an attention each vision signal is made from."""
 
 
 def check_signals(needs: tuple[str, ...]) -> None:
@@ -22,86 +42,259 @@ def check_signals(needs: tuple[str, ...]) -> None:
         parse_signal(name)
 
 
-@contextmanager
-def tap(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Record the outputs of ``modules`` while the block runs; the list holds one tensor each, in their order."""
-    seen: dict[int, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output, slot=slot: seen.__setitem__(slot, output))
-        for slot, module in enumerate(modules)
-    ]
-    outputs: list[Tensor] = []
-    try:
-        yield outputs
-        outputs.extend(seen[slot] for slot in range(len(modules)))
-    finally:
-        for handle in handles:
+# The vision tower
+
+
+class VisionTap:
+    """Watches the attention of one block, and makes signals of what it sees."""
+
+    def __init__(self, tower: Tower, block: int, kinds: Collection[str]) -> None:
+        """Put the hooks on.
+
+        Args:
+            tower: The tower.
+            block: Which block, from 0.
+            kinds: Of VISION_SIGNALS, those that will be read.
+
+        Raises:
+            PruneZooError: CLS is wanted, and the tower has none.
+        """
+        if "cls_attention" in kinds and not tower.has_cls:
+            raise PruneZooError(
+                "this vision tower has no CLS token: use a pruner that reads 'received_attention', not 'cls_attention'"
+            )
+        self.tower, self.attention = tower, tower.attention(block)
+        self.seen: dict[str, Tensor] = {}
+        self.handles = self.attention.watch({part for kind in kinds for part in PARTS[kind]}, self.seen)
+
+    def read(self, kind: str) -> Tensor:
+        """A signal of the last pass: ``(R, N)`` float32, or ``(R, N, H, d)`` for keys and values."""
+        if kind in ("vision_keys", "vision_values"):
+            return self.seen[PARTS[kind][0]][:, self.tower.prefix :]
+        query, key = self.seen[QUERY], self.seen[KEY]
+        rows = query[:, :1] if kind == "cls_attention" else query  # CLS is the first token wherever there is one
+        return mean_attention(rows, key, self.attention.scale, self.seen.get(MASK))[:, self.tower.prefix :]
+
+    def __enter__(self) -> Self:
+        """Leave the hooks on for the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take them off."""
+        for handle in self.handles:
             handle.remove()
 
 
-def vision_signals(needs: tuple[str, ...], attention: VisionAttention, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-    """The vision tower's signals.
+def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Softmax weights that each key gets, mean over heads and rows.
 
     Args:
-        needs: Names wanted; others than the vision tower's are ignored.
-        attention: Whose queries and keys these are.
-        query: ``(R, P + N, heads * d)``.
-        key: Likewise.
+        query: ``(R, T, H, d)``; all rows, or the ones wanted.
+        key: ``(R, S, H, d)``.
+        scale: Of the dot products.
+        mask: As given to the attention, the same for every row: ``(R, 1, 1 or S, S)``, True or a number to add; None:
+            everything is seen.
 
     Returns:
-        By name: ``cls_attention (R, N)``, the softmax row of CLS, mean over heads (the CLS column cut off, not
-        renormalised); ``received_attention (R, N)``, the mean over all rows and heads; ``vision_keys (R, N, heads*d)``.
+        ``(R, S)`` float32. Where there are all rows, those of tokens that nobody may look at are left out.
     """
+    bias = None
+    counted = query.new_ones(query.shape[:2], dtype=torch.float32)
+    if mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        bias = mask[:, 0, :1] if mask.is_floating_point() else query.new_zeros(()).masked_fill(~mask[:, 0, :1], lowest)
+        if query.shape[1] == key.shape[1]:
+            counted = (bias[:, 0] > lowest / 2).float()
+    total = key.new_zeros(key.shape[:2], dtype=torch.float32)
+    # One head and some rows at a time: the whole map of a large tower would be gigabytes.
+    for head in range(key.shape[2]):
+        keys = key[:, :, head].transpose(1, 2)
+        for rows, weight in zip(query[:, :, head].split(ROWS, 1), counted.split(ROWS, 1), strict=True):
+            logits = rows @ keys * scale
+            logits = logits if bias is None else logits + bias
+            total += (weight[:, None] @ logits.softmax(-1, dtype=torch.float32))[:, 0]
+    return total / (key.shape[2] * counted.sum(1, keepdim=True))
+
+
+@contextmanager
+def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Compute the vision tower's signals among ``needs`` from the pass that it makes while the block runs.
+
+    Args:
+        tower: Gives the tower; not asked where no signal of it is wanted.
+        needs: Names of signals.
+
+    Yields:
+        By name, ``(R, N, ...)``, a row for each picture that the tower saw; empty until the block has ended.
+
+    Raises:
+        PruneZooError: The tower has no such block, or no CLS where that is asked for.
+    """
+    wanted = {name: parse_signal(name) for name in needs if parse_signal(name).is_vision}
     signals: dict[str, Tensor] = {}
-    if "vision_keys" in needs:
-        signals["vision_keys"] = key[:, attention.prefix :]
-    heads_key = key.unflatten(-1, (attention.heads, -1)).permute(0, 2, 3, 1)  # (R, heads, d, P + N)
-    heads_query = query.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (R, heads, P + N, d)
-    if "cls_attention" in needs:
-        if attention.cls is None:
-            raise PruneZooError("this vision tower has no CLS token: use a pruner that reads 'received_attention'")
-        row = heads_query[:, :, attention.cls : attention.cls + 1] @ heads_key
-        weights = (row * attention.scale).softmax(-1, dtype=torch.float32).mean(1)[:, 0]
-        signals["cls_attention"] = weights[:, attention.prefix :]
-    if "received_attention" in needs:
-        # One head at a time: the whole map of a large tower would be gigabytes.
-        received = torch.stack(
-            [
-                ((heads_query[:, h] @ heads_key[:, h]) * attention.scale).softmax(-1, dtype=torch.float32).mean(1)
-                for h in range(attention.heads)
-            ]
-        ).mean(0)
-        signals["received_attention"] = received[:, attention.prefix :]
+    if not wanted:
+        yield signals
+        return
+    found = tower()
+    places = {name: found.block_index(signal.number) for name, signal in wanted.items()}
+    with ExitStack() as stack:
+        taps = {
+            block: stack.enter_context(
+                VisionTap(found, block, {wanted[name].kind for name in wanted if places[name] == block})
+            )
+            for block in set(places.values())
+        }
+        yield signals
+        signals.update({name: taps[places[name]].read(signal.kind) for name, signal in wanted.items()})
+
+
+# The decoder
+
+
+def encode_needs(pruner: Pruner) -> tuple[str, ...]:
+    """What `encode` has to bring for a pruner: the rest of its `needs` is made where it stands, in its own stage."""
+    if pruner.stage == "prompt":
+        return tuple(pruner.needs)
+    if pruner.stage == "vision":
+        return ()
+    return tuple(name for name in pruner.needs if parse_signal(name).kind not in DECODER_SIGNALS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What enters a decoder layer."""
+
+    hidden: Tensor  # (B, L, D)
+    rotary: Rotary
+    mask: Tensor  # (B, L) bool, False for padding
+
+
+class _Enough(Exception):
+    """Raised in front of the last layer that is wanted: it and those behind it are not computed."""
+
+
+def enter_layers(
+    vlm: PreTrainedModel, decoder: Decoder, encoded: "Encoded", layers: Collection[int]
+) -> dict[int, Entry]:
+    """Run the model up to the highest of some decoder layers, and no further, and record what enters them.
+
+    Args:
+        vlm: The model.
+        decoder: Its decoder.
+        encoded: The batch.
+        layers: Which, from 0; at least one.
+
+    Raises:
+        PruneZooError: The decoder has no such layer.
+    """
+    last = max(layers)
+    if last >= decoder.depth:
+        raise PruneZooError(f"decoder layer {last} is wanted; this model's are 0 to {decoder.depth - 1}")
+    entries: dict[int, Entry] = {}
+
+    def watch(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entries[layer] = Entry(args[0], kwargs["position_embeddings"], encoded.mask)
+            if layer == last:
+                raise _Enough
+
+        return hook
+
+    handles = [decoder.layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True) for layer in layers]
+    try:
+        with suppress(_Enough):
+            images = as_encoder_output(encoded.image_list())
+            vlm(**{**encoded.batch, "mm_encoder_outputs": images, "use_cache": False})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return entries
+
+
+def decoder_signals(
+    vlm: PreTrainedModel, encoded: "Encoded", words: tuple[Tensor, Tensor], needs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The signals among ``needs`` that come from the language model when it reads all tokens.
+
+    The layers in front of the highest one wanted are run once more: for layer 0 there are none. `relevance` takes a
+    pass through all of the model and back, for the model's own next token, whatever answer is in the labels.
+
+    Args:
+        vlm: The model that made ``encoded``.
+        encoded: The batch.
+        words: Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
+        needs: Names of signals.
+
+    Returns:
+        By name.
+
+    Raises:
+        PruneZooError: No such layer, or ``@previous``, which means something in the layer stage only.
+    """
+    wanted = {name: parse_signal(name) for name in needs if not parse_signal(name).is_vision}
+    if not wanted or not len(encoded.sample):
+        return {}
+    for name, signal in wanted.items():
+        if signal.at == PREVIOUS:
+            raise PruneZooError(f"signal '{name}': '@{PREVIOUS}' is for pruners of the layer stage")
+    signals: dict[str, Tensor] = {}
+    layers = {name: signal.number or 0 for name, signal in wanted.items() if signal.kind in DECODER_SIGNALS}
+    if layers:
+        decoder = find_family(vlm).decoder()
+        entries = enter_layers(vlm, decoder, encoded, set(layers.values()))
+    for name, layer in layers.items():
+        entry, signal = entries[layer], wanted[name]
+        if signal.kind == "hidden_states":
+            signals[name] = gather_rows(entry.hidden[encoded.sample], encoded.slots)
+        else:
+            signals[name] = attention_to_images(decoder, signal, layer, entry, words, encoded.sample, encoded.slots)
+    if "relevance" in wanted:
+        signals["relevance"] = _relevance(vlm, encoded, words)
     return signals
 
 
-def prompt_attention(
+def attention_to_images(
     decoder: Decoder,
-    hidden: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    prompt: tuple[Tensor, Tensor],
+    signal: Signal,
+    layer: int,
+    entry: Entry,
+    words: tuple[Tensor, Tensor],
     sample: Tensor,
     slots: Tensor,
-    layer: int = 0,
 ) -> Tensor:
-    """What the prompt's words attend to in one layer of the language model, the first by default.
+    """What words of the prompt attend to in one layer of the language model.
 
     Args:
         decoder: The language model.
-        hidden: ``(B, L, D)`` what enters that layer; for the first one the embedded prompt, images in place.
-        mask: ``(B, L)`` bool, False for padding.
-        positions: ``(B, L)`` position ids.
-        prompt: Columns of the words ``(B, T)``, and which of them are no filler ``(B, T)`` bool.
+        signal: ``prompt_attention`` (all words behind the image) or ``last_attention`` (the last word).
+        layer: Which, from 0.
+        entry: What enters it.
+        words: Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
         sample: ``(R,)`` row of the batch that each image belongs to.
         slots: ``(R, N)`` column of each image token.
-        layer: which decoder layer, from 0.
 
     Returns:
-        ``(R, N)`` float32: the softmax weight, mean over heads and over the words that follow the image (0: none do).
+        ``(R, N)`` float32: the softmax weight, mean over heads and words; 0 where there is no such word.
     """
-    columns, real = prompt
-    weights = decoder.attention_rows(layer, hidden, decoder.rotary(hidden, positions), columns, mask)  # (B, T, L)
-    after = real[sample] & (columns[sample] > slots.amax(1, keepdim=True))  # (R, T)
+    columns, real = words
+    if signal.kind == "last_attention":
+        last = real.sum(1, keepdim=True)
+        columns, real = columns.gather(1, (last - 1).clamp_min(0)), last > 0
+    rotary = entry.rotary if signal.rotary else None
+    weights = decoder.attention_rows(layer, entry.hidden, rotary, columns, entry.mask)  # (B, T, L)
+    counted = real[sample]  # (R, T)
+    if signal.kind == "prompt_attention":
+        counted = counted & (columns[sample] > slots.amax(1, keepdim=True))
     seen = weights[sample].gather(2, slots[:, None].expand(-1, columns.shape[1], -1))  # (R, T, N)
-    return (seen * after[..., None]).sum(1) / after.sum(1, keepdim=True).clamp_min(1)
+    return (seen * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
+
+
+def _relevance(vlm: PreTrainedModel, encoded: "Encoded", words: tuple[Tensor, Tensor]) -> Tensor:
+    """The map of the model's own next token, with the answer, if there is one in the batch, cut off."""
+    from .relevance import relevance_map  # which is made of the forwards of `prompt`, and `prompt` of us
+
+    columns, real = words
+    end = columns.masked_fill(~real, -1).amax(1, keepdim=True)
+    before = torch.arange(encoded.mask.shape[1], device=end.device) <= end
+    batch = {**encoded.batch, "attention_mask": (encoded.mask & before).long()}
+    return relevance_map(vlm, replace(encoded, batch=batch, labels=None))
