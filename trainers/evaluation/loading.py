@@ -15,6 +15,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_dtype(device: str) -> str:
+    """`float32` on a CPU, `bfloat16` on a GPU."""
+    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
+
+
 def load_vlm(source: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """Load a model and its processor, frozen and in eval mode.
 
@@ -27,7 +32,7 @@ def load_vlm(source: str, device: str | None = None, dtype: str | None = None) -
         PruneZooError: there is no such model, or it is none that reads images.
     """
     device = device or default_device()
-    dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    dtype = dtype or default_dtype(device)
     if dtype not in DTYPES:
         raise PruneZooError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:

@@ -125,8 +125,8 @@ def _same_query_and_key(attention: Any, gain: float) -> None:
         key.copy_(shared + 0.02 * torch.randn(key.shape))
 
 
-def new_processor() -> LlavaProcessor:
-    """Word-level tokenizer, PIL image processor and chat template."""
+def new_processor(side: int = SIDE, patch: int = PATCH) -> LlavaProcessor:
+    """Word-level tokenizer, PIL image processor for pictures of ``side`` pixels, and chat template."""
     words = WordTokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))  # noqa: S106
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -134,10 +134,10 @@ def new_processor() -> LlavaProcessor:
         extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
         padding_side="left", clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    size = {"height": SIDE, "width": SIDE}
+    size = {"height": side, "width": side}
     pictures = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_processor=pictures, tokenizer=tokenizer, patch_size=patch, vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
 

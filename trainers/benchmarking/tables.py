@@ -1,0 +1,88 @@
+"""The terminal's view of a benchmark: one table for each batch size and prompt length."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from trainers.evaluation.tables import display_name
+
+from .measure import BARE, Row
+
+COLUMNS = {
+    "vision": "vision",
+    "prefill": "prefill",
+    "first_token": "first token",
+    "decode": "a later token",
+    "end_to_end": "end to end",
+    "peak_memory": "memory",
+}
+"""Parts that a table shows as ratios, and their headings; `pruner` stands beside them in milliseconds."""
+LEGEND = (
+    "The bare model in milliseconds and MiB, all others as the bare model over them: measured / ideal, "
+    "the ideal from the model's floating-point operations at the tokens that each layer reads. "
+    "Tokens: image tokens of a picture in the language model, mean over its layers."
+)
+
+
+def settings_of(rows: Sequence[Row]) -> Iterator[tuple[tuple[int, int], dict[tuple[str, str], dict[str, Row]]]]:
+    """Batch size and length, and their rows by case (pruner, keep) and part."""
+    for setting in dict.fromkeys((row["batch"], row["length"]) for row in rows):
+        cases: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in rows:
+            if (row["batch"], row["length"]) == setting:
+                cases.setdefault((row["pruner"], row["keep"]), {})[row["part"]] = row
+        yield setting, cases
+
+
+def table_lines(cases: Mapping[tuple[str, str], Mapping[str, Row]]) -> Iterator[list[str]]:
+    """The cells of a table, its header first; the README's table has the same."""
+    columns = [part for part in COLUMNS if part in cases[BARE, "1.0"]]
+    yield ["pruner", "keep", "tokens", *(COLUMNS[part] for part in columns), "pruner, ms"]
+    for (pruner, keep), parts in cases.items():
+        tokens = next(iter(parts.values()))["tokens"]
+        cell = absolute if pruner == BARE else ratio
+        own = f"{1000 * parts['pruner']['median_s']:.1f}" if "pruner" in parts else ""
+        yield [display_name(pruner), keep, f"{tokens:g}", *(cell(parts[part]) for part in columns), own]
+
+
+def absolute(row: Row) -> str:
+    """Milliseconds, or MiB."""
+    if row["median_s"] is None:
+        return f"{row['bytes'] / 2**20:.0f} MiB"
+    return f"{1000 * row['median_s']:.1f} ms"
+
+
+def ratio(row: Row) -> str:
+    """`2.61 / 2.80`, or without an ideal `2.61`."""
+    ideal = "" if row["ideal_speedup"] is None else f" / {row['ideal_speedup']:.2f}"
+    return f"{row['speedup']:.2f}{ideal}"
+
+
+def overhead_line(overhead: Mapping[str, Any]) -> str:
+    """What attaching costs, in a sentence."""
+    return (
+        f"attach with every token kept, batch {overhead['batch']}, {overhead['tokens']} tokens: first token "
+        f"{100 * overhead['share']:+.2f} % of a prefill (interquartile range {100 * overhead['spread']:.2f})"
+    )
+
+
+def print_record(record: Mapping[str, Any], console: Console) -> None:
+    """Print a table for each setting, and what attaching costs."""
+    for (batch, length), cases in settings_of(record["rows"]):
+        table = Table(
+            title=f"batch {batch}, {length} text tokens, {record['vlm']} on {record['device']}",
+            title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        header, *lines = table_lines(cases)
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number > 0)
+        for line in lines:
+            table.add_row(*line, style="dim" if line[0] == BARE else None)
+        console.print(table)
+    if record["rows"]:
+        console.print(LEGEND, style="dim")
+    for overhead in record["overhead"]:
+        console.print(overhead_line(overhead))
