@@ -104,10 +104,8 @@ def test_every_answer_slot_is_drawn_alike():
 def test_attention_guide_equals_the_models_own_attention(tiny_llava, encoded):
     guide, logits = attention_guide(tiny_llava.vlm, encoded, layer=1)
     tiny_llava.vlm.set_attn_implementation({"text_config": "eager"})
-    out = full_forward(tiny_llava.vlm, encoded)
-    maps = tiny_llava.vlm(
-        **encoded.batch, inputs_embeds=None, mm_encoder_outputs=_again(encoded), output_attentions=True
-    ).attentions[1]
+    out = full_forward(tiny_llava.vlm, encoded, output_attentions=True)
+    maps = out.attentions[1]
     tiny_llava.vlm.set_attn_implementation({"text_config": "sdpa"})
     torch.testing.assert_close(logits, answer_slots(out.logits, encoded.labels)[0], rtol=1e-4, atol=1e-4)
     for row in range(2):
@@ -117,12 +115,6 @@ def test_attention_guide_equals_the_models_own_attention(tiny_llava, encoded):
         torch.testing.assert_close(guide[row], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(PruneZooError, match="guide_layer=7"):
         attention_guide(tiny_llava.vlm, encoded, layer=7)
-
-
-def _again(encoded):
-    from modules.host.families import as_encoder_output
-
-    return as_encoder_output(encoded.image_list())
 
 
 def test_an_answer_counts_only_if_every_token_of_it_is_right():

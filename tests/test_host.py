@@ -53,7 +53,7 @@ def oracle(vlm, encoded, output):
         seen[row, slots[index[valid]]] = True
     length = seen.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None]
-    batch = {**encoded.batch, "attention_mask": mask}
+    batch = {**encoded.batch, "attention_mask": mask, "position_ids": torch.arange(length)[None]}
     return full_forward(vlm, encoded.__class__(encoded.inputs, batch, None, encoded.sample, encoded.slots)).logits
 
 
@@ -338,7 +338,7 @@ def test_unsupported_models_are_refused_by_name():
         attach(torch.nn.Linear(1, 1), "uniform", keep=3)
     siglip = {"model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
               "num_attention_heads": 1, "image_size": 8, "patch_size": 4}  # fmt: skip
-    config = LlavaConfig(vision_config=siglip, text_config=text, vision_feature_select_strategy="full")
+    config = LlavaConfig(vision_config=siglip, text_config=text, vision_feature_select_strategy="default")
     with pytest.raises(PruneZooError, match="siglip_vision_model"):
         attach(LlavaForConditionalGeneration(config), "uniform", keep=3)
 

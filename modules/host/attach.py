@@ -29,8 +29,9 @@ from ..core.contract import Keep, PruneOutput, Pruner, check_keep
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan
 from ..core.registry import load_pruner
-from .families import find_family
-from .prompt import Encoded, Positions, check_positions, encode, shorten_prompt
+from .encoded import Encoded, encode
+from .families import PIXELS, find_family
+from .prompt import Positions, check_positions, shorten_prompt
 from .signals import check_signals
 
 
@@ -129,8 +130,8 @@ class Attachment:
         start = _now(self.vlm.device)
         output = self.pruner(encoded.inputs, self.keep)
         self.stats.seconds += _now(self.vlm.device) - start
-        self.stats.before += encoded.inputs.valid.sum(1).tolist()
-        self.stats.after += output.count.tolist()
+        self.stats.before += encoded.tokens.tolist()
+        self.stats.after += encoded.tokens_left(output).tolist()
         return encoded, output
 
     def _before_forward(self, _vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -167,7 +168,7 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache in self._short_caches:
             raise PruneZooError("this cache holds a pruned prompt: pass the whole conversation without past_key_values")
-        if kwargs.get("pixel_values") is None:
+        if all(kwargs.get(pixels) is None for pixels in PIXELS.values()):
             if kwargs.get("mm_encoder_outputs"):
                 raise PruneZooError("an attached pruner needs pixel_values, not mm_encoder_outputs")
             return False

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .prompt import IGNORED, Encoded, full_forward
+from .encoded import IGNORED, Encoded
+from .prompt import full_forward
 
 
 def relevance_map(vlm: PreTrainedModel, encoded: Encoded, max_tokens: int | None = None) -> Tensor:

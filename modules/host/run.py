@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..core.contract import Keep, PruneOutput, Pruner
 from ..core.errors import PruneZooError
-from .prompt import Encoded, HostOutput, Positions, pruned_forward
+from .encoded import Encoded
+from .prompt import HostOutput, Positions, pruned_forward
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,4 @@ def run_pruned(
     with pruner.adapt(vlm):
         output = pruner(encoded.inputs, keep)
         host = pruned_forward(vlm, encoded, output, positions, **options)
-    return PrunedRun(host, output.count.float(), output)
+    return PrunedRun(host, encoded.tokens_left(output).float(), output)

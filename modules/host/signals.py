@@ -20,11 +20,11 @@ from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
 from .decoder import Decoder, Rotary
-from .families import as_encoder_output, find_family
+from .families import find_family
 from .tower import KEY, MASK, QUERY, VALUE, Tower
 
 if TYPE_CHECKING:
-    from .prompt import Encoded
+    from .encoded import Encoded
 
 ROWS = 1024  # of a map of attention that are in memory at a time
 PARTS = {
@@ -203,8 +203,7 @@ def enter_layers(
     handles = [decoder.layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True) for layer in layers]
     try:
         with suppress(_Enough):
-            images = as_encoder_output(encoded.image_list())
-            vlm(**{**encoded.batch, "mm_encoder_outputs": images, "use_cache": False})
+            vlm(**encoded.model_inputs(vlm), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
