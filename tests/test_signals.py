@@ -12,7 +12,8 @@ from transformers import SiglipVisionModel as Siglip
 from modules import PruneZooError, build_pruner, encode
 from modules.core.contract import Pruner
 from modules.host.relevance import relevance_map
-from modules.host.signals import encode_needs, mean_attention, watch_tower
+from modules.host.signals import encode_needs
+from modules.host.taps import mean_attention, watch_tower
 from modules.host.tower import Tower
 
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"

@@ -71,6 +71,13 @@ def place_groups(groups: Tensor, cells: Tensor, sizes: Tensor, count: int) -> tu
     return index, valid, number.masked_fill(groups < 0, -1)
 
 
+def kept_groups(output: PruneOutput, width: int) -> Tensor:
+    """The groups of an output that only keeps and drops: ``(B, N)`` for ``width`` N, -1 for what is dropped."""
+    columns = torch.arange(output.index.shape[1], device=output.index.device).expand_as(output.index)
+    groups = torch.full((len(columns), width + 1), -1, device=columns.device)  # the last column takes the filler
+    return groups.scatter(1, output.index.masked_fill(~output.valid, width), columns)[:, :-1]
+
+
 def merge_tokens(inputs: PruneInputs, leader: Tensor) -> PruneOutput:
     """Merge the tokens that have the same leader into their mean, weighted by size, at the slot nearest to its place.
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows, mask_to_index
-from .families import PIXELS, Family, Visual, find_family
-from .signals import check_signals, decoder_signals, watch_tower
+from .families import Family, Visual, find_family
+from .signals import check_signals, decoder_signals
 
 IGNORED = -100  # label of a token that is not trained on
 
@@ -48,6 +48,7 @@ class Encoded:
     slots: Tensor = field(repr=False)  # (R, N) long: the column of each patch in the prompt; 0 on padding
     newlines: Newlines | None = None  # where the family puts them
     deep: tuple[Tensor, ...] = field(default=(), repr=False)  # (R, N, D) each: added behind the first decoder layers
+    pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
 
     @property
     def mask(self) -> Tensor:
@@ -92,7 +93,9 @@ class Encoded:
         return find_family(vlm).hand_over({**self.batch, **others}, values, deep)
 
 
-def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...] = ()) -> Encoded:
+def encode(
+    vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_tower: bool = True
+) -> Encoded:
     """Run vision tower and projector once, and lay out what pruners and forwards need.
 
     Args:
@@ -100,6 +103,7 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
         batch: What the processor returned, perhaps with ``labels (B, L)``. With labels the pruner's ``text`` is the
             unlabelled tokens before the last labelled one, so an answer never leaks into it.
         needs: Signals to compute, `Pruner.needs`.
+        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images.
@@ -113,11 +117,9 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
     ids = given["input_ids"]
     labels = batch["labels"].to(device) if batch.get("labels") is not None else None
 
-    signals: dict[str, Tensor] = {}
-    visuals: list[Visual] = []
-    if any(given.get(pixels) is not None for pixels in PIXELS.values()):
-        with watch_tower(family.tower, needs) as signals:
-            visuals = family.visuals(given)
+    embedded = family.embed(ids)
+    visuals = family.visuals(given, needs) if run_tower else family.outlines(given, embedded)
+    pixels = {k: v for k, v in given.items() if k in family.consumed}
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
     is_prompt = _real(given) & ~family.is_visual(ids)
@@ -126,16 +128,13 @@ def encode(vlm: PreTrainedModel, batch: Mapping[str, Any], needs: tuple[str, ...
         before_last = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
         is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
     columns, column_valid = mask_to_index(is_prompt)
-    embedded = family.embed(ids)
     text = gather_rows(embedded, columns)
 
     encoded = _lay_out(family, given, labels, visuals, embedded)
-    inputs = replace(
-        encoded.inputs, text=text[encoded.sample], text_valid=column_valid[encoded.sample], signals=signals
-    )
-    encoded = replace(encoded, inputs=inputs)
-    signals.update(decoder_signals(vlm, encoded, (columns, column_valid), needs))
-    return encoded
+    inputs = replace(encoded.inputs, text=text[encoded.sample], text_valid=column_valid[encoded.sample])
+    encoded = replace(encoded, inputs=inputs, pixels=pixels)
+    late = decoder_signals(vlm, encoded, (columns, column_valid), needs)
+    return replace(encoded, inputs=replace(inputs, signals={**inputs.signals, **late}))
 
 
 def _lay_out(
@@ -173,6 +172,10 @@ def _lay_out(
             [torch.ones_like(c, dtype=torch.bool) for _, c, _ in picked], ids.new_zeros(0, 0, dtype=torch.bool), False
         ),
         _pad([cells for _, _, cells in picked], ids.new_zeros(0, 0, 3), -1),
+        signals={
+            name: _pad([v.signals[name][p] for p, (_, _, v) in zip(patches, placed, strict=True)], empty, 0)
+            for name in (placed[0][2].signals if placed else ())
+        },
     )
     levels = [visual.deep for _, _, visual in placed]
     return Encoded(

@@ -1,15 +1,14 @@
-"""Signals that pruners may ask for, each computed only when asked, and only the rows of attention that it needs.
+"""Signals of the language model: attention, made from queries and keys for the rows that are needed, and hidden states.
 
-Nothing switches the model to eager attention: queries and keys are tapped, and the few wanted rows are made from them.
-What nobody asks for puts no hook anywhere and runs nothing. Names and shapes: ``core/signals.py``.
-Letters: R images, N image tokens, B rows of the batch, L its tokens, T words, S tokens in the tower, P of them before
-the patches, H heads, D width.
+Nothing switches the model to eager attention (but `relevance`, which needs all of it), and no layer runs that nobody
+asks for. Names and shapes of the signals: ``core/signals.py``; those of the vision tower: ``taps.py``.
+Letters: R images, N image tokens, B rows of the batch, L its tokens, T words, D width.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,134 +20,15 @@ from ..core.plan import gather_rows
 from ..core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
 from .decoder import Decoder, Rotary
 from .families import find_family
-from .tower import KEY, MASK, QUERY, VALUE, Tower
 
 if TYPE_CHECKING:
     from .encoded import Encoded
-
-ROWS = 1024  # of a map of attention that are in memory at a time
-PARTS = {
-    "cls_attention": (QUERY, KEY, MASK),
-    "received_attention": (QUERY, KEY, MASK),
-    "vision_keys": (KEY,),
-    "vision_values": (VALUE,),
-}
-"""What of an attention each vision signal is made from."""
 
 
 def check_signals(needs: tuple[str, ...]) -> None:
     """Raise PruneZooError on a name that is no signal."""
     for name in needs:
         parse_signal(name)
-
-
-# The vision tower
-
-
-class VisionTap:
-    """Watches the attention of one block, and makes signals of what it sees."""
-
-    def __init__(self, tower: Tower, block: int, kinds: Collection[str]) -> None:
-        """Put the hooks on.
-
-        Args:
-            tower: The tower.
-            block: Which block, from 0.
-            kinds: Of VISION_SIGNALS, those that will be read.
-
-        Raises:
-            PruneZooError: CLS is wanted, and the tower has none.
-        """
-        if "cls_attention" in kinds and not tower.has_cls:
-            raise PruneZooError(
-                "this vision tower has no CLS token: use a pruner that reads 'received_attention', not 'cls_attention'"
-            )
-        self.tower, self.attention = tower, tower.attention(block)
-        self.seen: dict[str, Tensor] = {}
-        self.handles = self.attention.watch({part for kind in kinds for part in PARTS[kind]}, self.seen)
-
-    def read(self, kind: str) -> Tensor:
-        """A signal of the last pass: ``(R, N)`` float32, or ``(R, N, H, d)`` for keys and values."""
-        if kind in ("vision_keys", "vision_values"):
-            return self.seen[PARTS[kind][0]][:, self.tower.prefix :]
-        query, key = self.seen[QUERY], self.seen[KEY]
-        rows = query[:, :1] if kind == "cls_attention" else query  # CLS is the first token wherever there is one
-        return mean_attention(rows, key, self.attention.scale, self.seen.get(MASK))[:, self.tower.prefix :]
-
-    def __enter__(self) -> Self:
-        """Leave the hooks on for the block."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take them off."""
-        for handle in self.handles:
-            handle.remove()
-
-
-def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Softmax weights that each key gets, mean over heads and rows.
-
-    Args:
-        query: ``(R, T, H, d)``; all rows, or the ones wanted.
-        key: ``(R, S, H, d)``.
-        scale: Of the dot products.
-        mask: As given to the attention, the same for every row: ``(R, 1, 1 or S, S)``, True or a number to add; None:
-            everything is seen.
-
-    Returns:
-        ``(R, S)`` float32. Where there are all rows, those of tokens that nobody may look at are left out.
-    """
-    bias = None
-    counted = query.new_ones(query.shape[:2], dtype=torch.float32)
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        bias = mask[:, 0, :1] if mask.is_floating_point() else query.new_zeros(()).masked_fill(~mask[:, 0, :1], lowest)
-        if query.shape[1] == key.shape[1]:
-            counted = (bias[:, 0] > lowest / 2).float()
-    total = key.new_zeros(key.shape[:2], dtype=torch.float32)
-    # One head and some rows at a time: the whole map of a large tower would be gigabytes.
-    for head in range(key.shape[2]):
-        keys = key[:, :, head].transpose(1, 2)
-        for rows, weight in zip(query[:, :, head].split(ROWS, 1), counted.split(ROWS, 1), strict=True):
-            logits = rows @ keys * scale
-            logits = logits if bias is None else logits + bias
-            total += (weight[:, None] @ logits.softmax(-1, dtype=torch.float32))[:, 0]
-    return total / (key.shape[2] * counted.sum(1, keepdim=True))
-
-
-@contextmanager
-def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Compute the vision tower's signals among ``needs`` from the pass that it makes while the block runs.
-
-    Args:
-        tower: Gives the tower; not asked where no signal of it is wanted.
-        needs: Names of signals.
-
-    Yields:
-        By name, ``(R, N, ...)``, a row for each picture that the tower saw; empty until the block has ended.
-
-    Raises:
-        PruneZooError: The tower has no such block, or no CLS where that is asked for.
-    """
-    wanted = {name: parse_signal(name) for name in needs if parse_signal(name).is_vision}
-    signals: dict[str, Tensor] = {}
-    if not wanted:
-        yield signals
-        return
-    found = tower()
-    places = {name: found.block_index(signal.number) for name, signal in wanted.items()}
-    with ExitStack() as stack:
-        taps = {
-            block: stack.enter_context(
-                VisionTap(found, block, {wanted[name].kind for name in wanted if places[name] == block})
-            )
-            for block in set(places.values())
-        }
-        yield signals
-        signals.update({name: taps[places[name]].read(signal.kind) for name, signal in wanted.items()})
-
-
-# The decoder
 
 
 def encode_needs(pruner: Pruner) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ Letters: B rows of the batch, L prompt tokens, n tokens of one image or clip, D 
 """
 
 import inspect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.errors import PruneZooError
 from ..decoder import Decoder
+from ..taps import watch_tower
 from ..tower import Tower
 
 Kind = Literal["image", "video"]
@@ -31,6 +33,7 @@ class Visual:
     features: Tensor  # (n, D)
     cells: Tensor  # (n, 3) long: tile, row, column; see Family.cells
     deep: tuple[Tensor, ...] = ()  # (n, D) each: what is added to them behind the first decoder layers (deepstack)
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # (n, ...) each, by name: those of the tower
 
 
 class Family:
@@ -78,26 +81,21 @@ class Family:
         """``(B, L)`` bool: which ids are placeholders."""
         return torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
 
-    def visuals(self, batch: Mapping[str, Any]) -> list[Visual]:
+    def visuals(self, batch: Mapping[str, Any], needs: tuple[str, ...] = ()) -> list[Visual]:
         """Run tower and projector once: all images, in the order of their placeholders, then all clips.
 
         Args:
             batch: The processor's output, on the model's device.
+            needs: Names of signals; those of the tower are made.
 
         Raises:
-            PruneZooError: Inputs that the family does not know, or that do not fit one another.
+            PruneZooError: Inputs that the family does not know, or that do not fit one another; a signal that the tower
+                has not.
         """
-        for key in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
-            if batch.get(key) is not None:
-                raise PruneZooError(f"'{key}' in the call is not supported while pruning: set it in the model's config")
         found = []
-        for kind, pixels in PIXELS.items():
-            if batch.get(pixels) is None:
-                continue
-            if kind not in self.encoder_keys:
-                raise PruneZooError(f"{self.title} reads no {pixels} while pruning: pass a clip's frames as images")
-            inputs = {key: batch[key] for key in self.encoder_keys[kind] if batch.get(key) is not None}
-            output = getattr(self.vlm.model, f"get_{kind}_features")(**inputs, return_dict=True)
+        for kind in self.kinds(batch):
+            with watch_tower(self.tower, needs) as seen:
+                output = self.run_encoder(kind, batch)
             cells = self.cells(kind, batch)
             sizes = [len(own) for own in cells]
             levels = [_rows(level) for level in getattr(output, "deepstack_features", None) or ()]
@@ -107,9 +105,61 @@ class Family:
                     f"{self.title}: the prompt's placeholders stand for {sum(sizes)} {kind} tokens, the pixels make "
                     f"{len(rows)}: use one processor for text and images"
                 )
+            signals = {
+                name: self.spread(kind, batch, values.reshape(*values.shape[:2], -1)).reshape(-1, *values.shape[2:])
+                for name, values in seen.items()
+            }
             parts = zip(rows.split(sizes), cells, *(level.split(sizes) for level in levels), strict=True)
-            found += [Visual(kind, own, where.to(own.device), tuple(deep)) for own, where, *deep in parts]
+            for i, (own, where, *deep) in enumerate(parts):
+                own_signals = {name: values.split(sizes)[i] for name, values in signals.items()}
+                found.append(Visual(kind, own, where.to(own.device), tuple(deep), own_signals))
         return found
+
+    def outlines(self, batch: Mapping[str, Any], like: Tensor) -> list[Visual]:
+        """What :meth:`visuals` gives, with zeros of the type and width of ``like`` for features: nothing is run."""
+        return [
+            Visual(kind, like.new_zeros(len(cells), like.shape[-1]), cells.to(like.device))
+            for kind in self.kinds(batch)
+            for cells in self.cells(kind, batch)
+        ]
+
+    def kinds(self, batch: Mapping[str, Any]) -> list[Kind]:
+        """What there are pixels of.
+
+        Raises:
+            PruneZooError: Inputs that the family does not know.
+        """
+        for key in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+            if batch.get(key) is not None:
+                raise PruneZooError(f"'{key}' in the call is not supported while pruning: set it in the model's config")
+        kinds = [kind for kind, pixels in PIXELS.items() if batch.get(pixels) is not None]
+        for kind in kinds:
+            if kind not in self.encoder_keys:
+                raise PruneZooError(
+                    f"{self.title} reads no {PIXELS[kind]} while pruning: pass a clip's frames as images"
+                )
+        return kinds
+
+    def run_encoder(self, kind: Kind, batch: Mapping[str, Any]) -> Any:
+        """What the model's own tower and projector give."""
+        inputs = {key: batch[key] for key in self.encoder_keys[kind] if batch.get(key) is not None}
+        return getattr(self.vlm.model, f"get_{kind}_features")(**inputs, return_dict=True)
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Deal what the tower has of each patch out to the tokens of the language model.
+
+        A token that is made of several patches gets their mean, or what the family does with features; a token that is
+        made of none gets 0.
+
+        Args:
+            kind: What was run.
+            batch: What it was run on.
+            values: ``(R, N, C)``, a row for each picture that the tower saw, in its order of patches.
+
+        Returns:
+            ``(n, C)``: of all images in the order of their placeholders.
+        """
+        return values.flatten(0, 1)
 
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
         """Where the tokens of each image (or clip) come from.
@@ -233,14 +283,8 @@ class Family:
         return max(map(kinds.index, kinds)) + 1 if len(set(kinds)) > 1 else 0
 
     def tower(self) -> Tower:
-        """The vision tower.
-
-        Raises:
-            PruneZooError: It is none whose blocks and tokens are those of the language model's image tokens.
-        """
-        raise PruneZooError(
-            f"the vision tower of {self.title} cannot be read or pruned: use a pruner that needs no vision signals"
-        )
+        """The vision tower."""
+        raise NotImplementedError
 
     def decoder(self) -> Decoder:
         """The language model."""
@@ -256,6 +300,13 @@ def grid(rows: int, columns: int, tile: int = 0) -> Tensor:
 def tiles(count: int, side: int) -> Tensor:
     """``(count * side * side, 3)`` long: the cells of square tiles, one after the other."""
     return torch.cat([grid(side, side, tile).flatten(0, 1) for tile in range(count)])
+
+
+def pool(values: Tensor, factor: int) -> Tensor:
+    """The means of ``factor`` by ``factor`` patches of squares ``(R, N, C)``: ``(R * N / factor ** 2, C)``."""
+    side = math.isqrt(values.shape[1]) // factor
+    blocks = values.unflatten(1, (side, factor, side, factor))
+    return blocks.float().mean((2, 4)).to(values.dtype).flatten(0, 2)
 
 
 def runs(mask: Tensor) -> list[tuple[int, int, int]]:

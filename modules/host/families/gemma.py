@@ -1,5 +1,6 @@
 """Gemma 3 and PaliGemma: one square an image, and attention in both directions within parts of the prompt."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import Family, Kind, grid
+from ..tower import Tower
+from .base import Family, Kind, grid, pool
 
 
 class Gemma3Family(Family):
@@ -20,6 +22,14 @@ class Gemma3Family(Family):
         """One tile an image."""
         side = int(self.config.mm_tokens_per_image**0.5)
         return [grid(side, side).flatten(0, 1)] * len(batch["pixel_values"])
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """As the projector pools."""
+        return pool(values, math.isqrt(values.shape[1] // self.config.mm_tokens_per_image))
+
+    def tower(self) -> Tower:
+        """SigLIP."""
+        return Tower(self.vlm.model.vision_tower, -1, has_cls=False, joined="Gemma 3 pools patches behind it")
 
     def visible(self, batch: Mapping[str, Any], real: Tensor) -> Tensor:
         """Causal, and whole images."""
@@ -54,6 +64,10 @@ class PaliGemmaFamily(Family):
         """`generate` adds the one itself."""
         positions = super().positions(batch, real, generating)
         return positions if generating or batch.get("position_ids") is not None else positions + 1
+
+    def tower(self) -> Tower:
+        """SigLIP."""
+        return Tower(self.vlm.model.vision_tower, -1, has_cls=False)
 
     def visible(self, batch: Mapping[str, Any], real: Tensor) -> Tensor:
         """Causal, and the whole prompt within itself."""

@@ -1,11 +1,12 @@
 """LLaVA, LLaVA-NeXT and LLaVA-OneVision."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ...core.errors import PruneZooError
@@ -19,6 +20,7 @@ class LlavaFamily(Family):
     """LLaVA: one square grid of patches an image; a CLIP or SigLIP tower."""
 
     title = "LLaVA"
+    joined: ClassVar[str | None] = None  # what is done to patches between tower and language model
 
     def check(self) -> None:
         """Only towers and strategies that give the patches of a square, without CLS."""
@@ -42,17 +44,16 @@ class LlavaFamily(Family):
         return [grid(self.side, self.side).flatten(0, 1)] * len(batch["pixel_values"])
 
     def tower(self) -> Tower:
-        """CLIP."""
-        if self.config.vision_config.model_type != "clip_vision_model":
-            return super().tower()
-        layer = self.config.vision_feature_layer
-        return Tower(self.vlm.model.vision_tower, layer if isinstance(layer, int) else layer[-1])
+        """CLIP or SigLIP."""
+        has_cls = self.config.vision_config.model_type == "clip_vision_model"
+        return Tower(self.vlm.model.vision_tower, self.config.vision_feature_layer, has_cls, self.joined)
 
 
 class LlavaNextFamily(LlavaFamily):
     """LLaVA-NeXT: a thumbnail, tile 0, and the crops put together to one unpadded grid, tile 1, newlines in it."""
 
     title = "LLaVA-NeXT"
+    joined = "LLaVA-NeXT puts its crops together to one grid, which must be whole"
     encoder_keys = {"image": ("pixel_values", "image_sizes")}
 
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
@@ -88,9 +89,17 @@ class LlavaNextFamily(LlavaFamily):
         """Rows and columns that the language model reads of the unpadded grid."""
         return rows, columns
 
-    def tower(self) -> Tower:
-        """None: the tower sees crops, the language model a grid."""
-        return Family.tower(self)
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Put together to grids as features are."""
+        points, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        sizes = zip(batch["image_sizes"].tolist(), self.tiled(batch), strict=True)
+        counts = [1 + tiled * math.prod(get_anyres_image_grid_shape(size, points, side)) for size, tiled in sizes]
+        return torch.cat(self.pack(values.split(counts), batch["image_sizes"], values.new_zeros(values.shape[2])))
+
+    def pack(self, values: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """The model's own way from the tiles of each image, ``(tiles, N, C)``, to its tokens ``(n, C)``."""
+        strategy = self.config.vision_feature_select_strategy
+        return self.vlm.model.pack_image_features(values, sizes, strategy, image_newline=newline)[0]
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
@@ -99,6 +108,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     """
 
     title = "LLaVA-OneVision"
+    joined = "LLaVA-OneVision puts its crops together to one grid, which must be whole"
     encoder_keys = {
         "image": ("pixel_values", "image_sizes", "batch_num_images"),
         "video": ("pixel_values_videos", "image_sizes_videos"),
@@ -126,3 +136,16 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * self.side**2))
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+    def pack(self, values: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """Likewise."""
+        ratio = self.config.vision_aspect_ratio
+        return self.vlm.model.pack_image_features(values, sizes, image_newline=newline, vision_aspect_ratio=ratio)[0]
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Images as above; clips pooled as features are, with a newline behind."""
+        if kind == "image":
+            return super().spread(kind, batch, values)
+        clips = len(batch["pixel_values_videos"])
+        pooled = self.vlm.model.apply_pooling(values).reshape(clips, -1, values.shape[2])
+        return pad(pooled, (0, 0, 0, 1)).flatten(0, 1)

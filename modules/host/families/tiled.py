@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import PruneZooError
-from .base import Family, Kind, runs, tiles
+from ..tower import InternVLTower, Tower
+from .base import Family, Kind, pool, runs, tiles
 
 
 class InternVLFamily(Family):
@@ -30,6 +31,15 @@ class InternVLFamily(Family):
         mask = batch["input_ids"] == self.config.image_token_id
         return [_tiles(self.title, length, side) for _, _, length in runs(mask)]
 
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """The mean of the patches that the shuffle joins."""
+        return pool(values, round(1 / self.config.downsample_ratio))
+
+    def tower(self) -> Tower:
+        """InternVL's own."""
+        joined = "InternVL joins neighbouring patches behind it by a pixel shuffle"
+        return InternVLTower(self.vlm.model.vision_tower, self.config.vision_feature_layer, joined=joined)
+
 
 class Idefics3Family(Family):
     """Idefics3: the tiles of an image stand apart, each behind a tag, the whole picture last. Frames are images."""
@@ -51,6 +61,15 @@ class Idefics3Family(Family):
                 cells.append(_tiles(self.title, length, side))
                 length = 0
         return cells
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """The mean of the patches that the shuffle joins."""
+        return pool(values, self.config.scale_factor)
+
+    def tower(self) -> Tower:
+        """Of SigLIP's make."""
+        joined = f"{self.title} joins neighbouring patches behind it by a pixel shuffle"
+        return Tower(self.vlm.model.vision_model, -1, has_cls=False, joined=joined)
 
 
 class SmolVLMFamily(Idefics3Family):
