@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_image
 
+from modules import Pruner, attach, pruned_forward
 from modules.host import encode
 from modules.host.relevance import eager_attention, relevance_map, roll_out
 
@@ -133,3 +134,25 @@ def test_a_batch_of_text_and_a_sample_without_an_answer_have_no_relevance(tiny_l
     batch["labels"][1] = -100
     ours = relevance_map(vlm, encode(vlm, batch))
     assert ours[0].max() > 0 and not ours[1].any()
+
+
+class ByRelevance(Pruner):
+    """Keeps what the model's own best next token rests on."""
+
+    name = "by-relevance"
+    needs = ("relevance",)
+
+    def score(self, inputs):
+        return inputs.signal("relevance")
+
+
+def test_a_pruner_may_ask_for_it_while_attached(tiny_llava):
+    vlm = tiny_llava.vlm
+    batch = tiny_llava.batch([PROMPTS[0].partition(" red")[0]], [[make_image(0)]])
+    encoded = encode(vlm, batch)
+    expected = ByRelevance()(replace(encoded.inputs, signals={"relevance": relevance_map(vlm, encoded)}), 5)
+    short = pruned_forward(vlm, encoded, expected).logits
+    with attach(vlm, ByRelevance(), keep=5):
+        torch.testing.assert_close(vlm(**batch).logits, short)
+        assert vlm.generate(**batch, max_new_tokens=1, do_sample=False)[0, -1] == short[0, -1].argmax()
+    assert (short[:, -1] - vlm(**batch).logits[:, -1]).abs().max() > 1e-3

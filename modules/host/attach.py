@@ -71,6 +71,7 @@ class Attachment:
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._was_training = False
         self._running: KeepPlan | None = None  # the plan of the `generate` call that is under way
+        self._encoding = False  # the call under way is our own, to compute signals
         self._shortened = False  # the direct call under way is on a shorter prompt
         self._short_caches: WeakSet[Any] = WeakSet()  # caches that are shorter than their callers' ids
 
@@ -126,7 +127,11 @@ class Attachment:
 
     def _prune(self, batch: Mapping[str, Any]) -> tuple[Encoded, PruneOutput]:
         """Encode the images of a call and prune them, and count."""
-        encoded = encode(self.vlm, batch, self.pruner.needs)
+        self._encoding = True
+        try:
+            encoded = encode(self.vlm, batch, self.pruner.needs)
+        finally:
+            self._encoding = False
         start = _now(self.vlm.device)
         output = self.pruner(encoded.inputs, self.keep)
         self.stats.seconds += _now(self.vlm.device) - start
@@ -136,6 +141,8 @@ class Attachment:
 
     def _before_forward(self, _vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Rewrite a direct call; inside `generate` only guard against the packed-sequence reading."""
+        if self._encoding:  # a signal looks into the language model, which reads all tokens for it
+            return args, kwargs
         if args:
             names = list(inspect.signature(type(self.vlm).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,85 @@
+"""The explainability-map CNN of: Task-Related Token Compression in Multimodal Large Language Models from an
+Explainability Perspective (arXiv 2506.01097, ICLR 2026), https://arxiv.org/abs/2506.01097
+
+From the paper: a few depthwise-separable 1-D convolutions turn the attention that the prompt pays to the image tokens
+in the first layer of the language model into a map of their relevance to the answer, which otherwise takes the whole
+model and its gradients; the map chooses the tokens before the language model runs. Fully convolutional, so any number
+of tokens goes. One network serves one vision-language model, which stays frozen.
+
+Letters: B batch, N image tokens, C channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.errors import PruneZooError
+from ..core.registry import register_pruner
+
+
+@dataclass(frozen=True)
+class ExplainCNNConfig(PrunerConfig):
+    """Sizes of an explainability-map CNN; the defaults are the paper's."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)  # channels after each convolution
+    kernel: int = 3  # tokens that a convolution sees, odd
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise PruneZooError(f"explain_cnn: widths must be one or more numbers from 1, got {list(self.widths)}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise PruneZooError(f"explain_cnn: kernel must be odd and at least 1, got {self.kernel}")
+
+
+@register_pruner("explain_cnn")
+class ExplainCNN(Pruner):
+    """Scores the visual tokens by the relevance that their attention from the prompt foretells."""
+
+    stage = "prompt"
+    needs = ("prompt_attention",)
+    config_class = ExplainCNNConfig
+    config: ExplainCNNConfig
+
+    def __init__(self, config: ExplainCNNConfig | None = None, **overrides: Any) -> None:
+        super().__init__(config, **overrides)
+        widths = self.config.widths
+        self.layers = nn.ModuleList(
+            Separable(before, after, self.config.kernel) for before, after in zip((1, *widths), widths, strict=False)
+        )
+        self.head = nn.Linear(widths[-1], 1)
+
+    @classmethod
+    def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
+        """See the base class."""
+        return {"widths": (8, 16)}
+
+    def score(self, inputs: PruneInputs) -> Tensor:
+        """Scores (B, N), higher = keep: log-shares of the relevance, up to a constant."""
+        x = relative_log(inputs.signal("prompt_attention"), inputs.valid)[..., None].to(self.head.weight.dtype)
+        for layer in self.layers:
+            x = layer(x, inputs.valid)
+        return self.head(x).squeeze(-1).float()
+
+
+class Separable(nn.Module):
+    """A convolution over neighbours, channel by channel, then one over channels, token by token; GELU, norm."""
+
+    def __init__(self, before: int, after: int, kernel: int) -> None:
+        super().__init__()
+        self.neighbours = nn.Conv1d(before, before, kernel, padding=kernel // 2, groups=before)
+        self.channels = nn.Linear(before, after)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Tokens (B, N, before) to (B, N, after); padding counts as the zeros beyond the ends."""
+        x = self.neighbours((x * valid[..., None]).transpose(1, 2)).transpose(1, 2)
+        return F.gelu(self.channels(x))
+
+
+def relative_log(attention: Tensor, valid: Tensor) -> Tensor:
+    """(B, N) float32: the logarithm of each token's attention in units of the image's mean; 0 on padding."""
+    attention = attention.float().masked_fill(~valid, 0.0)
+    mean = attention.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+    return (attention / mean.clamp_min(1e-12) + 1e-3).log() * valid
