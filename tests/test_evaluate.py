@@ -15,6 +15,7 @@ from conftest import IMAGE_SIZE, SPECIAL, WORDS, make_image, make_llava, make_pr
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
 from modules.host import attach, encode
+from modules.host.relevance import relevance_map
 from trainers import evaluate
 from trainers.data import suite as suites
 from trainers.data.conversation import ConversationCollator
@@ -24,7 +25,7 @@ from trainers.evaluation.examples import same_answer, show_examples
 from trainers.evaluation.instrument import judge
 from trainers.evaluation.journal import Journal
 from trainers.evaluation.measure import measure
-from trainers.evaluation.methods import View, attention_to_image, build_method
+from trainers.evaluation.methods import View, build_method, view_of
 from trainers.evaluation.record import read_record, select
 
 EOS = SPECIAL.index("</s>")
@@ -158,14 +159,13 @@ def test_batches_change_nothing_and_random_is_the_mean_of_five_seeds(ending_llav
     assert ((agreement > 0) & (agreement < 1)).any()
 
 
-def view_of(vlm, processor, items) -> View:
+def look(vlm, processor, items, *names) -> View:
     batch = ConversationCollator(processor)(items)
-    inputs = encode(vlm, batch).inputs
-    return View(inputs, items, attention_to_image(vlm, batch, inputs.valid))
+    return view_of(vlm, batch, encode(vlm, batch), items, [build_method(name) for name in names])
 
 
 def test_the_oracle_keeps_what_the_question_is_about(ending_llava):
-    view = view_of(*ending_llava, make_items(3))
+    view = look(*ending_llava, make_items(3), "oracle")
     oracle = build_method("oracle")
     assert oracle.choose(view, 2).index.tolist() == [[8, 9]] * 3
     kept = oracle.choose(view, 0.5)
@@ -180,13 +180,14 @@ def test_attention_diagnostics_read_the_full_model(ending_llava):
     vlm, processor = ending_llava
     items = make_items(4)
     before = vlm.config.text_config._attn_implementation
-    view = view_of(vlm, processor, items)
+    view = look(vlm, processor, items, "attention@1")
     assert vlm.config.text_config._attn_implementation == before
     assert view.attention.shape == (2, 2, 4, 36)
     assert view.attention.min() > 0
     assert view.attention.sum(-1).max() < 1
     for b, item in enumerate(items):  # padding changes nothing
-        torch.testing.assert_close(view.attention[:, :, b], view_of(vlm, processor, [item]).attention[:, :, 0])
+        alone = look(vlm, processor, [item], "attention@1")
+        torch.testing.assert_close(view.attention[:, :, b], alone.attention[:, :, 0])
     # the last prompt token is where the first word of the answer is predicted
     prompt = ConversationCollator(processor, answers=False)(items[1:2])
     vlm.set_attn_implementation({"text_config": "eager"})
@@ -198,6 +199,21 @@ def test_attention_diagnostics_read_the_full_model(ending_llava):
     assert build_method("attention@1").choose(view, 5).index[1].tolist() == best.tolist()
     with pytest.raises(PruneZooError, match="layers 0 to 1"):
         build_method("attention@2").choose(view, 5)
+
+
+def test_the_relevance_diagnostic_knows_the_answer(ending_llava):
+    vlm, processor = ending_llava
+    method, chosen = build_method("relevance"), []
+    for answer in ("red", "1 2"):
+        items = make_items(3, answer)
+        view = look(vlm, processor, items, "relevance")
+        expected = relevance_map(vlm, encode(vlm, ConversationCollator(processor)(items)))
+        assert torch.equal(view.relevance, expected) and view.attention is None
+        chosen.append(method.choose(view, 4).index)
+        assert chosen[-1].tolist() == expected.topk(4).indices.sort().values.tolist()
+        measured = measure(vlm, processor, suite_of(items), [method], parse_budgets(["4"]))
+        assert measured.scores["relevance", "4"].tokens.tolist() == [4, 4, 4]
+    assert not torch.equal(*chosen)
 
 
 def test_examples_show_what_generate_writes(ending_llava):

@@ -7,7 +7,7 @@ import pytest
 
 from modules.core.errors import PruneZooError
 from trainers.evaluation.budgets import parse_budget, parse_budgets
-from trainers.evaluation.record import build_record, read_record, select, write_record
+from trainers.evaluation.record import build_record, oracle_scale_of, read_record, select, write_record
 from trainers.evaluation.scores import ItemScores, Measurement
 from trainers.evaluation.statistics import interval, resample
 
@@ -117,9 +117,27 @@ def test_the_record_has_the_documented_shape(tmp_path):
         "difference": 25,
     }
     assert 0 < pair["ci"][0] < 25 < pair["ci"][1]
+    assert record["oracle_scale"][-1] == {"pruner": "good", "group": "mean", "tokens": 16, "accuracy": 1}
     write_record(record, tmp_path / "new" / "eval.json")
     assert read_record(tmp_path / "new" / "eval.json") == json.loads(json.dumps(record))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["eval.json"]
+
+
+def test_the_oracle_scale_is_the_fewest_tokens_that_answer():
+    """Four questions: the first needs 1 token, the second 16, the third all, the fourth is answered by none."""
+
+    def scores(correct: list[float], tokens: float) -> ItemScores:
+        return ItemScores(np.full(4, tokens), np.array(correct), np.array(correct), np.zeros(4))
+
+    kinds = {"many": scores([1, 1, 0, 0], 16), "one": scores([1, 0, 0, 0], 1)}
+    full = {("full", "1.0"): scores([0, 1, 1, 0], 144), ("none", "0"): scores([0, 0, 0, 1], 0)}
+    scales = {("m3", keep): kind for keep, kind in kinds.items()}
+    both = Measurement(("a", "b"), np.array([0, 0, 1, 1]), {}, {**full, **scales})
+    assert oracle_scale_of(both, ["m3"]) == [
+        {"pruner": "m3", "group": "a", "tokens": 8.5, "accuracy": 1.0},
+        {"pruner": "m3", "group": "b", "tokens": 72.5, "accuracy": 0.5},
+        {"pruner": "m3", "group": "mean", "tokens": 40.5, "accuracy": 0.75},
+    ]
 
 
 @pytest.mark.parametrize(

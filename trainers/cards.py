@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
+from modules.core.hub import file_names
 from modules.core.registry import load_pruner
 
 from .errors import command
@@ -38,7 +39,10 @@ CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safe
 def weights_digest(folder: str | Path) -> str | None:
     """SHA-256 of a folder's weights, by which an evaluation knows them again; None where there are none."""
     path = Path(folder) / WEIGHTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    parts = sorted(path.parent.glob("*/*.safetensors"))  # those of a LoRA
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (path, *parts))).hexdigest()
 
 
 def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +68,9 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     paired = [row for row in record["paired"] if row["pruner"] == name and not is_diagnostic(row["rival"])]
     kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
     header = {key: record[key] for key in kept if key in record}
-    return {**header, "pruner": name, "weights": {name: digest}, "rows": rows, "paired": paired}
+    oracle_scale = [row for row in record["oracle_scale"] if row["pruner"] == name]
+    parts = {"rows": rows, "paired": paired, "oracle_scale": oracle_scale}
+    return {**header, "pruner": name, "weights": {name: digest}, **parts}
 
 
 def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
@@ -109,6 +115,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
             budgets=budget_table(metrics),
             rivals=rival_table(metrics),
             weakest=weakest(metrics),
+            oracle_scale=next((row for row in metrics["oracle_scale"] if row["group"] == MEAN), None),
+            parts=[name for name in file_names(pruner) if "/" in name],
             minutes=f"{run['seconds'] / 60:.1f}" if run else None,
         )
     )

@@ -2,7 +2,7 @@
 
     python -m trainers.evaluate --vlm V --pruner P [P2 …] --keep 192 128 1/9 --suite S [--json F] [--report DIR]
 
-A pruner is a registry name (`divprune`), a folder or a Hub id; `oracle` and `attention@L` are diagnostics.
+A pruner is a registry name (`divprune`), a folder or a Hub id; `oracle`, `relevance` and `attention@L` are diagnostics.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure pruners on a suite, beside the full model and zero tokens.",
     )
     p.add_argument("--vlm", required=True, help="local folder or Hub id of an image-text-to-text model")
-    p.add_argument("--pruner", nargs="+", default=[], help="registry names, folders, Hub ids, oracle, attention@L")
+    p.add_argument("--pruner", nargs="+", default=[], help="registry names, folders, Hub ids, diagnostics")
     p.add_argument("--keep", nargs="+", default=["1/3", "2/9", "1/9", "1/18"], help="tokens (64) or shares (1/9, 0.25)")
     p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
     p.add_argument(

@@ -18,14 +18,15 @@ from rich.table import Table
 
 from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
+from modules.core.hub import file_names
 from modules.core.registry import load_pruner
 
-from .cards import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, weights_digest
+from .cards import CARD_FILE, METRICS_FILE, weights_digest
 from .errors import command, one_line
 from .evaluation.record import read_record
 from .run_record import RUN_FILE
 
-REQUIRED = ("config.json", WEIGHTS_FILE, CARD_FILE, METRICS_FILE)
+REQUIRED = (CARD_FILE, METRICS_FILE)
 OPTIONAL = (RUN_FILE,)
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""
@@ -39,7 +40,7 @@ class Package:
     Attributes:
         folder: the checkpoint folder.
         repo: ORG/NAME.
-        files: names of the files, in the folder.
+        files: names of the files, relative to the folder.
         pruner: the pruner, loaded strictly.
         card: the metadata of its card.
     """
@@ -80,7 +81,7 @@ def check(folder: Path, repo: str) -> Package:
         raise PruneZooError(f"{folder / CARD_FILE}: a card without results, licence or library name; {how}")
     if weights_digest(folder) not in read_record(folder / METRICS_FILE).get("weights", {}).values():
         raise PruneZooError(f"{folder / METRICS_FILE}: measured with other weights than lie there now; {how}")
-    files = (*REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file()))
+    files = (*file_names(pruner), *REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file()))
     return Package(folder, repo, files, pruner, card)
 
 
@@ -97,7 +98,8 @@ def show(package: Package, console: Console) -> None:
     console.print(
         f"method {package.pruner.name}, {parameters:,} parameters; the card has {len(results)} measured results"
     )
-    left = sorted(p.name for p in package.folder.iterdir() if p.name not in package.files)
+    uploaded = {Path(name).parts[0] for name in package.files}
+    left = sorted(p.name for p in package.folder.iterdir() if p.name not in uploaded)
     if left:
         console.print(f"left here: {', '.join(left)}")
 

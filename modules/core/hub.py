@@ -1,7 +1,8 @@
 """Strict saving and loading of pruners: a folder, or a repository of the Hugging Face Hub, with two files.
 
-``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``; ``model.safetensors`` is the weights.
-Nothing is ever unpickled. What is not exactly what the method expects is refused with one line.
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``; ``model.safetensors`` is the weights. A
+:class:`Part` of a pruner has a folder of its own beside them. Nothing is ever unpickled. What is not exactly what the
+method expects is refused with one line.
 """
 
 import json
@@ -10,7 +11,7 @@ import re
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from .errors import PruneZooError
 
@@ -36,6 +38,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 P = TypeVar("P", bound="Pruner")
 
 
+class Part(nn.Module):
+    """A part of a pruner that is saved in files of its own, in a folder that is called as the part is in the pruner.
+
+    For weights that have a format of their own. It must be a direct child of the pruner.
+    """
+
+    files: ClassVar[tuple[str, ...]]  # what is in its folder
+
+    def save(self, folder: Path) -> None:
+        """Write these files into a folder that is there."""
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Read them, strictly: PruneZooError for what is missing, misshapen or NaN."""
+        raise NotImplementedError
+
+
+def parts_of(pruner: "Pruner") -> dict[str, Part]:
+    """The parts of a pruner that have files of their own, by name."""
+    return {name: child for name, child in pruner.named_children() if isinstance(child, Part)}
+
+
 def version() -> str:
     """The installed version of prunezoo, or ``0+local`` in a clone that is not installed."""
     try:
@@ -45,17 +69,17 @@ def version() -> str:
 
 
 def save(pruner: "Pruner", folder: str | Path) -> Path:
-    """Write a pruner. Both files are written whole beside the old ones before either takes its place, so a full disk or
-    a crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
+    """Write a pruner. All files are written whole beside the old ones before any takes its place, so a full disk or a
+    crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
 
     Raises:
         PruneZooError: It could not be written, or a weight is NaN.
     """
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in pruner.state_dict().items()}
-    for name, tensor in state.items():
+    for name, tensor in pruner.state_dict().items():
         if bool(tensor.isnan().any()):
             raise PruneZooError(f"not saved to {folder}: tensor '{name}' of pruner '{pruner.name}' holds NaN")
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _own_state(pruner).items()}
     floats = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if len(floats) > 1:
         raise PruneZooError(
@@ -70,17 +94,27 @@ def save(pruner: "Pruner", folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            weights_path, config_path = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
-            save_file(state, weights_path, metadata={"format": "pt"})
-            config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for path in (weights_path, config_path):
-                with path.open("rb") as written:
+            save_file(state, Path(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
+            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name, part in parts_of(pruner).items():
+                Path(scratch, name).mkdir()
+                part.save(Path(scratch, name))
+            files = file_names(pruner)
+            for file in files:
+                with Path(scratch, file).open("rb") as written:
                     os.fsync(written.fileno())
-            weights_path.replace(folder / WEIGHTS_FILE)
-            config_path.replace(folder / CONFIG_FILE)
+            for file in files:
+                (folder / file).parent.mkdir(exist_ok=True)
+                Path(scratch, file).replace(folder / file)
     except (OSError, SafetensorError) as error:
         raise PruneZooError(f"cannot save to {folder}: {error}; free space or choose another folder") from error
     return folder
+
+
+def file_names(pruner: "Pruner") -> tuple[str, ...]:
+    """The files that a pruner is saved in, relative to its folder; the config, which makes it whole, comes last."""
+    parts = [f"{name}/{file}" for name, part in parts_of(pruner).items() for file in part.files]
+    return (*parts, WEIGHTS_FILE, CONFIG_FILE)
 
 
 def read_method(source: str | Path, revision: str | None = None) -> str:
@@ -103,16 +137,16 @@ def load(cls: type[P], source: str | Path, revision: str | None = None) -> P:
     pruner = cls(cls.config_class.from_dict(stored["config"], where=f"{path}: "))
     pruner.to(DTYPES[stored["dtype"]])
     _load_weights(pruner, _locate(source, WEIGHTS_FILE, revision))
+    for name, part in parts_of(pruner).items():
+        paths = [_locate(source, f"{name}/{file}", revision) for file in part.files]
+        part.load(paths[0].parent)
     return pruner.eval()
 
 
 def _load_weights(pruner: "Pruner", path: Path) -> None:
     """Fill every tensor of the pruner from a safetensors file that holds exactly these."""
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
-    expected = pruner.state_dict()
+    stored = read_tensors(path)
+    expected = _own_state(pruner)
     for name in sorted(expected.keys() - stored.keys()):
         raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{pruner.name}' checkpoint")
     for name in sorted(stored.keys() - expected.keys()):
@@ -123,9 +157,29 @@ def _load_weights(pruner: "Pruner", path: Path) -> None:
                 f"{path}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for "
                 f"{tuple(expected[name].shape)}; {CONFIG_FILE} and {WEIGHTS_FILE} do not belong together"
             )
+    pruner.load_state_dict(stored, strict=False)  # strict already, but for the parts, which are read apart
+
+
+def _own_state(pruner: "Pruner") -> dict[str, Tensor]:
+    """The state of a pruner without its parts'."""
+    parts = tuple(f"{name}." for name in parts_of(pruner))
+    return {name: tensor for name, tensor in pruner.state_dict().items() if not name.startswith(parts)}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        PruneZooError: It cannot be read, or a tensor holds NaN.
+    """
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
+    for name, tensor in stored.items():
         if bool(tensor.isnan().any()):
             raise PruneZooError(f"{path}: tensor '{name}' holds NaN; train or download it again")
-    pruner.load_state_dict(stored, strict=True)
+    return stored
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -86,6 +86,31 @@ def cut(cells: bytes, count: int, layout: Layout) -> tuple[Tensor, Tensor]:
     return torch.tensor([anchor for _, _, anchor in parts], dtype=torch.long), weight
 
 
+def divide(layout: Layout, inputs: PruneInputs, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut each image into the parts of a layout.
+
+    Args:
+        layout: How to cut a tile.
+        inputs: The images.
+        keep: ``(B,)`` parts of each.
+
+    Returns:
+        The slots of the anchors ``(B, K)``, ascending; which of them are no filler ``(B, K)`` bool; and the weights
+        ``(B, K, N)`` float32 of the tokens in each part, zero on padding and filler.
+    """
+    size, width = len(keep), int(keep.max())
+    index = torch.zeros(size, width, dtype=torch.long)
+    valid = torch.arange(width) < keep.cpu()[:, None]
+    weight = torch.zeros(size, width, inputs.valid.shape[1])
+    for row, (cells, real, k) in enumerate(zip(inputs.cells.cpu(), inputs.valid.cpu(), keep.tolist(), strict=True)):
+        slots = real.nonzero()[:, 0]
+        anchors, weights = cut(cells[real].numpy().tobytes(), k, layout)
+        index[row, :k] = slots[anchors]
+        weight[row, :k, slots] = weights
+    device = inputs.valid.device
+    return index.to(device), valid.to(device), weight.to(device)
+
+
 def reduce_by(layout: Layout, inputs: PruneInputs, keep: Tensor, merge: bool) -> PruneOutput:
     """Bring each image to the parts of a layout: the weighted mean of each part, or its anchor as it is.
 
@@ -95,18 +120,11 @@ def reduce_by(layout: Layout, inputs: PruneInputs, keep: Tensor, merge: bool) ->
         keep: ``(B,)`` parts of each.
         merge: Whether to average; else the anchors are kept.
     """
-    size, width = len(keep), int(keep.max())
-    index = torch.zeros(size, width, dtype=torch.long)
-    valid = torch.arange(width) < keep.cpu()[:, None]
-    weight = torch.zeros(size, width, inputs.valid.shape[1])  # (B, K, N)
-    for row, (cells, real, k) in enumerate(zip(inputs.cells.cpu(), inputs.valid.cpu(), keep.tolist(), strict=True)):
-        slots = real.nonzero()[:, 0]
-        anchors, weights = cut(cells[real].numpy().tobytes(), k, layout)
-        index[row, :k] = slots[anchors]
-        weight[row, :k, slots] = weights
-    device = inputs.valid.device
-    merged = None
-    if merge:
-        tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)
-        merged = (weight.to(device) @ tokens.float()).to(tokens.dtype)
-    return PruneOutput(index=index.to(device), valid=valid.to(device), features=merged)
+    index, valid, weight = divide(layout, inputs, keep)
+    return PruneOutput(index=index, valid=valid, features=average(inputs, weight) if merge else None)
+
+
+def average(inputs: PruneInputs, weight: Tensor) -> Tensor:
+    """Weighted sums ``(B, K, D)`` of the tokens, in their own type, by weights ``(B, K, N)`` float32."""
+    tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)
+    return (weight @ tokens.float()).to(tokens.dtype)

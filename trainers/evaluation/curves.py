@@ -11,13 +11,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from .record import MEAN, Row, select
-from .scores import NONE, ORACLE, is_diagnostic
+from .scores import NONE, ORACLE, RELEVANCE, is_diagnostic
 from .tables import display_name, methods_of
 
 # Okabe and Ito's colours, which people with colour-blindness can tell apart; the first is the leading method's
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7A5195", "#5B8C5A", "#A05D56")
 INK, GREY, LIGHT = "#222222", "#8a8a8a", "#c9c9c9"
 MARKERS = "osD^vPX<>p"
+NAMED = {ORACLE: INK, RELEVANCE: GREY}
+"""Colours of the diagnostics that the legend names."""
 COLUMNS = 4
 JITTER = 0.014
 """Horizontal distance between the marks of two methods at one budget, as a share, so that intervals stay apart."""
@@ -27,7 +29,7 @@ def colours_of(pruners: Sequence[str]) -> dict[str, str]:
     """A colour for each method: diagnostics are black or grey, the rest take theirs in order."""
     plain = [p for p in pruners if not is_diagnostic(p)]
     colours = {p: COLOURS[i % len(COLOURS)] for i, p in enumerate(plain)}
-    return {p: colours.get(p, INK if p == ORACLE else LIGHT) for p in pruners}
+    return {p: colours.get(p, NAMED.get(p, LIGHT)) for p in pruners}
 
 
 def draw_curves(record: Mapping[str, Any], path: Path) -> None:
@@ -103,8 +105,8 @@ def _legend(pruners: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
     """One entry a method; the attention of all layers shares one."""
     handles = []
     for number, pruner in enumerate(pruners):
-        oracle = pruner == ORACLE
-        if is_diagnostic(pruner) and not oracle:
+        named = pruner in NAMED
+        if is_diagnostic(pruner) and not named:
             continue
         handles.append(
             Line2D(
@@ -112,13 +114,13 @@ def _legend(pruners: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
                 [],
                 color=colours[pruner],
                 label=display_name(pruner),
-                linestyle="--" if oracle else "-",
+                linestyle="--" if named else "-",
                 linewidth=2.2 if number == 0 else 1.2,
-                marker=None if oracle else MARKERS[number % len(MARKERS)],
+                marker=None if named else MARKERS[number % len(MARKERS)],
                 markersize=5 if number == 0 else 3.5,
             )
         )
-    if any(is_diagnostic(p) and p != ORACLE for p in pruners):
+    if any(is_diagnostic(p) and p not in NAMED for p in pruners):
         handles.append(Line2D([], [], color=LIGHT, linestyle="--", linewidth=1.2, label="attention, each layer"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="all tokens"))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="zero tokens"))

@@ -16,7 +16,7 @@ from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
-from .methods import Method, View, attention_to_image
+from .methods import Method, view_of
 
 NEW_TOKENS = 16
 """Longest answer that is generated for a picture."""
@@ -110,9 +110,7 @@ def show_examples(
     """
     scored, prompt = (_to(ConversationCollator(processor, answers=a)(items), vlm.device) for a in (True, False))
     encoded = encode(vlm, scored, needs=tuple(sorted({signal for method in methods for signal in method.needs})))
-    wants_attention = any(method.wants_attention for method in methods)
-    attention = attention_to_image(vlm, scored, encoded.inputs.valid) if wants_attention else None
-    view = View(encoded.inputs, items, attention)
+    view = view_of(vlm, scored, encoded, items, methods)
     cells = encoded.inputs.cells.cpu().numpy()
     examples = [
         Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, same_answer(answer, item.answer))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .record import MEAN, select
-from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ORACLE, is_diagnostic
+from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ORACLE, RELEVANCE, is_diagnostic
 
 BUDGETS = ("1/9", "1/18")
 """The budgets that the bars speak of."""
@@ -62,7 +62,7 @@ def judge(record: Mapping[str, Any]) -> list[Verdict]:
     attention = {
         row["pruner"]: row["accuracy"]
         for row in select(record, keep=eighteenth, group=MEAN)
-        if is_diagnostic(row["pruner"]) and row["pruner"] != ORACLE
+        if is_diagnostic(row["pruner"]) and row["pruner"] not in (ORACLE, RELEVANCE)
     }
     best = max(attention, key=lambda name: attention[name])
     room = 100 * (_accuracies(record, ORACLE, eighteenth)[MEAN] - attention[best])

@@ -31,7 +31,7 @@ from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
 from .journal import Journal
-from .methods import Method, View, attention_to_image
+from .methods import Method, View, view_of
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
 
 WINDOW = 16
@@ -120,7 +120,6 @@ def measure(
     scores = {key: ItemScores.empty(len(suite)) for key in keys}
     group_names: list[str] = [""] * len(suite)
     needs = tuple(sorted({signal for method in methods for signal in method.needs}))
-    wants_attention = any(method.wants_attention for method in methods)
 
     done = journal.read(scores, group_names) if journal else 0
     advance(done * passes(methods, budgets))
@@ -128,8 +127,7 @@ def measure(
     for places, items, ends in _batches(suite, batch_size, done):
         batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
         encoded = encode(vlm, batch, needs=needs)
-        attention = attention_to_image(vlm, batch, encoded.inputs.valid) if wants_attention else None
-        view = View(encoded.inputs, items, attention)
+        view = view_of(vlm, batch, encoded, items, methods)
         for key, weight, values in _passes(vlm, encoded, view, methods, budgets):
             for whole, part in zip(vars(scores[key]).values(), values, strict=True):
                 whole[places] += weight * part.double().cpu().numpy()

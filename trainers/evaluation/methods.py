@@ -1,4 +1,4 @@
-"""What can be measured: pruners, and two diagnostics that know more than a pruner may.
+"""What can be measured: pruners, and diagnostics that know more than a pruner may.
 
 Letters: B items of a batch, N image tokens of an image (padded), L tokens of the prompt with its answer, H heads.
 """
@@ -16,11 +16,12 @@ from torch import Tensor
 from modules.core.contract import PruneInputs, PruneOutput, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, load_pruner
-from modules.host.relevance import eager_attention
+from modules.host import Encoded
+from modules.host.relevance import eager_attention, relevance_map
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
-from .scores import ATTENTION, ORACLE, is_diagnostic
+from .scores import ATTENTION, ORACLE, RELEVANCE, is_diagnostic
 
 RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
@@ -37,11 +38,13 @@ class View:
         items: the B items.
         attention: (layers, 2, B, N) the full model's attention to image tokens, from the last prompt token and as the
             mean over all prompt tokens; None unless a method asks for it.
+        relevance: (B, N) of the image tokens for the reference answer; None unless a method asks for it.
     """
 
     inputs: PruneInputs
     items: Sequence[Item]
     attention: Tensor | None = None
+    relevance: Tensor | None = None
 
 
 class Method(ABC):
@@ -52,11 +55,13 @@ class Method(ABC):
         needs: signals that `encode` must bring.
         replicas: how many seeds it has; their results are averaged.
         wants_attention: whether it reads `View.attention`.
+        wants_relevance: whether it reads `View.relevance`.
     """
 
     needs: tuple[str, ...] = ()
     replicas: int = 1
     wants_attention: bool = False
+    wants_relevance: bool = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -159,8 +164,22 @@ class LayerAttention(ScoredMethod):
         return view.attention[self.layer, int(self.mean)]
 
 
+class Relevance(ScoredMethod):
+    """Keeps what mattered to the reference answer, by the frozen model's own gradients; a teacher's map."""
+
+    wants_relevance = True
+
+    def __init__(self) -> None:
+        super().__init__(RELEVANCE)
+
+    def rate(self, view: View) -> Tensor:
+        """The relevance map, (B, N)."""
+        assert view.relevance is not None  # wants_relevance
+        return view.relevance
+
+
 def build_method(name: str, seed: int = 0) -> Method:
-    """The method of a name: `oracle`, `attention@L`, `attention-mean@L`, or anything that `load_pruner` takes.
+    """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
 
     Args:
         name: as on the command line.
@@ -171,6 +190,8 @@ def build_method(name: str, seed: int = 0) -> Method:
     """
     if name == ORACLE:
         return Oracle()
+    if name == RELEVANCE:
+        return Relevance()
     if is_diagnostic(name):
         kind, _, layer = name.partition("@")
         if not layer.isdigit():
@@ -189,6 +210,18 @@ def build_method(name: str, seed: int = 0) -> Method:
 def layer_attentions(layers: int) -> list[str]:
     """Names of all attention diagnostics of a language model with so many layers."""
     return [f"{kind}@{layer}" for kind in (ATTENTION, f"{ATTENTION}-mean") for layer in range(layers)]
+
+
+def view_of(
+    vlm: Any, batch: dict[str, Any], encoded: Encoded, items: Sequence[Item], methods: Sequence[Method]
+) -> View:
+    """All that these methods look at in one batch; what none of them asks for is not computed."""
+    attention = relevance = None
+    if any(method.wants_attention for method in methods):
+        attention = attention_to_image(vlm, batch, encoded.inputs.valid)
+    if any(method.wants_relevance for method in methods):
+        relevance = relevance_map(vlm, encoded)
+    return View(encoded.inputs, items, attention, relevance)
 
 
 @torch.no_grad()

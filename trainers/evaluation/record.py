@@ -12,7 +12,7 @@ import numpy as np
 
 from modules.core.errors import PruneZooError
 
-from .scores import FULL, NONE, Key, Measurement
+from .scores import ALL_TOKENS, FULL, NONE, Key, Measurement
 from .statistics import Resampled, interval, resample
 
 MEAN = "mean"
@@ -93,6 +93,31 @@ def paired_of(measurement: Measurement, resampled: Resampled, contenders: Sequen
     return rows
 
 
+def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list[Row]:
+    """Each contender with the fewest tokens that answer each question, as one who knew the answers would choose them.
+
+    After Matryoshka Multimodal Models (arXiv 2405.17430). The choice is among its budgets and all tokens; a question
+    that none of them answers counts the fewest tokens, since more would not help.
+
+    Returns:
+        `{pruner, group, tokens, accuracy}` for each group and for the mean over groups.
+    """
+    rows = []
+    for contender in contenders:
+        scales = [scores for (pruner, _), scores in measurement.scores.items() if pruner == contender]
+        scales = sorted([*scales, measurement.scores[FULL, ALL_TOKENS]], key=lambda scores: scores.tokens.mean())
+        right = np.stack([scores.correct == 1 for scores in scales])  # (scales, I)
+        fewest = np.take_along_axis(np.stack([scores.tokens for scores in scales]), right.argmax(0)[None], 0)[0]
+        values = np.stack([fewest, right.any(0)])
+        means = [values[:, measurement.group_of == group].mean(1) for group in range(len(measurement.groups))]
+        for group, (tokens, accuracy) in zip(
+            (*measurement.groups, MEAN), (*means, np.mean(means, axis=0)), strict=True
+        ):
+            row = {"pruner": contender, "group": group, "tokens": _number(tokens), "accuracy": _number(accuracy)}
+            rows.append(row)
+    return rows
+
+
 def build_record(
     measurement: Measurement,
     contenders: Sequence[str],
@@ -118,6 +143,7 @@ def build_record(
         "chance": {group: measurement.chance.get(group) for group in measurement.groups},
         "rows": rows_of(measurement, resampled),
         "paired": paired_of(measurement, resampled, contenders),
+        "oracle_scale": oracle_scale_of(measurement, contenders),
     }
 
 
@@ -172,4 +198,4 @@ def _dump(record: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> float | None:
     """Six decimals; None for what is not defined, which JSON cannot hold."""
-    return round(value, 6) if math.isfinite(value) else None
+    return round(float(value), 6) if math.isfinite(value) else None

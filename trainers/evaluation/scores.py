@@ -11,8 +11,9 @@ FULL, NONE = "full", "none"
 ALL_TOKENS, NO_TOKENS = "1.0", "0"
 """The budgets of these two rows."""
 
-ORACLE, ATTENTION = "oracle", "attention"
-"""Diagnostics: what lies on what the question is about, and the full model's own attention, `attention@L`."""
+ORACLE, ATTENTION, RELEVANCE = "oracle", "attention", "relevance"
+"""Diagnostics: what lies on what the question is about; the full model's own attention, `attention@L`; and its
+relevance map for the reference answer."""
 
 Key = tuple[str, str]
 """(method, budget), both as written on the command line."""
@@ -20,7 +21,7 @@ Key = tuple[str, str]
 
 def is_diagnostic(method: str) -> bool:
     """Whether a method knows what no pruner can know before the language model has run."""
-    return method == ORACLE or method.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@"))
+    return method in (ORACLE, RELEVANCE) or method.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@"))
 
 
 @dataclass(frozen=True)

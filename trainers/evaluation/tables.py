@@ -81,6 +81,12 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
         console.print(table)
     if record["paired"]:
         console.print(_paired_table(record["paired"], budgets_of(record)))
+    for row in record["oracle_scale"]:
+        if row["group"] == MEAN:
+            console.print(
+                f"{display_name(row['pruner'])} at the fewest tokens that answer each question: "
+                f"{100 * row['accuracy']:.1f} % right with {row['tokens']:.1f} tokens in the mean"
+            )
 
 
 def _table(title: str) -> Table:
