@@ -51,6 +51,7 @@ class PruneInputs:
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
     layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
+    step: int = 0  # which of the pruner's `stages` this is, from 0
     sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
 
     def to(self, dtype: torch.dtype) -> Self:
@@ -68,6 +69,25 @@ class PruneInputs:
         if name not in self.signals:
             raise PruneZooError(f"signal '{name}' is missing: list it in the pruner's `needs`, or pass it to encode()")
         return self.signals[name]
+
+    def after(self, output: "PruneOutput") -> "PruneInputs":
+        """What a later stage finds: the tokens that ``output`` left, with their cells, signals and sizes."""
+        index, valid = output.index, output.valid
+        sizes = self.sizes
+        if output.groups is not None:
+            whole = self.valid.to(self.features.dtype) if sizes is None else sizes
+            sizes = whole.new_zeros(valid.shape[0], valid.shape[1] + 1)  # a last column for those that went nowhere
+            sizes = sizes.scatter_add(1, output.groups.where(output.groups >= 0, valid.shape[1]), whole)[:, :-1]
+        elif sizes is not None:
+            sizes = gather_rows(sizes, index)
+        return replace(
+            self,
+            features=output.kept_features(self).to(self.features.dtype),
+            valid=valid,
+            cells=gather_rows(self.cells, index),
+            signals={name: gather_rows(signal, index) for name, signal in self.signals.items()},
+            sizes=sizes,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,7 @@ class Pruner(nn.Module):
 
     name: ClassVar[str] = ""  # set by @register_pruner
     stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)

@@ -32,7 +32,8 @@ from ..core.registry import load_pruner
 from .encoded import Encoded, encode
 from .families import PIXELS, find_family
 from .prompt import Positions, check_positions, shorten_prompt
-from .signals import check_signals
+from .signals import check_signals, encode_needs
+from .vision import check_vision_stage, choose
 
 
 @dataclass
@@ -63,8 +64,10 @@ class Attachment:
         check_keep(keep)
         check_signals(pruner.needs)
         check_positions(positions)
-        if pruner.stage != "prompt":
-            raise PruneZooError(f"pruner '{pruner.name}' is of the {pruner.stage} stage; attach takes the prompt stage")
+        if pruner.stage == "layer":
+            raise PruneZooError(f"pruner '{pruner.name}' is of the layer stage, which attach does not take")
+        if pruner.stage == "vision":
+            check_vision_stage(find_family(vlm).tower(), pruner)
         self.vlm, self.pruner, self.keep, self.positions = vlm, pruner, keep, positions
         self.stats = AttachStats(pruner.stage)
         self._handles: list[Any] = []
@@ -129,11 +132,11 @@ class Attachment:
         """Encode the images of a call and prune them, and count."""
         self._encoding = True
         try:
-            encoded = encode(self.vlm, batch, self.pruner.needs)
+            encoded = encode(self.vlm, batch, encode_needs(self.pruner), run_tower=self.pruner.stage != "vision")
         finally:
             self._encoding = False
         start = _now(self.vlm.device)
-        output = self.pruner(encoded.inputs, self.keep)
+        output = choose(self.vlm, encoded, self.pruner, self.keep)
         self.stats.seconds += _now(self.vlm.device) - start
         self.stats.before += encoded.tokens.tolist()
         self.stats.after += encoded.tokens_left(output).tolist()

@@ -10,6 +10,7 @@ from ..core.contract import Keep, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from .encoded import Encoded
 from .prompt import HostOutput, Positions, pruned_forward
+from .vision import choose
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def run_pruned(
         positions: As in :func:`attach`.
         options: Passed to the model.
     """
-    if pruner.stage != "prompt":
-        raise PruneZooError(f"pruner '{pruner.name}' is of the {pruner.stage} stage; only the prompt stage runs")
+    if pruner.stage == "layer":
+        raise PruneZooError(f"pruner '{pruner.name}' is of the layer stage, which does not run")
     with pruner.adapt(vlm):
-        output = pruner(encoded.inputs, keep)
+        output = choose(vlm, encoded, pruner, keep)
         host = pruned_forward(vlm, encoded, output, positions, **options)
     return PrunedRun(host, encoded.tokens_left(output).float(), output)

@@ -1,0 +1,69 @@
+"""ToMe: merge the most similar tokens inside every block of the vision tower.
+
+Token Merging: Your ViT But Faster, Bolya et al., ICLR 2023, https://arxiv.org/abs/2210.09461,
+code https://github.com/facebookresearch/ToMe. Written from the paper.
+
+Between attention and MLP of each block the tokens are dealt out in turns to two sets; each token of the first is linked
+to the most similar one of the second, by the cosine of their keys (mean over heads); the strongest r links are merged
+into means weighted by size, and from the next block on a token of size s counts s times in the attention. CLS takes no
+part. What is different from the paper, where r is a setting and tokens end up in scrambled order:
+
+* r follows from the number of tokens to keep: as even over the blocks as halving allows, and exact. Where even halving
+  in every block would leave too many, each block leaves the same share and repeats the matching on what it has merged.
+* Merged tokens are put back into raster order, each at the patch nearest to the middle of what it stands for, before
+  the next block and before the language model.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.contract import PruneInputs, PruneOutput, Pruner
+from ..core.gates import topk_mask
+from ..core.merge import group_mean, merge_tokens
+from ..core.registry import register_pruner
+
+
+@register_pruner("tome")
+class ToMe(Pruner):
+    """Bipartite matching on keys, in all blocks up to the projected one."""
+
+    stage = "vision"
+    needs = ("vision_keys",)
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """All blocks."""
+        return tuple(range(depth))
+
+    def schedule(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
+        """Equal numbers of tokens merged in each block, none of which may do more than halve them if that can be had.
+
+        Going back from the last block, the tokens left can double at most, or grow by the share that is needed where
+        doubling does not reach ``available``.
+        """
+        growth = (available / keep.clamp_min(1)).double().pow(1 / depth).clamp_min(2)
+        steps = []
+        for block in range(1, depth):
+            even = available - (available - keep).double() * (block / depth)
+            steps.append(torch.minimum(even, keep * growth ** (depth - block)).long())
+        return [*steps, keep]
+
+    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """Match and merge, in all images at once, until ``keep`` tokens are left; one round where it at most halves."""
+        sizes = inputs.valid.float() if inputs.sizes is None else inputs.sizes
+        keys = inputs.signal("vision_keys").float().mean(2)  # (B, N, d)
+        columns = torch.arange(keys.shape[1], device=keys.device)
+        alive, leader = inputs.valid, columns.expand_as(inputs.valid)
+        metric = keys
+        while bool((surplus := alive.sum(1) - keep).any()):
+            first = alive & (alive.cumsum(1) % 2 == 0)
+            second = alive & ~first
+            unit = functional.normalize(metric, dim=-1)
+            links = (unit @ unit.transpose(1, 2)).masked_fill(~second[:, None], -torch.inf)  # (B, N, N)
+            strength, partner = links.max(2)
+            merged = topk_mask(strength, first, torch.minimum(surplus, first.sum(1)))
+            # A merged token led itself until now, so its whole group follows it.
+            leader = torch.where(merged.gather(1, leader), partner.gather(1, leader), leader)
+            alive = alive & ~merged
+            metric = group_mean(keys, leader.masked_fill(~inputs.valid, -1), sizes, keys.shape[1])
+        return merge_tokens(inputs, leader)
