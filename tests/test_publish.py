@@ -22,9 +22,10 @@ from trainers.run_record import RunRecord
 CONFIG = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
 
 
-def record_of(name: str, digest: str | None, **header: str) -> dict:
+def record_of(name: str, digest: str | None, rival: str = "bad", **header: str) -> dict:
     """A record in which `name` is measured, with these weights."""
-    scores = {(name if p == "good" else p, k): s for (p, k), s in measurement().scores.items()}
+    names = {"good": name, "bad": rival}
+    scores = {(names.get(p, p), k): s for (p, k), s in measurement().scores.items()}
     m = measurement()
     facts = {
         "vlm": "org/llava",
@@ -81,6 +82,15 @@ def test_the_card_says_what_was_measured(published):
     assert str(published.parent) not in card.text.replace(str(published), "")
     metrics = json.loads((published / "metrics.json").read_text())
     assert metrics["weights"] == {str(published): weights_digest(published)}
+
+
+def test_what_no_pruner_can_know_stands_apart(checkpoint):
+    write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint), rival="relevance"))
+    text = (checkpoint / "README.md").read_text()
+    assert "| rival |" not in text
+    diagnostic, line, row = [at for at in text.splitlines() if at.startswith("|")][-3:]
+    assert diagnostic.startswith("| diagnostic |") and set(line) == {"|", "-"}
+    assert row.startswith("| relevance | 75.0, +25.0 (+")
 
 
 def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):

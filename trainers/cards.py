@@ -64,12 +64,11 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         raise PruneZooError(f"{folder}: the evaluation measured other weights than lie there now; run it again")
     if record["split"] != "test":
         raise PruneZooError(f"{folder}: a card needs the held-out test split, the evaluation has {record['split']!r}")
-    rows = [row for row in record["rows"] if not is_diagnostic(row["pruner"])]
-    paired = [row for row in record["paired"] if row["pruner"] == name and not is_diagnostic(row["rival"])]
+    paired = [row for row in record["paired"] if row["pruner"] == name]
     kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
     header = {key: record[key] for key in kept if key in record}
     oracle_scale = [row for row in record["oracle_scale"] if row["pruner"] == name]
-    parts = {"rows": rows, "paired": paired, "oracle_scale": oracle_scale}
+    parts = {"rows": record["rows"], "paired": paired, "oracle_scale": oracle_scale}
     return {**header, "pruner": name, "weights": {name: digest}, **parts}
 
 
@@ -113,7 +112,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
             full=_mean(metrics, FULL, ALL_TOKENS),
             blind=_mean(metrics, NONE, NO_TOKENS),
             budgets=budget_table(metrics),
-            rivals=rival_table(metrics),
+            rivals=rival_table(metrics, diagnostics=False),
+            diagnostics=rival_table(metrics, diagnostics=True),
             weakest=weakest(metrics),
             oracle_scale=next((row for row in metrics["oracle_scale"] if row["group"] == MEAN), None),
             parts=[name for name in file_names(pruner) if "/" in name],
@@ -174,10 +174,10 @@ def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
-def rival_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line a rival: its mean retention at every budget, and how far the pruner is above it."""
+def rival_table(metrics: Mapping[str, Any], diagnostics: bool) -> list[dict[str, Any]]:
+    """One line a rival, or a diagnostic: its mean retention at every budget, and how far the pruner is above it."""
     lines = []
-    for rival in dict.fromkeys(pair["rival"] for pair in metrics["paired"]):
+    for rival in dict.fromkeys(p["rival"] for p in metrics["paired"] if is_diagnostic(p["rival"]) == diagnostics):
         cells = []
         for keep in budgets_of(metrics):
             row = _mean(metrics, rival, keep)
