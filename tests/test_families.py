@@ -12,6 +12,7 @@ from families import FAMILIES, IMAGE, VIDEO, Sample, tiny_family
 from torch.nn.functional import pad
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
+from modules.host.families.base import TAKES_FEATURES
 
 STEPS = 6
 LARGE, WIDE, TALL, SMALL = (48, 40), (24, 48), (48, 24), (24, 24)
@@ -139,12 +140,16 @@ def right_padding(tiny):
     equals_oracle(tiny, MIXED, side="right")
 
 
+# Where TAKES_FEATURES is not, the bare model itself gives the tiles and images of a prompt to the wrong beams.
+BEAMS = MIXED if TAKES_FEATURES else [Sample((SMALL,), words) for words in (5, 3, 6, 4)]
+
+
 def beams(tiny):
-    equals_oracle(tiny, MIXED, num_beams=2)
+    equals_oracle(tiny, BEAMS, num_beams=2)
 
 
 def two_sequences(tiny):
-    equals_oracle(tiny, MIXED, keep=torch.tensor([3, 1, 5, 7]), num_beams=2, num_return_sequences=2)
+    equals_oracle(tiny, BEAMS, keep=torch.tensor([3, 1, 5, 7]), num_beams=2, num_return_sequences=2)
 
 
 def detach(tiny):
@@ -199,11 +204,14 @@ CELLS = [pytest.param(name, check, id=f"prompt-{name}-{check.__name__}") for nam
 @pytest.mark.parametrize(("name", "check"), CELLS)
 def test_matrix(name, check, record_property):
     tiny = tiny_family(name)
-    if (name, check.__name__) in REFUSED:
-        with pytest.raises(PruneZooError, match=REFUSED[name, check.__name__]) as refusal:
+    outcome = "yes"
+    try:
+        with torch.set_grad_enabled(check is gates):
             check(tiny)
-        record_property("outcome", f"refused: {refusal.value}")
-        return
-    with torch.no_grad() if check is not gates else torch.enable_grad():
-        check(tiny)
-    record_property("outcome", "yes")
+    except PruneZooError as error:
+        outcome = f"refused: {error}"
+    record_property("outcome", outcome)
+    if (name, check.__name__) in REFUSED:
+        assert REFUSED[name, check.__name__] in outcome
+    else:  # older releases may refuse more
+        assert outcome == "yes" or (not TAKES_FEATURES and "transformers 5.19 or later" in outcome)

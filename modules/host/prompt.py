@@ -119,7 +119,8 @@ def shorten_prompt(
     batch = dict(encoded.batch)
     if not plan.identity:
         old = family.positions(batch, real, generating)
-        batch.pop("position_ids", None)
+        for key in ("position_ids", *family.position_keys):
+            batch.pop(key, None)
         if positions == "original":
             batch["position_ids"] = plan.take(old.movedim(-2, 0).movedim(-1, 1), 0).movedim(1, -1).movedim(0, -2)
         elif old.dim() > 2:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ from ..tower import Tower
 Kind = Literal["image", "video"]
 PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The input that brings the pixels of each kind."""
+TAKES_FEATURES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
+"""Whether models take encoded images beside ``input_ids``. 5.18 does, but deals them out to the wrong beams."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Family:
             cells = self.cells(kind, batch)
             sizes = [len(own) for own in cells]
             levels = [_rows(level) for level in getattr(output, "deepstack_features", None) or ()]
-            rows = _rows(output.pooler_output)
+            rows = _rows(self.pooled(kind, output))
             if sum(sizes) != len(rows):
                 raise PruneZooError(
                     f"{self.title}: the prompt's placeholders stand for {sum(sizes)} {kind} tokens, the pixels make "
@@ -142,8 +145,9 @@ class Family:
 
     def run_encoder(self, kind: Kind, batch: Mapping[str, Any]) -> Any:
         """What the model's own tower and projector give."""
-        inputs = {key: batch[key] for key in self.encoder_keys[kind] if batch.get(key) is not None}
-        return getattr(self.vlm.model, f"get_{kind}_features")(**inputs, return_dict=True)
+        pixels, *others = self.encoder_keys[kind]
+        inputs = {key: batch[key] for key in others if batch.get(key) is not None}
+        return getattr(self.vlm.model, f"get_{kind}_features")(batch[pixels], **inputs, return_dict=True)
 
     def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
         """Deal what the tower has of each patch out to the tokens of the language model.
@@ -160,6 +164,10 @@ class Family:
             ``(n, C)``: of all images in the order of their placeholders.
         """
         return values.flatten(0, 1)
+
+    def pooled(self, kind: Kind, output: Any) -> Any:
+        """What the model puts in the place of the placeholders, from the output of its own encoder."""
+        return output.pooler_output
 
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
         """Where the tokens of each image (or clip) come from.
@@ -233,7 +241,7 @@ class Family:
         ids = batch["input_ids"]
         if not bool(self.is_visual(ids).any()):
             return batch
-        if "mm_encoder_outputs" not in inspect.signature(type(self.vlm).forward).parameters:
+        if not TAKES_FEATURES:
             return self._hand_over_embedded(batch, values, deep, generating)
         outputs = {}
         for kind, token in self.placeholders.items():
@@ -252,15 +260,18 @@ class Family:
     def _hand_over_embedded(
         self, batch: dict[str, Any], values: Tensor, deep: list[Tensor], generating: bool
     ) -> dict[str, Any]:
-        """What `transformers` before 5.17 takes instead: the whole prompt embedded, with its position ids."""
-        if deep:
-            raise PruneZooError(f"{self.title} can be pruned with transformers 5.17 or later: upgrade it")
-        embedded = {**batch, "inputs_embeds": self.embed(batch["input_ids"], values)}
+        """What older releases take instead: the whole prompt embedded, with its position ids."""
+        taken = inspect.signature(self.vlm.prepare_inputs_for_generation if generating else self.vlm.forward).parameters
+        if deep or "inputs_embeds" not in taken:
+            raise PruneZooError(f"{self.title} can be pruned with transformers 5.19 or later: upgrade it")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        embedded = {key: value for key, value in batch.items() if key not in self.position_keys}
+        embedded["inputs_embeds"] = self.embed(ids, values)
+        if "position_ids" not in batch:
+            real = torch.ones_like(ids) if mask is None else mask
+            embedded["position_ids"] = self.positions(batch, real.bool(), generating)
         if not generating:  # `generate` wants both
-            ids, mask = embedded.pop("input_ids"), batch.get("attention_mask")
-            if "position_ids" not in batch:
-                real = torch.ones_like(ids) if mask is None else mask
-                embedded["position_ids"] = self.positions(batch, real.bool(), generating)
+            del embedded["input_ids"]
         return embedded
 
     def embed(self, ids: Tensor, values: Tensor | None = None) -> Tensor:

@@ -115,6 +115,13 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     }
     as_tensor = ("video",)
 
+    def pooled(self, kind: Kind, output: Any) -> Any:
+        """Older releases put the newline behind a clip only after their encoder."""
+        pooled = output.pooler_output
+        if kind == "image" or pooled.shape[1] % math.ceil(self.side / 2) ** 2:
+            return pooled
+        return torch.cat([pooled, self.vlm.model.image_newline.expand(len(pooled), 1, -1).to(pooled)], dim=1)
+
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
         """Images as above; clips frame by frame."""
         if kind == "image":

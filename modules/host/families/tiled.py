@@ -46,6 +46,7 @@ class Idefics3Family(Family):
 
     title = "Idefics3"
     encoder_keys = {"image": ("pixel_values", "pixel_attention_mask")}
+    as_tensor = ("image",)
 
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
         """Every image ends with the whole picture, so the tag before the last run of all is that of whole pictures."""
