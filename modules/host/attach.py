@@ -114,6 +114,9 @@ class Attachment:
             encoded, output = self._prune(kwargs)
             shorter, _, plan = shorten_prompt(self.vlm, encoded, output, self.positions, generating=True)
         self._move_lengths(shorter, encoded.mask.shape[1] - plan.index.shape[1])
+        config = kwargs.get("generation_config") or self.vlm.generation_config
+        if "inputs_embeds" in shorter and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
+            raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
         self._running = plan
         try:
             result = own(None, *args, **shorter)
