@@ -166,7 +166,7 @@ def test_peak_memory_is_that_of_the_tensors():
 
 
 def test_sizes_that_are_made_up():
-    vlm = random_llava(Sizes(64, 128, 2, 96, 128, 2, heads=4, tied=True), "cpu", torch.float32)
+    vlm = random_llava(Sizes(64, 128, 2, 96, 128, 2, heads=4, vocabulary=200, tied=True), "cpu", torch.float32)
     assert vlm.lm_head.weight is vlm.get_input_embeddings().weight
     names = sorted(SIZES)
     with torch.device("meta"):

@@ -33,14 +33,19 @@ class Sizes:
     inner: int
     layers: int
     heads: int  # of the language model
+    vocabulary: int
     tied: bool  # input and output embedding are one
 
 
 SIZES = {
-    "llava-120m": Sizes(256, 1024, 6, 768, 2048, 12, heads=12, tied=True),
-    "llava-7b": Sizes(1024, 4096, 24, 4096, 11008, 32, heads=32, tied=False),  # LLaVA-1.5-7B's
+    "llava-120m": Sizes(256, 1024, 6, 768, 2048, 15, heads=12, vocabulary=8192, tied=True),
+    "llava-7b": Sizes(1024, 4096, 24, 4096, 11008, 32, heads=32, vocabulary=32064, tied=False),  # LLaVA-1.5-7B's
 }
-"""Models that `--vlm random:NAME` makes up. How long a model takes depends on its sizes, not on its weights."""
+"""Models that `--vlm random:NAME` makes up. How long a model takes depends on its sizes, not on its weights.
+
+The small one has a small vocabulary, since with the usual one the output embedding, whose cost does not depend on the
+prompt, would be a fifth of it; of LLaVA-1.5-7B it is a fiftieth.
+"""
 
 
 def random_llava(sizes: Sizes, device: str, dtype: torch.dtype) -> Any:
@@ -50,8 +55,9 @@ def random_llava(sizes: Sizes, device: str, dtype: torch.dtype) -> Any:
         num_attention_heads=sizes.tower_width // 64, image_size=SIDE, patch_size=PATCH,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=32064, hidden_size=sizes.width, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, max_position_embeddings=4096, tie_word_embeddings=sizes.tied,
+        vocab_size=sizes.vocabulary, hidden_size=sizes.width, intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, max_position_embeddings=4096,
+        tie_word_embeddings=sizes.tied,
         pad_token_id=WORD_IDS["<pad>"], bos_token_id=WORD_IDS["<s>"], eos_token_id=WORD_IDS["</s>"],
     )  # fmt: skip
     config = LlavaConfig(
