@@ -2,6 +2,8 @@
 #   make demo     train a small pruner on the embedded model, measure it, use it
 #   make test     all tests
 #   make quality  ruff and mypy       make style  reformat       make clean  remove what was generated
+#   make test-min the families of models with the oldest transformers that pyproject.toml allows, in .venv-min
+#   make support  the same with the newest too, and README's table of what works on which family from both
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
 
@@ -14,13 +16,21 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quality style clean install
+VENV_MIN := .venv-min
+PY_MIN := $(VENV_MIN)/bin/python
+STAMP_MIN := $(VENV_MIN)/.installed
+OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+need-python = @test -n "$(PYTHON)" || { \
+	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+.PHONY: demo test test-min support quality style clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(need-python)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (about a minute the first time) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(TORCH)' -e '.[dev]'
@@ -31,6 +41,20 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest
+
+$(STAMP_MIN): pyproject.toml
+	$(need-python)
+	@$(PY_MIN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_MIN)
+	@echo "Installing transformers $(OLDEST) into $(VENV_MIN) ..."
+	@$(PY_MIN) -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'transformers==$(OLDEST)' pytest -e .
+	@touch $(STAMP_MIN)
+
+test-min: $(STAMP_MIN)
+	@$(PY_MIN) -m pytest tests/test_families*.py
+
+support: $(STAMP) $(STAMP_MIN)
+	@$(PY) -m trainers.support $(PY_MIN) $(PY)
+	@$(PY) -m trainers.readme
 
 quality: $(STAMP)
 	@$(PY) -m ruff check .

@@ -1,0 +1,59 @@
+"""README.md says what the measured files say, and the table of families is made of what the tests recorded."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from modules.core.errors import PruneZooError
+from trainers.readme import README, rendered
+from trainers.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
+
+
+def test_readme_is_what_was_measured():
+    text = README.read_text(encoding="utf-8")
+    assert rendered(text) == text, "run `python -m trainers.readme`"
+    with pytest.raises(PruneZooError, match="no place for 'support'"):
+        rendered(text.replace("<!-- support: end -->", ""))
+
+
+def test_every_outcome_reaches_the_table():
+    both = {
+        "prompt-llava-half": "yes", "prompt-llava-video": "refused: LLaVA reads no clips: pass images",
+        "layer-llava_siglip-half": "refused: pruner 'tome' cannot: take another", "prompt-qwen2_vl-half": "yes",
+        "prompt-gemma3-half": "yes", "prompt-gemma3-video": "refused: Gemma 3 reads no clips: pass images",
+    }  # fmt: skip
+    old = {**both, "prompt-qwen2_vl-half": "refused: Qwen2-VL needs 5.9: upgrade", "prompt-gemma3-beams": "refused: no"}
+    new = {**both, "prompt-gemma3-beams": "yes"}
+    record = {"runs": [{"transformers": "5.6", "outcomes": old}, {"transformers": "5.9", "outcomes": new}]}
+    assert support_section(record).splitlines() == [
+        "| | prompt stage | layer stage |",
+        "|---|---|---|",
+        "| LLaVA | yes [1] | – |",
+        "| LLaVA (siglip) | – | no [2] |",
+        "| Qwen2-VL | yes [3] | – |",
+        "| Gemma 3 | yes [1] [4] | – |",
+        "",
+        "[1] video: reads no clips: pass images  ",
+        "[2] cannot: take another  ",
+        "[3] transformers 5.6: needs 5.9: upgrade  ",
+        "[4] beams: no  ",
+        "",
+        "Up to 3 checks a cell, each with transformers 5.6 and 5.9.",
+    ]
+
+
+def test_the_recorded_cells_are_those_of_the_tests():
+    """Whatever was added or renamed since must be run and recorded."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "test_matrix", *MATRIX]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cells = set(re.findall(r"test_matrix\[(.*)\]", listed))
+    for run in json.loads(OUTCOMES.read_text(encoding="utf-8"))["runs"]:
+        assert set(run["outcomes"]) == cells, "run `make support`"
+
+
+def test_a_matrix_that_does_not_pass_is_not_noted():
+    with pytest.raises(PruneZooError, match="the matrix did not pass"):
+        run_matrix("/bin/false")
