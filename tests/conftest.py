@@ -67,7 +67,6 @@ def make_llava(seed: int = 0, **text_options) -> LlavaForConditionalGeneration:
         vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -75,7 +74,7 @@ def make_llava(seed: int = 0, **text_options) -> LlavaForConditionalGeneration:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **text_options,
+        **{"num_hidden_layers": 2, **text_options},
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -99,20 +98,17 @@ def make_image(seed: int) -> Image.Image:
     return Image.fromarray(grid).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
 
 
-@pytest.fixture(scope="session")
-def tiny_llava_folder(tmp_path_factory):
+def save_llava(folder, **text_options):
     """A folder as a user has it: model, processor, chat template."""
-    folder = tmp_path_factory.mktemp("tiny-llava")
-    make_llava().save_pretrained(folder)
+    make_llava(**text_options).save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_llava(tiny_llava_folder):
+def load_llava(folder):
     """``vlm``, ``processor`` and ``batch(prompts, images, **options)``; the model has been seen to use its images."""
-    vlm = AutoModelForImageTextToText.from_pretrained(tiny_llava_folder).eval().requires_grad_(False)
-    processor = AutoProcessor.from_pretrained(tiny_llava_folder)
+    vlm = AutoModelForImageTextToText.from_pretrained(folder).eval().requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(folder)
 
     def batch(prompts, images, **options):
         flat = [image for group in images for image in group]
@@ -126,4 +122,20 @@ def tiny_llava(tiny_llava_folder):
         logits = vlm(**one).logits[:, -1]
         assert (logits - vlm(**other).logits[:, -1]).abs().max() > 0.1, "the image does not reach the logits"
         assert (logits - vlm(input_ids=ids[mask][None]).logits[:, -1]).abs().max() > 0.1, "dropping it changes nothing"
-    return SimpleNamespace(vlm=vlm, processor=processor, batch=batch, folder=tiny_llava_folder)
+    return SimpleNamespace(vlm=vlm, processor=processor, batch=batch, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_folder(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("tiny-llava"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny_llava_folder):
+    return load_llava(tiny_llava_folder)
+
+
+@pytest.fixture(scope="session")
+def deep_llava(tmp_path_factory):
+    """As `tiny_llava`, with decoder layers enough for several stages between them."""
+    return load_llava(save_llava(tmp_path_factory.mktemp("deep-llava"), num_hidden_layers=4))

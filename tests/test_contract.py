@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from conftest import make_image
+from layer_oracle import Watch, masked
 
-from modules import PruneInputs, PrunerConfig, PruneZooError, attach, encode, list_pruners, load_pruner, pruned_forward
+from modules import PruneInputs, PrunerConfig, PruneZooError, attach, encode, list_pruners, load_pruner
 from modules.core.contract import Pruner, budget
 from modules.core.registry import pruner_class, register_pruner
+from modules.core.signals import parse_signal
+from modules.host import encode_needs, full_forward, run_pruned
 
 DIM, TEXT = 32, 32
 GRIDS = ((6, 6), (4, 5), (3, 7))
@@ -40,17 +43,19 @@ def build(name, seed=0):
     return cls(**cls.tiny_config(DIM, TEXT)).eval()
 
 
+SIGNALS = sorted({name for pruner in ALL for name in build(pruner).needs})
+WIDTHS = {"vision_keys": (2, DIM // 2), "vision_values": (2, DIM // 2), "hidden_states": (DIM,)}
+
+
 def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
-    """Ragged images; what stands on padding is large and different each time."""
+    """Ragged images in front of decoder layer 1; what stands on padding is large and different each time."""
     random = torch.Generator().manual_seed(seed)
     rows, width = len(grids), max(h * w for h, w in grids) + pad
     words = 5 + text_pad
     noise = torch.Generator().manual_seed(1000 + pad)
-    features, keys = (100 * torch.randn(rows, width, DIM, generator=noise) for _ in range(2))
-    maps = {
-        k: 100 * torch.rand(rows, width, generator=noise)
-        for k in ("cls_attention", "received_attention", "prompt_attention")
-    }
+    features = 100 * torch.randn(rows, width, DIM, generator=noise)
+    shapes = {name: WIDTHS.get(parse_signal(name).kind, ()) for name in SIGNALS}
+    maps = {name: 100 * torch.rand(rows, width, *shape, generator=noise) for name, shape in shapes.items()}
     text = 100 * torch.randn(rows, words, TEXT, generator=noise)
     valid, text_valid = torch.zeros(rows, width, dtype=torch.bool), torch.zeros(rows, words, dtype=torch.bool)
     cells = torch.full((rows, width, 3), -1)
@@ -59,17 +64,21 @@ def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
         valid[i, :n], text_valid[i, :t] = True, True
         row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         cells[i, :n] = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
-        features[i, :n], keys[i, :n] = (torch.randn(n, DIM, generator=random) for _ in range(2))
-        for name in maps:
-            maps[name][i, :n] = torch.rand(n, generator=random)
+        features[i, :n] = torch.randn(n, DIM, generator=random)
+        for name, shape in shapes.items():
+            maps[name][i, :n] = torch.rand(n, *shape, generator=random)
         text[i, :t] = torch.randn(t, TEXT, generator=random)
-    return PruneInputs(features, valid, cells, text, text_valid, {**maps, "vision_keys": keys.unflatten(-1, (2, -1))})
+    return PruneInputs(features, valid, cells, text, text_valid, maps, layer=1)
 
 
-def take_rows(inputs, rows):
-    signals = {k: v[rows] for k, v in inputs.signals.items()}
-    parts = (inputs.features, inputs.valid, inputs.cells, inputs.text, inputs.text_valid)
-    return PruneInputs(*(part[rows] for part in parts), signals)
+def take_rows(inputs, rows, tokens=None, words=None):
+    """Some rows, cut to so many tokens and words."""
+    signals = {k: v[rows, :tokens] for k, v in inputs.signals.items()}
+    features, valid, cells = (part[rows, :tokens] for part in (inputs.features, inputs.valid, inputs.cells))
+    text, text_valid = inputs.text[rows, :words], inputs.text_valid[rows, :words]
+    return dataclasses.replace(
+        inputs, features=features, valid=valid, cells=cells, text=text, text_valid=text_valid, signals=signals
+    )
 
 
 def same(one, two, row_one, row_two, tokens_one, tokens_two):
@@ -123,15 +132,7 @@ def test_ragged_batch_equals_singles(name):
     inputs, pruner = make_inputs(), build(name)
     batch = pruner(inputs, 0.4)
     for row, (h, w) in enumerate(GRIDS):
-        single = take_rows(inputs, [row])
-        single = PruneInputs(
-            single.features[:, : h * w],
-            single.valid[:, : h * w],
-            single.cells[:, : h * w],
-            single.text[:, : 5 - row],
-            single.text_valid[:, : 5 - row],
-            {k: v[:, : h * w] for k, v in single.signals.items()},
-        )
+        single = take_rows(inputs, [row], h * w, 5 - row)
         alone = pruner(single, 0.4)
         same(batch, alone, row, 0, batch.kept_features(inputs), alone.kept_features(single))
 
@@ -248,8 +249,8 @@ def ragged_batch(tiny):
 
 
 @pytest.mark.parametrize("exact", [*EXACT, "full"])
-def test_keeping_everything_is_the_bare_model(exact, tiny_llava):
-    vlm, batch, pruner = tiny_llava.vlm, ragged_batch(tiny_llava), build(exact)
+def test_keeping_everything_is_the_bare_model(exact, deep_llava):
+    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(exact)
     with torch.no_grad():
         logits, sequences = vlm(**batch).logits, vlm.generate(**batch, max_new_tokens=5)
         with attach(vlm, pruner, keep=1.0):
@@ -257,33 +258,41 @@ def test_keeping_everything_is_the_bare_model(exact, tiny_llava):
             assert torch.equal(vlm.generate(**batch, max_new_tokens=5), sequences)
 
 
-def test_keeping_half_equals_a_masking_oracle(name, tiny_llava):
-    vlm, pruner = tiny_llava.vlm, build(name)
-    batch = ragged_batch(tiny_llava)
+def test_keeping_half_equals_a_masking_oracle(name, deep_llava):
+    """Nothing shorter: the dropped tokens stay and no one may look at them; merged ones stand at their anchors."""
+    vlm, pruner = deep_llava.vlm, build(name)
+    batch = ragged_batch(deep_llava)
     with torch.no_grad():
-        encoded = encode(vlm, batch, pruner.needs)
-        output = pruner(encoded.inputs, 0.5)
-        logits = pruned_forward(vlm, encoded, output).logits[:, -1]
-        # Nothing shorter: the dropped tokens stay and no one may look at them; merged ones stand at their anchors.
-        embeds = vlm.get_input_embeddings()(batch["input_ids"])
-        seen = batch["attention_mask"].bool()
-        tokens = output.kept_features(encoded.inputs)
-        for row, slots in zip(encoded.sample.tolist(), encoded.slots, strict=True):
-            seen[row, slots] = False
-            kept = slots[output.index[row, : output.count[row]]]
-            seen[row, kept] = True
-            embeds[row, kept] = tokens[row, : output.count[row]]
-        length = seen.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None]
-        oracle = vlm(inputs_embeds=embeds, attention_mask=mask).logits[:, -1]
+        encoded = encode(vlm, batch, encode_needs(pruner))
+        with Watch(pruner) as watch:
+            run = run_pruned(vlm, encoded, pruner, 0.5)
+        if pruner.stage == "layer":
+            with masked(vlm, *watch.gone(encoded)):
+                oracle = full_forward(vlm, encoded).logits[:, -1]
+        else:
+            oracle = masked_prompt(vlm, encoded, run.output).logits[:, -1]
         bare = vlm(**batch).logits[:, -1]
+    logits = run.host.logits[:, -1]
     torch.testing.assert_close(logits, oracle, rtol=0, atol=2e-5)
     if name != "full":
         assert (logits - bare).abs().max() > 1e-3
 
 
-def test_detaching_restores_the_model(name, tiny_llava):
-    vlm, batch, pruner = tiny_llava.vlm, ragged_batch(tiny_llava), build(name).train()
+def masked_prompt(vlm, encoded, output):
+    embeds = vlm.get_input_embeddings()(encoded.batch["input_ids"])
+    seen = encoded.mask.clone()
+    tokens = output.kept_features(encoded.inputs)
+    for row, slots in zip(encoded.sample.tolist(), encoded.slots, strict=True):
+        seen[row, slots] = False
+        kept = slots[output.index[row, : output.count[row]]]
+        seen[row, kept] = True
+        embeds[row, kept] = tokens[row, : output.count[row]]
+    mask = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool).tril() & seen[:, None, None]
+    return vlm(inputs_embeds=embeds, attention_mask=mask)
+
+
+def test_detaching_restores_the_model(name, deep_llava):
+    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(name).train()
     before, state = vlm(**batch).logits, set(vars(vlm))
     hooks = [len(vars(m)["_forward_hooks"]) + len(vars(m)["_forward_pre_hooks"]) for m in vlm.modules()]
     with attach(vlm, pruner, keep=4) as run:

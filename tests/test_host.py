@@ -310,10 +310,12 @@ def test_what_would_fail_silently_is_refused(tiny, mixed):
     vlm = tiny.vlm
     with attach(vlm, "uniform", keep=9):
         cache = vlm(**mixed, use_cache=True).past_key_values
+        with pytest.raises(PruneZooError, match="attention_mask of the whole conversation"):
+            vlm(mixed["input_ids"][:, -1:], past_key_values=cache, attention_mask=torch.ones(4, 3))
         with pytest.raises(PruneZooError, match="pass the whole conversation"):
-            vlm(input_ids=mixed["input_ids"][:, -1:], past_key_values=cache)
+            vlm(**mixed, past_key_values=cache)
         filled = vlm.generate(**mixed, max_new_tokens=2, return_dict_in_generate=True)
-        with pytest.raises(PruneZooError, match="pass the whole conversation"):
+        with pytest.raises(PruneZooError, match="may be padded"):
             vlm.generate(filled.sequences, past_key_values=filled.past_key_values)
         with pytest.raises(PruneZooError, match="pixel_values"):
             vlm(input_ids=mixed["input_ids"], mm_encoder_outputs={"image": object()})

@@ -24,7 +24,7 @@ The base class does budgets, validity, order, checks and gates. Tests, commands 
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -181,6 +181,13 @@ class Pruner(nn.Module):
         share = keep.double() / available.clamp_min(1)
         steps = [(available * share ** ((i + 1) / count)).round().long() for i in range(count)]
         return [torch.maximum(step, keep) for step in steps[:-1]] + [keep]
+
+    def parts(self, keep: Keep) -> Sequence[tuple["Pruner", Keep]]:
+        """The pruners that this one consists of, each with its own ``keep``, in the order vision, prompt, layer.
+
+        Itself by default. A combination of pruners of several stages, kept in one folder, names them here.
+        """
+        return ((self, keep),)
 
     def adapt(self, vlm: nn.Module) -> AbstractContextManager[None]:
         """What the host enters around every use of this pruner: a change to the frozen model, undone on leaving.

@@ -66,3 +66,16 @@ class KeepPlan:
             return values
         taken = gather_rows(values, self.index)
         return taken.masked_fill(~self.valid.view(self.valid.shape + (1,) * (taken.dim() - 2)), filler)
+
+    def moved(self, columns: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Where surviving columns went.
+
+        Args:
+            columns: ``(B, T)`` old columns, or ``(R, T)`` with ``rows``; what is no survivor gives an arbitrary column.
+            rows: ``(R,)`` the row of the batch that each row of ``columns`` belongs to.
+        """
+        if self.identity:
+            return columns
+        index = self.index.masked_fill(~self.valid, -1)  # ascending in each row, filler first
+        index = index if rows is None else index[rows]
+        return torch.searchsorted(index, columns.contiguous()).clamp_max(index.shape[1] - 1)

@@ -7,180 +7,277 @@ Mechanism, for transformers 5.6 and later: no forward is replaced, no class is t
   generation loop starts and hands on to the class's method. So everything in that loop (cache length, beams, static
   caches, chunked prefill, prompt look-up) sees a prompt that simply is shorter, and nothing has to be repaired at
   decode steps. It then puts the caller's own prompt back in front of what was generated. Logits processors and
-  streamers that look at the prompt see the shorter one.
+  streamers that look at the prompt see the shorter one;
+* for the layer stage, pre-hooks on decoder layers; see :mod:`layers`. There the prompt keeps its length outside.
 
-A pre-hook alone would also do, with masks mended at every decode step, but then each cache length that the loop
-computes from the caller's ids would be wrong, silently so where it crops a cache. Both are taken off on leaving.
+A pre-hook alone would also do for the stages in front of the language model, with masks mended at every decode step,
+but then each cache length that the loop computes from the caller's ids would be wrong, silently so where it crops a
+cache. All is taken off on leaving.
 """
 
 import inspect
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.contract import Keep, PruneOutput, Pruner, check_keep
+from ..core.contract import Keep, Pruner, check_keep
 from ..core.errors import PruneZooError
-from ..core.plan import KeepPlan
 from ..core.registry import load_pruner
 from .encoded import Encoded, encode
 from .families import PIXELS, find_family
-from .prompt import Positions, check_positions, shorten_prompt
+from .layer_prompt import Cut, Prompt
+from .layers import LayerStage
+from .prompt import Positions, check_positions
+from .run import adapted, reduce_early, split_parts
 from .signals import check_signals, encode_needs
-from .vision import check_vision_stage, choose
+from .stats import AttachStats, StageStats, kv_bytes_saved
+from .vision import check_vision_stage
+
+Attachable = Pruner | str | Path
 
 
-@dataclass
-class AttachStats:
-    """What an attached pruner did so far. One entry for each image, in the order of the calls."""
+@dataclass(frozen=True)
+class Running:
+    """A call under way whose prompt has images."""
 
-    stage: str
-    before: list[int] = field(default_factory=list)  # tokens of the image
-    after: list[int] = field(default_factory=list)  # tokens left of it
-    seconds: float = 0.0  # in the pruner itself, without vision tower and language model
+    encoded: Encoded  # as the language model is given it
+    cuts: tuple[Cut, ...]  # of the stages before
+    length: int  # columns of the caller's prompt
+    rewritten: bool  # it is not the caller's prompt any more
 
-    def __str__(self) -> str:
-        if not self.before:
-            return f"{self.stage} stage: no images so far"
-        before, after = sum(self.before), sum(self.after)
-        return (
-            f"{self.stage} stage: {len(self.before)} images, {before} -> {after} tokens "
-            f"({100 * after / before:.1f} %), {self.seconds:.3f} s in the pruner"
-        )
+    @property
+    def dropped(self) -> int:
+        """Columns by which it is shorter."""
+        return self.length - self.encoded.mask.shape[1]
+
+
+@dataclass(frozen=True)
+class ShortPrompt:
+    """What a cache begins with whose prompt was rewritten."""
+
+    ids: Tensor  # (B, S)
+    mask: Tensor  # (B, S)
+    last: Tensor  # (B, 1), or (axes, B, 1): the position of the prompt's last token
+    length: int  # columns of the caller's prompt
 
 
 class Attachment:
-    """A pruner on a model, from ``__enter__`` to ``__exit__``; made by :func:`attach`."""
+    """Pruners on a model, from ``__enter__`` to ``__exit__``; made by :func:`attach`."""
 
-    def __init__(self, vlm: PreTrainedModel, pruner: Pruner, keep: Keep, positions: Positions) -> None:
+    def __init__(
+        self, vlm: PreTrainedModel, pruners: Sequence[Pruner], keeps: Sequence[Keep], positions: Positions
+    ) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
-        find_family(vlm)
-        check_keep(keep)
-        check_signals(pruner.needs)
+        family = find_family(vlm)
+        vlm, self.depth = family.vlm, family.decoder().depth  # without what PEFT or torch.compile put around it
         check_positions(positions)
-        if pruner.stage == "layer":
-            raise PruneZooError(f"pruner '{pruner.name}' is of the layer stage, which attach does not take")
-        if pruner.stage == "vision":
-            check_vision_stage(find_family(vlm).tower(), pruner)
-        self.vlm, self.pruner, self.keep, self.positions = vlm, pruner, keep, positions
-        self.stats = AttachStats(pruner.stage)
-        self._handles: list[Any] = []
+        parts = [part for pruner, keep in zip(pruners, keeps, strict=True) for part in pruner.parts(keep)]
+        for pruner, keep in parts:
+            check_keep(keep)
+            check_signals(pruner.needs)
+            if pruner.stage == "vision":
+                check_vision_stage(family.tower(), pruner)
+        self.early, layer = split_parts(parts)
+        self.layers = LayerStage(vlm, *layer, positions) if layer else None
+        self.vlm, self.positions = vlm, positions
+        self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
+        self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
+        stages = [StageStats(pruner.name, pruner.stage, None) for pruner, _ in self.early]
+        if self.layers:
+            stages += [StageStats(self.layers.pruner.name, "layer", number) for number in self.layers.stages]
+        self.stats = AttachStats(stages)
+        self._stack = ExitStack()
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
-        self._was_training = False
-        self._running: KeepPlan | None = None  # the plan of the `generate` call that is under way
         self._encoding = False  # the call under way is our own, to compute signals
-        self._shortened = False  # the direct call under way is on a shorter prompt
-        self._short_caches: WeakSet[Any] = WeakSet()  # caches that are shorter than their callers' ids
+        self._inside = False  # a `generate` call is under way
+        self._generating: Running | None = None  # it is on a prompt with images
+        self._filling: Running | None = None  # the first forward on such a prompt is under way
+        self._prompt: Prompt | None = None  # what the layer stage does to it
+        self._short: WeakKeyDictionary[Any, ShortPrompt] = WeakKeyDictionary()
 
     def __enter__(self) -> Self:
         """Attach."""
         self._shadowed = vars(self.vlm).get("generate")
         if isinstance(getattr(self._shadowed, "__self__", None), Attachment):
             raise PruneZooError("this model has a pruner attached already: leave the other `with attach(...)` first")
-        self._was_training = self.pruner.training
-        self.pruner.to(self.vlm.device).eval()
-        self._handles = [
-            self.vlm.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.vlm.register_forward_hook(self._after_forward),
-        ]
-        vars(self.vlm)["generate"] = self.generate
+        with ExitStack() as stack:  # if one of these fails, those before are undone
+            for pruner in self.pruners:
+                stack.callback(pruner.train, pruner.training)
+                pruner.to(self.vlm.device).eval()
+            stack.enter_context(adapted(self.vlm, self.pruners))
+            if self.layers:
+                stack.enter_context(self.layers)
+            for handle in (
+                self.vlm.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self.vlm.register_forward_hook(self._after_forward),
+            ):
+                stack.callback(handle.remove)
+            vars(self.vlm)["generate"] = self.generate
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Detach; the model is what it was."""
-        for handle in self._handles:
-            handle.remove()
         del vars(self.vlm)["generate"]
         if self._shadowed is not None:
             vars(self.vlm)["generate"] = self._shadowed
-        self.pruner.train(self._was_training)
+        self._stack.close()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` on the shorter prompt; what it returns begins with the caller's own prompt."""
         own = self._shadowed or type(self.vlm).generate.__get__(self.vlm)
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        if not self._has_images(kwargs):
-            return own(None, *args, **kwargs)
-        if kwargs.get("attention_mask") is None and len(kwargs["input_ids"]) > 1:
-            raise PruneZooError("a batch may be padded: pass the processor's attention_mask to generate")
+        prompt, short = kwargs.get("input_ids"), self._short_prompt(kwargs)
+        before, after = 0, 0  # columns that stand for each other: the caller's, and those of the shorter prompt
         with torch.no_grad():
-            encoded, output = self._prune(kwargs)
-            shorter, _, plan = shorten_prompt(self.vlm, encoded, output, self.positions, generating=True)
-        self._move_lengths(shorter, encoded.mask.shape[1] - plan.index.shape[1])
+            images = self._has_images(kwargs)
+            if (images or short) and kwargs.get("attention_mask") is None and len(kwargs["input_ids"]) > 1:
+                raise PruneZooError("a batch may be padded: pass the processor's attention_mask to generate")
+            if images:
+                self._generating, kwargs = self._reduce(kwargs, generating=True)
+                self._filling = self._generating
+                if self._generating.rewritten:
+                    before, after = self._generating.length, kwargs["input_ids"].shape[1]
+            elif short is not None:
+                mask = kwargs.get("attention_mask")
+                whole = mask is None or mask.shape[1] == kwargs["input_ids"].shape[1]
+                kwargs = self._go_on(kwargs, short, generating=True, whole=whole)
+                if whole:
+                    before, after = short.length, short.ids.shape[1]
+        self._move_lengths(kwargs, before - after)
         config = kwargs.get("generation_config") or self.vlm.generation_config
-        if "inputs_embeds" in shorter and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
+        if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
             raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
-        self._running = plan
+        self._inside = True
         try:
-            result = own(None, *args, **shorter)
+            result = own(None, *args, **kwargs)
         finally:
-            self._running = None
-        if plan.identity:
+            self._inside, self._generating, self._filling = False, None, None
+        if not before:
             return result
-        prompt = encoded.batch["input_ids"]
+        assert prompt is not None  # without ids there are no images and no short prompt
         if isinstance(result, Tensor):
-            return _restore_prompt(result, prompt, plan)
-        result.sequences = _restore_prompt(result.sequences, prompt, plan)
-        self._remember_cache(result)
+            return _restore_prompt(result, prompt[:, :before], after)
+        result.sequences = _restore_prompt(result.sequences, prompt[:, :before], after)
         return result
 
-    def _prune(self, batch: Mapping[str, Any]) -> tuple[Encoded, PruneOutput]:
-        """Encode the images of a call and prune them, and count."""
+    def _reduce(self, kwargs: Mapping[str, Any], generating: bool) -> tuple[Running, dict[str, Any]]:
+        """Encode the images of a call and prune before the language model: what is run now, and with what."""
         self._encoding = True
         try:
-            encoded = encode(self.vlm, batch, encode_needs(self.pruner), run_tower=self.pruner.stage != "vision")
+            # A pruner of the vision stage runs the tower itself.
+            encoded = encode(self.vlm, kwargs, self.needs, run_tower=all(p.stage != "vision" for p, _ in self.early))
         finally:
             self._encoding = False
-        start = _now(self.vlm.device)
-        output = choose(self.vlm, encoded, self.pruner, self.keep)
-        self.stats.seconds += _now(self.vlm.device) - start
-        self.stats.before += encoded.tokens.tolist()
-        self.stats.after += encoded.tokens_left(output).tolist()
-        return encoded, output
+        early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
+        rewritten = not all(plan.identity for plan in early.plans)
+        running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten)
+        return running, early.encoded.model_inputs(self.vlm, generating)
 
+    @torch.compiler.disable
     def _before_forward(self, _vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Rewrite a direct call; inside `generate` only guard against the packed-sequence reading."""
+        """Rewrite a direct call; inside `generate` only guard against the packed-sequence reading. Tell the layers."""
         if self._encoding:  # a signal looks into the language model, which reads all tokens for it
+            if self.layers:
+                self.layers.pass_by()
             return args, kwargs
         if args:
             names = list(inspect.signature(type(self.vlm).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if self._running is not None:
+        cache = kwargs.get("past_key_values")
+        filled = cache is not None and cache.get_seq_length() > 0
+        running = None if filled else self._generating
+        if self._inside:
             # `generate` drops a mask of ones; without mask and cache, gaps in the positions would be read as the seams
             # of packed sequences.
             bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-            if bare and not self._running.identity:
+            if bare and running is not None and running.rewritten:
                 kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
-            return (), kwargs
-        self._shortened = False
-        if self._has_images(kwargs):
-            encoded, output = self._prune(kwargs)
-            kwargs, labels, plan = shorten_prompt(self.vlm, encoded, output, self.positions)
-            kwargs["labels"] = labels
-            self._shortened = not plan.identity
+        elif self._has_images(kwargs):
+            running, kwargs = self._reduce(kwargs, generating=False)
+            self._filling = running
+            if running.encoded.labels is not None:
+                kwargs["labels"] = running.encoded.labels.clone()
+        else:
+            self._filling, short = None, self._short_prompt(kwargs)
+            if short is not None:
+                kwargs = self._go_on(kwargs, short, generating=False, whole=False)
+        if self.layers:
+            if running is not None:
+                self._prompt = self.layers.prefill(running.encoded, kwargs.get("labels"))
+            elif filled:
+                self.layers.resume(cache, kwargs.get("attention_mask"))
+            else:
+                self.layers.pass_by()
         return (), kwargs
 
+    @torch.compiler.disable
     def _after_forward(self, _vlm: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """Remember the cache that a direct call on a shorter prompt has filled."""
-        if self._running is None and self._shortened:
-            self._remember_cache(output)
+        """Count what was pruned, and remember the cache that it filled."""
+        running, self._filling = self._filling, None
+        if running is None:
+            return
+        self.stats.add([*running.cuts, *(self._prompt.cuts if self._prompt else ())], self.depth)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return
+        past = self.layers.pasts.get(cache) if self.layers else None
+        segments = [past.at(layer) if past else None for layer in range(self.depth)]
+        width = running.encoded.mask.shape[1]
+        gone = [running.dropped + (width - segment.columns.shape[1] if segment else 0) for segment in segments]
+        self.stats.kv_bytes_saved += kv_bytes_saved(cache, gone)
+        if running.rewritten:
+            batch, mask = running.encoded.batch, running.encoded.mask
+            last = batch["position_ids"][..., -1:] if "position_ids" in batch else None
+            if last is None:
+                last = (
+                    mask.sum(1, keepdim=True) - 1 if self._inside else mask.new_full((len(mask), 1), width - 1).long()
+                )
+            self._short[cache] = ShortPrompt(batch["input_ids"], mask.long(), last, running.length)
 
-    def _remember_cache(self, output: Any) -> None:
-        if getattr(output, "past_key_values", None) is not None:
-            self._short_caches.add(output.past_key_values)
+    def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
+        """What the cache of a call begins with, if that was rewritten."""
+        cache = kwargs.get("past_key_values")
+        return self._short.get(cache) if cache is not None else None
+
+    def _go_on(self, kwargs: Mapping[str, Any], short: ShortPrompt, generating: bool, whole: bool) -> dict[str, Any]:
+        """A call on a cache whose prompt was rewritten: ids, mask and positions as that cache has them.
+
+        Args:
+            kwargs: The call's.
+            short: What the cache begins with.
+            generating: Count positions as `generate` does (over real tokens), not as `forward` does (over columns).
+            whole: Its ids are the whole conversation's, not only the new ones.
+        """
+        ids, mask, length = kwargs["input_ids"], kwargs.get("attention_mask"), short.length
+        held = length + int(kwargs["past_key_values"].get_seq_length()) - short.ids.shape[1]  # the caller's columns
+        total = ids.shape[1] if whole else held + ids.shape[1]
+        mask = ids.new_ones(len(ids), total) if mask is None else mask
+        if len(ids) != len(short.ids) or mask.shape != (len(ids), total) or total <= held:
+            raise PruneZooError(
+                f"this cache holds {held} columns of a pruned conversation of {len(short.ids)} rows: pass the "
+                "attention_mask of the whole conversation, and its ids or the new ones"
+            )
+        behind = mask[:, length:].to(short.mask)
+        steps = behind.cumsum(1) if generating else torch.ones_like(behind).cumsum(1)
+        changed = {"attention_mask": torch.cat([short.mask, behind], 1)}
+        if kwargs.get("position_ids") is None:
+            changed["position_ids"] = short.last + steps[:, held - total :]
+        if whole:
+            changed["input_ids"] = torch.cat([short.ids, ids[:, length:].to(short.ids)], 1)
+        return {**kwargs, **changed}
 
     def _has_images(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call brings pixels; what cannot be pruned rightly is refused, since it would fail silently."""
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache in self._short_caches:
-            raise PruneZooError("this cache holds a pruned prompt: pass the whole conversation without past_key_values")
         if all(kwargs.get(pixels) is None for pixels in PIXELS.values()):
             if kwargs.get("mm_encoder_outputs"):
                 raise PruneZooError("an attached pruner needs pixel_values, not mm_encoder_outputs")
@@ -194,42 +291,46 @@ class Attachment:
         config = kwargs.get("generation_config") or self.vlm.generation_config
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = kwargs.get(total) or getattr(config, total)
-            if value and not (kwargs.get(new) or getattr(config, new)):
+            if dropped and value and not (kwargs.get(new) or getattr(config, new)):
                 kwargs[total] = max(value - dropped, 0)
 
 
 def attach(
-    vlm: PreTrainedModel, pruner: Pruner | str | Path, keep: Keep, positions: Positions = "original"
+    vlm: PreTrainedModel,
+    pruner: Attachable | Sequence[Attachable],
+    keep: Keep | Sequence[Keep],
+    positions: Positions = "original",
 ) -> Attachment:
     """Prune the visual tokens of every call of a model inside a ``with`` block.
 
     ``vlm.generate(**inputs)`` and ``vlm(**inputs)`` are called as always: batches padded on either side, samples with
-    no image or several, beams, several returned sequences. `generate` returns sequences that begin with the caller's
+    no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
+    the cache that an earlier call filled (inside the block). `generate` returns sequences that begin with the caller's
     own prompt; a direct call returns logits of the shorter prompt (labels are shortened alike, for the loss).
 
     Args:
-        vlm: A supported model (now: LLaVA).
-        pruner: A pruner, or what :func:`load_pruner` takes. It is moved to the model's device and runs in eval mode.
-        keep: Tokens per image (int), or a share of them (float in (0, 1]).
+        vlm: A supported model, perhaps with PEFT adapters around it.
+        pruner: A pruner, or what :func:`load_pruner` takes; or several, of the vision, prompt and layer stage in turn,
+            one of each at most. They are moved to the model's device and run in eval mode.
+        keep: Tokens per image (int), or a share of them (float in (0, 1]); one for each pruner where there are several.
+            A share is of the tokens that the stage finds. In the layer stage it is what the last of its layers leaves.
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
 
     Returns:
-        A context manager; its ``stats`` tell the tokens before and after and the seconds in the pruner.
+        A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds.
 
     Raises:
         PruneZooError: Unsupported family or stage, ``keep`` out of range, unknown ``positions``.
     """
-    return Attachment(vlm, pruner if isinstance(pruner, Pruner) else load_pruner(pruner), keep, positions)
+    if isinstance(pruner, Pruner | str | Path):
+        pruner, keep = [pruner], [keep]  # type: ignore[list-item]
+    if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
+        raise PruneZooError(f"{len(pruner)} pruners need a list of {len(pruner)} keeps, got {keep!r}")
+    loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in pruner]
+    return Attachment(vlm, loaded, keep, positions)
 
 
-def _restore_prompt(sequences: Tensor, prompt: Tensor, plan: KeepPlan) -> Tensor:
-    """Sequences ``(B * copies, S + new)`` with the caller's prompt ``(B, L)`` in place of the shorter one."""
+def _restore_prompt(sequences: Tensor, prompt: Tensor, length: int) -> Tensor:
+    """Sequences ``(B * copies, S + new)`` with the caller's prompt ``(B, L)`` in place of their first ``length``."""
     copies = len(sequences) // len(prompt)
-    return torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, plan.index.shape[1] :]], dim=1)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, with the device's queue run empty."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, length:]], dim=1)

@@ -15,6 +15,20 @@ from ..core.errors import PruneZooError
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, ``(B, L, d)`` each, as the decoder hands them to its layers."""
 
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+)
+"""Decoders whose attention rows are known to be those of the model."""
+
 
 class Decoder:
     """The language model of a vision-language model."""
@@ -23,15 +37,46 @@ class Decoder:
         """Find it."""
         self.model: Any = vlm.get_decoder()
         self.layers: Any = self.model.layers
+        self.config: Any = self.model.config
 
     @property
     def depth(self) -> int:
         """Number of layers."""
         return len(self.layers)
 
-    def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
-        """Cosines and sines for position ids ``(B, L)``."""
-        cos, sin = self.model.rotary_emb(hidden, positions)
+    @property
+    def kernel(self) -> str:
+        """The name of its attention implementation, as "sdpa"."""
+        return self.config._attn_implementation
+
+    @property
+    def flash(self) -> bool:
+        """Whether that is flash attention, which takes masks ``(B, L)`` only."""
+        return self.kernel.startswith("flash_attention")
+
+    @property
+    def multimodal_positions(self) -> bool:
+        """Whether positions have several axes (M-RoPE), which the layers are not told."""
+        return hasattr(self.model.rotary_emb, "mrope_section")
+
+    def layer_type(self, layer: int) -> str:
+        """What the config calls a layer: layers of one type share masks and rotary embedding."""
+        types = getattr(self.config, "layer_types", None)
+        return types[layer] if types else "full_attention"
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer sees, itself included; None: all."""
+        types = getattr(self.config, "layer_types", None)
+        if types and types[layer] != "sliding_attention":
+            return None
+        return getattr(self.config, "sliding_window", None) if types or self.config.model_type == "mistral" else None
+
+    def rotary(self, hidden: Tensor, positions: Tensor, layer: int = 0) -> Rotary:
+        """Cosines and sines for position ids ``(B, L)``, or ``(3 or 4, B, L)`` where they have several axes."""
+        if positions.dim() == 3 and len(positions) == 4:
+            positions = positions[1:]  # before the axes of the picture stands the running number, which is for masks
+        by_type = (self.layer_type(layer),) if hasattr(self.model.rotary_emb, "layer_types") else ()
+        cos, sin = self.model.rotary_emb(hidden, positions, *by_type)
         return cos, sin
 
     def query_key(self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,17 +91,20 @@ class Decoder:
         Returns:
             ``(B, heads, T, d)`` and ``(B, heads, L, d)``.
         """
-        kind = self.model.config.model_type
-        if kind not in ("llama", "mistral", "qwen2"):
+        if self.config.model_type not in KINDS:
             raise PruneZooError(
-                f"attention signals are not supported for decoder '{kind}'; they are for llama, mistral, qwen2"
+                f"attention signals are not supported for decoder '{self.config.model_type}'; "
+                f"they are for {', '.join(KINDS)}"
             )
         block = self.layers[layer]
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         asked = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
-        query = attention.q_proj(asked).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query = attention.q_proj(asked).unflatten(-1, (-1, attention.head_dim))
+        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if rotary is not None:
             cos, sin = (t.expand(len(rows), -1, -1) for t in rotary)
             row_cos, row_sin = (t.gather(1, rows[..., None].expand(-1, -1, t.shape[-1])) for t in (cos, sin))
@@ -65,7 +113,9 @@ class Decoder:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return query * attention.scaling, key
 
-    def attention_rows(self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, real: Tensor) -> Tensor:
+    def attention_rows(
+        self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Softmax weights of some rows of one layer's attention, mean over heads.
 
         Args:
@@ -73,13 +123,26 @@ class Decoder:
             hidden: ``(B, L, D)`` what enters that layer.
             rotary: As in :meth:`query_key`.
             rows: ``(B, T)`` columns whose rows are wanted.
-            real: ``(B, L)`` bool, False for padding.
+            mask: What the layer is given: ``(B, 1, L, L)`` bool or float to add; or ``(B, L)``, false for padding, or
+                None, where a row sees what stands at or before its column, back to the layer's window.
 
         Returns:
-            ``(B, T, L)`` float32; a row sees what stands at or before its column.
+            ``(B, T, L)`` float32.
         """
         query, key = self.query_key(layer, hidden, rotary, rows)
         logits = query @ key.transpose(-1, -2)  # (B, heads, T, L)
-        allowed = (torch.arange(hidden.shape[1], device=hidden.device) <= rows[..., None]) & real[:, None]
-        logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
+        if self.config.model_type == "gemma2" and self.config.attn_logit_softcapping is not None:
+            cap = self.config.attn_logit_softcapping
+            logits = (logits / cap).tanh() * cap
+        lowest = torch.finfo(logits.dtype).min
+        if mask is not None and mask.dim() == 4:
+            mask = mask.expand(len(rows), -1, -1, -1)
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+        else:
+            back = rows[..., None] - torch.arange(hidden.shape[1], device=hidden.device)  # (B, T, L)
+            window = self.window(layer)
+            allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
+            allowed = allowed if mask is None else allowed & mask.bool()[:, None]
+            logits = logits.masked_fill(~allowed[:, None], lowest)
         return logits.softmax(-1, dtype=torch.float32).mean(1)

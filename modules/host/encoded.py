@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.errors import PruneZooError
-from ..core.plan import gather_rows, mask_to_index
+from ..core.merge import group_mean
+from ..core.plan import KeepPlan, gather_rows, mask_to_index
 from .families import Family, Visual, find_family
 from .signals import check_signals, decoder_signals
 
@@ -35,6 +36,12 @@ class Newlines:
         alive = self.valid.new_zeros(len(index), self.valid.shape[1] + 1)
         ends = gather_rows(self.ends, index).masked_fill(~valid, self.valid.shape[1])
         return alive.scatter(1, ends, True)[:, :-1] & self.valid
+
+    def after(self, output: PruneOutput, plan: KeepPlan, sample: Tensor) -> "Newlines":
+        """Those that ``output`` left, in the columns of the shorter prompt."""
+        alive = self.alive(output.index, output.valid)
+        slots = plan.moved(self.slots, sample).masked_fill(~alive, 0)
+        return Newlines(self.features, slots, alive, gather_rows(self.ends, output.index))
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,41 @@ class Encoded:
         at = places(self.sample, self.newlines.slots, self.newlines.valid)
         return whole.index_put(at, self.newlines.features[self.newlines.valid].to(whole.dtype))
 
-    def model_inputs(self, vlm: PreTrainedModel, **others: Any) -> dict[str, Any]:
-        """What the model takes, with every visual token; ``others`` come in place of the batch's own inputs."""
+    def after(self, output: PruneOutput, plan: KeepPlan, batch: dict[str, Any]) -> "Encoded":
+        """What ``output`` left, in the shorter prompt that ``plan`` makes.
+
+        Args:
+            output: What is left of each image.
+            plan: From :meth:`columns_left`.
+            batch: The inputs of the shorter prompt.
+        """
+        slots = plan.moved(gather_rows(self.slots, output.index), self.sample)
+        return replace(
+            self,
+            inputs=self.inputs.after(output),
+            batch=batch,
+            labels=None if self.labels is None else plan.take(self.labels, IGNORED),
+            slots=slots.masked_fill(~output.valid, 0),
+            newlines=None if self.newlines is None else self.newlines.after(output, plan, self.sample),
+            deep=tuple(_merge(level, output) for level in self.deep),
+        )
+
+    def still_open(self, gates: Tensor) -> "Encoded":
+        """The same without the patches whose gate ``(R, N)`` is 0: what is ajar can still be chosen."""
+        valid = self.inputs.valid & (gates.detach() > 0)
+        return replace(self, inputs=replace(self.inputs, valid=valid))
+
+    def model_inputs(self, vlm: PreTrainedModel, generating: bool = False, **others: Any) -> dict[str, Any]:
+        """What the model takes, with every visual token, made anew and free to be edited.
+
+        Args:
+            vlm: The model.
+            generating: It is for `generate`.
+            others: In place of the batch's own inputs.
+        """
         parts = (self.inputs.features, *self.deep)
         values, *deep = (self.in_columns(part, self.slots, self.inputs.valid) for part in parts)
-        return find_family(vlm).hand_over({**self.batch, **others}, values, deep)
+        return find_family(vlm).hand_over({**self.batch, **others}, values, deep, generating)
 
 
 def encode(
@@ -122,12 +159,7 @@ def encode(
     pixels = {k: v for k, v in given.items() if k in family.consumed}
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
-    is_prompt = _real(given) & ~family.is_visual(ids)
-    if labels is not None:
-        # From the right, a labelled token has been met: everything later is template around the end of the answer.
-        before_last = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-        is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
-    columns, column_valid = mask_to_index(is_prompt)
+    columns, column_valid = prompt_words(family, given, labels)
     text = gather_rows(embedded, columns)
 
     encoded = _lay_out(family, given, labels, visuals, embedded)
@@ -135,6 +167,25 @@ def encode(
     encoded = replace(encoded, inputs=inputs, pixels=pixels)
     late = decoder_signals(vlm, encoded, (columns, column_valid), needs)
     return replace(encoded, inputs=replace(inputs, signals={**inputs.signals, **late}))
+
+
+def prompt_words(family: Family, batch: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the prompt's words are: real tokens that are neither placeholders nor part of an answer.
+
+    Args:
+        family: Whose placeholders.
+        batch: With ``input_ids (B, L)`` and perhaps ``attention_mask``.
+        labels: ``(B, L)`` or None.
+
+    Returns:
+        Columns ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
+    """
+    is_prompt = _real(batch) & ~family.is_visual(batch["input_ids"])
+    if labels is not None:
+        # From the right, a labelled token has been met: everything later is template around the end of the answer.
+        before_last = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+        is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
+    return mask_to_index(is_prompt)
 
 
 def _lay_out(
@@ -231,3 +282,10 @@ def _real(batch: Mapping[str, Any]) -> Tensor:
     """``(B, L)`` bool: the attention mask, all true where none was given."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _merge(level: Tensor, output: PruneOutput) -> Tensor:
+    """``(R, K, D)``: what a deepstack level ``(R, N, D)`` has for what is left: the mean of what was merged."""
+    if output.groups is None:
+        return gather_rows(level, output.index)
+    return group_mean(level, output.groups, torch.ones_like(output.groups), output.index.shape[1])

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from ..core.contract import PruneOutput
 from ..core.errors import PruneZooError
-from ..core.merge import group_mean
-from ..core.plan import KeepPlan, gather_rows
-from .encoded import IGNORED, Encoded, places
+from ..core.plan import KeepPlan
+from .encoded import Encoded, places
 from .families import find_family, require_float_mask
 
 Positions = Literal["original", "compact"]
@@ -52,9 +51,8 @@ def pruned_forward(
 
     Answers can be matched with those of :func:`full_forward` by ``labels != -100``: same tokens, same order.
     """
-    shorter, labels, _ = shorten_prompt(vlm, encoded, output, positions)
-    out = _call(vlm, shorter, options)
-    return HostOutput(out.logits, labels, out.hidden_states, out.attentions)
+    shorter, _ = shorten_prompt(vlm, encoded, output, positions)
+    return full_forward(vlm, shorter, **options)
 
 
 def gated_forward(
@@ -75,20 +73,25 @@ def gated_forward(
     """
     family = find_family(vlm)
     require_float_mask(family.vlm)
-    real, inputs, newlines = encoded.mask, encoded.inputs, encoded.newlines
-    weight = torch.ones(real.shape, dtype=gates.dtype, device=real.device)
-    weight = weight.index_put(places(encoded.sample, encoded.slots, inputs.valid), gates[inputs.valid] + log_eps)
-    if newlines is not None:  # as open as the most open gate of its row
-        open_ = gates.new_zeros(len(gates), newlines.valid.shape[1] + 1)
-        open_ = open_.scatter_reduce(1, newlines.ends, gates.masked_fill(~inputs.valid, 0), "amax")[:, :-1]
-        weight = weight.index_put(
-            places(encoded.sample, newlines.slots, newlines.valid), open_[newlines.valid] + log_eps
-        )
+    real, weight = encoded.mask, gate_weights(encoded, gates, log_eps)
     allowed = family.visible(encoded.batch, real)
     mask = torch.where(allowed, weight.log()[:, None, None], torch.finfo(family.vlm.dtype).min).to(family.vlm.dtype)
     batch = encoded.model_inputs(vlm, position_ids=family.positions(encoded.batch, real, generating=False))
     out = _call(vlm, {**batch, "attention_mask": family.own_mask(mask)}, options)
     return HostOutput(out.logits, encoded.labels, out.hidden_states, out.attentions)
+
+
+def gate_weights(encoded: Encoded, gates: Tensor, log_eps: float) -> Tensor:
+    """``(B, L)``: what each column of the prompt weighs in attention under ``gates (R, N)``; 1 where no image is."""
+    valid, newlines = encoded.inputs.valid, encoded.newlines
+    weight = torch.ones(encoded.mask.shape, dtype=gates.dtype, device=gates.device)
+    weight = weight.index_put(places(encoded.sample, encoded.slots, valid), gates[valid] + log_eps)
+    if newlines is not None:  # as open as the most open gate of its row
+        open_ = gates.new_zeros(len(gates), newlines.valid.shape[1] + 1)
+        open_ = open_.scatter_reduce(1, newlines.ends, gates.masked_fill(~valid, 0), "amax")[:, :-1]
+        at = places(encoded.sample, newlines.slots, newlines.valid)
+        weight = weight.index_put(at, open_[newlines.valid] + log_eps)
+    return weight
 
 
 def shorten_prompt(
@@ -97,19 +100,19 @@ def shorten_prompt(
     output: PruneOutput,
     positions: Positions = "original",
     generating: bool = False,
-) -> tuple[dict[str, Any], Tensor | None, KeepPlan]:
-    """Rewrite the inputs of a model to the shorter prompt.
+) -> tuple[Encoded, KeepPlan]:
+    """Rewrite a batch to the shorter prompt, for the next stage or for the model.
 
     Args:
         vlm: The model that made ``encoded``.
-        encoded: From :func:`encode`.
-        output: What is left of each image.
+        encoded: From :func:`encode`, or from here.
+        output: What is left of each image, by a pruner of the vision or prompt stage.
         positions: "original": survivors keep the position ids that they had, and decoding goes on after the last
             original one. "compact": positions are numbered anew without gaps.
         generating: Count positions as `generate` does (over real tokens), not as `forward` does (over columns).
 
     Returns:
-        Inputs for ``vlm(**inputs)``, made anew and free to be edited; the labels ``(B, S)`` or None; the plan.
+        The shorter batch, whose ``model_inputs`` the model takes; and what became of the columns.
     """
     check_positions(positions)
     family = find_family(vlm)
@@ -133,13 +136,7 @@ def shorten_prompt(
         # Always explicit, even where it is all ones: without a mask, gaps in the positions would be read as the seams
         # of packed sequences, and no word said.
         batch["attention_mask"] = plan.valid.long()
-    slots = gather_rows(encoded.slots, output.index)
-    features = output.kept_features(encoded.inputs).to(encoded.inputs.features.dtype)
-    deep = [_merge(level, output) for level in encoded.deep]
-    values, *deep = (plan.take(encoded.in_columns(part, slots, output.valid), 0) for part in (features, *deep))
-    batch = family.hand_over(batch, values, deep, generating)
-    labels = plan.take(encoded.labels, IGNORED) if encoded.labels is not None else None
-    return batch, labels, plan
+    return encoded.after(output, plan, batch), plan
 
 
 def check_positions(positions: str) -> None:
@@ -151,10 +148,3 @@ def check_positions(positions: str) -> None:
 def _call(vlm: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
     """One forward; no cache is filled unless asked for, since nothing is decoded here."""
     return vlm(**{"use_cache": False, **inputs, **options})
-
-
-def _merge(level: Tensor, output: PruneOutput) -> Tensor:
-    """``(R, K, D)``: what a deepstack level ``(R, N, D)`` has for what is left: the mean of what was merged."""
-    if output.groups is None:
-        return gather_rows(level, output.index)
-    return group_mean(level, output.groups, torch.ones_like(output.groups), output.index.shape[1])

@@ -1,6 +1,8 @@
 """One forward pass under any pruner, whatever its stage: what measuring and training call."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +10,16 @@ from transformers import PreTrainedModel
 
 from ..core.contract import Keep, PruneOutput, Pruner
 from ..core.errors import PruneZooError
+from ..core.plan import KeepPlan, gather_rows
 from .encoded import Encoded
-from .prompt import HostOutput, Positions, pruned_forward
+from .families import find_family
+from .layer_prompt import Cut, layer_mean, now
+from .layers import LayerStage
+from .prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .vision import choose
+
+STAGES = ("vision", "prompt", "layer")
+Parts = Sequence[tuple[Pruner, Keep]]
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,64 @@ class PrunedRun:
 
     host: HostOutput
     tokens: Tensor  # (R,) float: image tokens in the language model, mean over its layers
-    output: PruneOutput  # the choice; of the last stage, where there are several
+    output: PruneOutput  # what is left at the end, in slots of `encoded.inputs`; scores only where one stage ran
+    cuts: tuple[Cut, ...]  # what each stage did
+
+
+def split_parts(parts: Parts) -> tuple[Parts, tuple[Pruner, Keep] | None]:
+    """Those in front of the language model, and the one between its layers; at most one of each stage, in order.
+
+    Raises:
+        PruneZooError: Two of one stage, or the wrong order.
+    """
+    order = [STAGES.index(pruner.stage) for pruner, _ in parts]
+    if order != sorted(set(order)):
+        names = ", ".join(f"{pruner.name} ({pruner.stage})" for pruner, _ in parts)
+        raise PruneZooError(f"pruners together must be of different stages, vision, prompt, layer in turn: {names}")
+    layer = parts[-1] if parts and parts[-1][0].stage == "layer" else None
+    return parts[:-1] if layer else parts, layer
+
+
+@contextmanager
+def adapted(vlm: PreTrainedModel, pruners: Sequence[Pruner]) -> Iterator[None]:
+    """Enter what each pruner changes in the model."""
+    with ExitStack() as stack:
+        for pruner in dict.fromkeys(pruners):
+            stack.enter_context(pruner.adapt(vlm))
+        yield
+
+
+@dataclass(frozen=True)
+class Early:
+    """A batch behind the stages in front of the language model."""
+
+    encoded: Encoded
+    plans: tuple[KeepPlan, ...]  # what happened to the prompt's columns, by stage
+    outputs: tuple[PruneOutput, ...]
+    cuts: tuple[Cut, ...]
+
+
+def reduce_early(
+    vlm: PreTrainedModel, encoded: Encoded, parts: Parts, positions: Positions, generating: bool = False
+) -> Early:
+    """Prune in front of the language model.
+
+    Args:
+        vlm: The model that made ``encoded``.
+        encoded: From :func:`encode`, with the signals that the pruners need.
+        parts: Pruners of the vision and prompt stage, each with its ``keep``.
+        positions: As in :func:`attach`.
+        generating: As in :func:`shorten_prompt`.
+    """
+    early = Early(encoded, (), (), ())
+    for pruner, keep in parts:
+        found, start = early.encoded, now(early.encoded.slots.device)
+        output = choose(vlm, found, pruner, keep)
+        seconds = now(found.slots.device) - start
+        cut = Cut(pruner.stage, None, found.tokens, found.tokens_left(output), seconds)
+        encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
+        early = Early(encoded, (*early.plans, plan), (*early.outputs, output), (*early.cuts, cut))
+    return early
 
 
 def run_pruned(
@@ -34,15 +100,79 @@ def run_pruned(
 
     Args:
         vlm: The model that made ``encoded``.
-        encoded: From :func:`encode`, with the signals that the pruner needs of the prompt and vision stage.
-        pruner: Of any stage.
+        encoded: From :func:`encode`, with the :func:`encode_needs` of the pruner.
+        pruner: Of any stage, or a combination.
         keep: As in :meth:`Pruner.forward`; for the layer stage what its last stage leaves.
         positions: As in :func:`attach`.
         options: Passed to the model.
     """
-    if pruner.stage == "layer":
-        raise PruneZooError(f"pruner '{pruner.name}' is of the layer stage, which does not run")
-    with pruner.adapt(vlm):
-        output = choose(vlm, encoded, pruner, keep)
-        host = pruned_forward(vlm, encoded, output, positions, **options)
-    return PrunedRun(host, encoded.tokens_left(output).float(), output)
+    parts = pruner.parts(keep)
+    before, layer = split_parts(parts)
+    with adapted(vlm, [pruner, *(part for part, _ in parts)]):
+        early = reduce_early(vlm, encoded, before, positions)
+        cuts, outputs, labels = list(early.cuts), list(early.outputs), early.encoded.labels
+        if layer is None or not len(encoded.sample):
+            host = full_forward(vlm, early.encoded, **options)
+        else:
+            labels = None if labels is None else labels.clone()
+            with LayerStage(vlm, *layer, positions) as stage:
+                prompt = stage.prefill(early.encoded, labels)
+                host = full_forward(vlm, early.encoded, **options)
+            cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]
+            host = replace(host, labels=labels)
+    return PrunedRun(host, layer_mean(cuts, find_family(vlm).decoder().depth), _chain(outputs), tuple(cuts))
+
+
+def run_gated(
+    vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep, log_eps: float = 1e-6, **options: Any
+) -> tuple[HostOutput, list[PruneOutput]]:
+    """The model on all tokens, each weighing as much in every attention as the pruner's gates say: for training.
+
+    Gates of the prompt stage act in all layers, those of a layer stage from its layer on; several multiply. Where gates
+    are 0 or 1 this is :func:`run_pruned`, up to ``log_eps``, with gradients to every gate. A later stage does not see
+    what a gate of value 0 has shut, and sees what is ajar.
+
+    Args:
+        vlm: The model that made ``encoded``; its attention must be sdpa or eager.
+        encoded: From :func:`encode`, with the :func:`encode_needs` of the pruner.
+        pruner: In training mode, of the prompt or layer stage, or a combination.
+        keep: As in :func:`run_pruned`.
+        log_eps: As in :func:`gated_forward`.
+        options: Passed to the model.
+
+    Returns:
+        The model's output, labels as they came; and what the pruner said at each of its stages, in slots of
+        ``encoded.inputs``.
+
+    Raises:
+        PruneZooError: A stage without gates: the vision stage, merging, or a pruner that is not in training mode.
+    """
+    parts = pruner.parts(keep)
+    before, layer = split_parts(parts)
+    outputs: list[PruneOutput] = []
+    with ExitStack() as stack:
+        stack.enter_context(adapted(vlm, [pruner, *(part for part, _ in parts)]))
+        gates, left = None, encoded
+        for part, share in before:
+            output = part(encoded.inputs, share)
+            if part.stage == "vision" or output.gates is None or output.features is not None:
+                raise PruneZooError(f"pruner '{part.name}' gave no gates: put it in training mode; merging has none")
+            gates, left = output.gates, encoded.still_open(output.gates)
+            outputs.append(output)
+        prompt = None
+        if layer is not None and len(encoded.sample):
+            prompt = stack.enter_context(LayerStage(vlm, *layer, leak=log_eps)).prefill(left)
+        if gates is None:
+            host = full_forward(vlm, encoded, **options)
+        else:
+            host = gated_forward(vlm, encoded, gates, log_eps, **options)
+        return host, outputs + (prompt.outputs if prompt else [])
+
+
+def _chain(outputs: list[PruneOutput]) -> PruneOutput:
+    """What is left behind several stages, in slots of what the first one found."""
+    first, *rest = outputs
+    for output in rest:
+        index = gather_rows(first.index, output.index).masked_fill(~output.valid, 0)
+        first = PruneOutput(index, output.valid, output.features)
+    return first

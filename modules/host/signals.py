@@ -33,11 +33,13 @@ def check_signals(needs: tuple[str, ...]) -> None:
 
 def encode_needs(pruner: Pruner) -> tuple[str, ...]:
     """What `encode` has to bring for a pruner: the rest of its `needs` is made where it stands, in its own stage."""
-    if pruner.stage == "prompt":
-        return tuple(pruner.needs)
-    if pruner.stage == "vision":
-        return ()
-    return tuple(name for name in pruner.needs if parse_signal(name).kind not in DECODER_SIGNALS)
+    needs: dict[str, None] = {}
+    for part, _ in pruner.parts(1.0):
+        if part.stage == "prompt":
+            needs |= dict.fromkeys(part.needs)
+        elif part.stage == "layer":
+            needs |= dict.fromkeys(name for name in part.needs if parse_signal(name).kind not in DECODER_SIGNALS)
+    return tuple(needs)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Entry:
 
     hidden: Tensor  # (B, L, D)
     rotary: Rotary
-    mask: Tensor  # (B, L) bool, False for padding
+    mask: (
+        Tensor | None
+    )  # (B, L) bool, False for padding; or what the layer is given, as `Decoder.attention_rows` takes it
 
 
 class _Enough(Exception):
@@ -74,7 +78,8 @@ def enter_layers(
 
     def watch(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entries[layer] = Entry(args[0], kwargs["position_embeddings"], encoded.mask)
+            mask = kwargs["attention_mask"]
+            entries[layer] = Entry(args[0], kwargs["position_embeddings"], encoded.mask if mask is None else mask)
             if layer == last:
                 raise _Enough
 

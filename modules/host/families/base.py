@@ -53,7 +53,7 @@ class Family:
     encoder_keys: ClassVar[Mapping[Kind, tuple[str, ...]]] = {"image": ("pixel_values",)}  # inputs of the encoder
     position_keys: ClassVar[tuple[str, ...]] = ()  # those among them that the positions depend on too
     as_tensor: ClassVar[tuple[Kind, ...]] = ()  # kinds whose features the model wants as one tensor, not as a list
-    first_layer_reason: ClassVar[str] = "a mask is sized by the cache of the first layer of its attention type"
+    first_layer_reason: ClassVar[str] = "its cache tells the model how long the conversation is"
 
     def __init__(self, vlm: PreTrainedModel) -> None:
         self.vlm: Any = vlm
@@ -290,8 +290,7 @@ class Family:
     @property
     def first_layer(self) -> int:
         """The first decoder layer in front of which the prompt may get shorter; see ``first_layer_reason``."""
-        kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
-        return max(map(kinds.index, kinds)) + 1 if len(set(kinds)) > 1 else 0
+        return 1
 
     def tower(self) -> Tower:
         """The vision tower."""

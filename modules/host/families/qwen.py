@@ -84,4 +84,4 @@ class Qwen3VLFamily(QwenVLFamily):
     @property
     def first_layer(self) -> int:
         """Behind the last layer that deepstack is added to."""
-        return len(self.config.vision_config.deepstack_visual_indexes)
+        return max(super().first_layer, len(self.config.vision_config.deepstack_visual_indexes))

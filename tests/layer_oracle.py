@@ -1,0 +1,91 @@
+"""What the layer stage must equal: nothing gets shorter, and from a layer on nobody looks at the tokens that are gone.
+
+Hooks on the decoder's layers change masks alone, over whole caches; nothing here is shared with the code under test.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import pad
+
+
+class Watch:
+    """Records what a pruner is asked and answers, from the first stage on."""
+
+    def __init__(self, pruner):
+        self.calls = []  # (inputs, output) by stage
+        self.handle = pruner.register_forward_hook(lambda _, args, output: self.calls.append((args[0], output)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def gone(self, encoded):
+        """By layer, the columns ``(B, L)`` that nobody looks at from there on; and what merged tokens became."""
+        columns = encoded.slots  # (R, N) of the tokens alive
+        alive = encoded.inputs.valid
+        hidden, made = torch.zeros_like(encoded.mask), {}
+        result = {}
+        for inputs, output in self.calls:
+            hidden = hidden.clone()
+            kept = []
+            for row, sample in enumerate(encoded.sample.tolist()):
+                mine = columns[row][alive[row]]
+                left = mine[output.index[row][output.valid[row]]]
+                hidden[sample, mine] = True
+                hidden[sample, left] = False
+                kept.append(left)
+                if output.features is not None:
+                    made.setdefault(inputs.layer, []).append((sample, left, output.features[row][output.valid[row]]))
+            columns = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
+            alive = torch.arange(columns.shape[1]) < torch.tensor([len(left) for left in kept])[:, None]
+            result[inputs.layer] = hidden
+        return result, made
+
+
+@contextmanager
+def masked(vlm, gone, made=None, compact=False):
+    """While it runs, ``vlm`` does not look at columns ``gone``, ``{layer: (B, L) bool}``, from these layers on.
+
+    Merged tokens, ``made``, are written at their columns; ``compact`` numbers what is left anew.
+    """
+    decoder = vlm.get_decoder()
+
+    def hook(layer):
+        first = max((k for k in gone if k <= layer), default=None)
+
+        def change(_, args, kwargs):
+            if first is None:
+                return None
+            hidden, cache = args[0], kwargs.get("past_key_values")
+            for sample, columns, features in (made or {}).get(layer, ()):
+                if hidden.shape[1] >= gone[first].shape[1]:
+                    hidden = hidden.clone()
+                    hidden[sample, columns] = features.to(hidden.dtype)
+            past = cache.get_seq_length(layer) if cache is not None else 0
+            total = past + hidden.shape[1]
+            mask = kwargs["attention_mask"]
+            if mask is None:
+                mask = (torch.arange(total) <= torch.arange(past, total)[:, None])[None, None]
+            away = gone[first].repeat_interleave(len(hidden) // len(gone[first]), 0)
+            away = pad(away, (0, max(total - away.shape[1], 0)), value=False)
+            filler = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            blocked = away[:, -mask.shape[-1] :][:, None, None]
+            kwargs = {**kwargs, "attention_mask": mask.expand(len(hidden), -1, -1, -1).masked_fill(blocked, filler)}
+            if compact:
+                moved = away.cumsum(1)[:, past:]
+                kwargs["position_embeddings"] = decoder.rotary_emb(hidden, kwargs["position_ids"] - moved)
+            return (hidden, *args[1:]), kwargs
+
+        return change
+
+    handles = [
+        module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer, module in enumerate(decoder.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
