@@ -78,6 +78,22 @@ def test_keeping_everything_is_the_bare_tower(kind, layer):
     assert torch.equal(output.index, torch.arange(N).expand(2, -1))
 
 
+def test_tome_in_small_steps_by_hand():
+    model, pixels = small_tower("clip"), torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(3))
+    tower, pruner = Tower(model, -2), build_pruner("tome", metric="states", most=0.1)
+    output = run(model, tower, pruner, pixels, (6,))
+    left = [int(step) for step in pruner.schedule(torch.tensor([6]), torch.tensor([N]), tower.depth)]
+    expect(output, 0, *by_hand(model, tower, pixels[0], tome_by_hand(left, "states", 0.1)))
+    assert not torch.equal(output.index, run(model, tower, build_pruner("tome"), pixels, (6,)).index)
+    assert pruner.needs == () and build_pruner("tome").needs == ("vision_keys",)
+
+
+@pytest.mark.parametrize("bad", [{"metric": "values"}, {"most": 0.0}, {"most": 0.6}])
+def test_tome_refuses_what_is_out_of_range(bad):
+    with pytest.raises(PruneZooError, match=f"{next(iter(bad))}=.*tome"):
+        build_pruner("tome", **bad)
+
+
 class Attended(Pruner):
     """Keeps what receives most attention in one block and then, of that, in another: nothing is merged."""
 

@@ -66,19 +66,20 @@ def slots_of(members, count):
     return [own[nearest([divmod(patch, side) for patch in own], [1] * len(own))] for own in whole]
 
 
-def tome_by_hand(left):
+def tome_by_hand(left, metric="keys", most=0.5):
     """Token merging with lists, to ``left[block]`` tokens in each block."""
 
-    def decide(block, _states, keys, sizes, _received):
+    def decide(block, states, keys, sizes, _received):
+        vectors = keys if metric == "keys" else states
         groups = {t: [t] for t in range(len(sizes))}
         while len(groups) > left[block]:
-            mean = {t: sum(keys[i] * sizes[i] for i in g) / sum(sizes[i] for i in g) for t, g in groups.items()}
+            mean = {t: sum(vectors[i] * sizes[i] for i in g) / sum(sizes[i] for i in g) for t, g in groups.items()}
             tokens, links = sorted(groups), []
             for a in tokens[1::2]:
                 near = [float(functional.cosine_similarity(mean[a], mean[b], dim=0)) for b in tokens[::2]]
                 links.append((max(near), a, tokens[::2][near.index(max(near))]))
             links.sort(key=lambda link: -link[0])
-            for _, a, b in links[: len(groups) - left[block]]:
+            for _, a, b in links[: min(len(groups) - left[block], max(int(len(groups) * most), 1))]:
                 groups[b] = groups[b] + groups.pop(a)
         return list(groups.values())
 
