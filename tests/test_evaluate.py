@@ -94,11 +94,12 @@ def greedy(vlm, processor, items, pruner, keep) -> list[list[int]]:
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in ids.tolist()]
 
 
-def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava):
+@pytest.mark.parametrize("names", [("uniform", "fastervlm"), ("tome", "visionzip")])
+def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava, names):
     """The oracle: an item counts as right if and only if `generate` through `attach` writes its reference answer."""
     vlm, processor = ending_llava
     items = make_items(60)
-    settings = [(name, budget) for name in ("uniform", "fastervlm") for budget in parse_budgets(["4", "1/4"])]
+    settings = [(name, budget) for name in names for budget in parse_budgets(["4", "1/4"])]
     written = {
         (name, budget.label): greedy(vlm, processor, items, build_pruner(name), budget.keep)
         for name, budget in settings
@@ -118,7 +119,7 @@ def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava):
         vlm,
         processor,
         suite_of(referenced),
-        [build_method("uniform"), build_method("fastervlm")],
+        [build_method(name) for name in names],
         parse_budgets(["4", "1/4"]),
         batch_size=7,
     )
@@ -167,13 +168,13 @@ def look(vlm, processor, items, *names) -> View:
 def test_the_oracle_keeps_what_the_question_is_about(ending_llava):
     view = look(*ending_llava, make_items(3), "oracle")
     oracle = build_method("oracle")
-    assert oracle.choose(view, 2).index.tolist() == [[8, 9]] * 3
-    kept = oracle.choose(view, 0.5)
+    assert oracle.pruner(view)(view.inputs, 2).index.tolist() == [[8, 9]] * 3
+    kept = oracle.pruner(view)(view.inputs, 0.5)
     assert kept.count.tolist() == [18] * 3
     assert {8, 9} <= set(kept.index[0].tolist())
     blind = [Item(item.id, item.image, item.turns, item.group) for item in view.items]
     with pytest.raises(PruneZooError, match="fake-0: the suite does not say which pixels matter"):
-        oracle.choose(View(view.inputs, blind), 2)
+        oracle.pruner(View(view.inputs, blind))
 
 
 def test_attention_diagnostics_read_the_full_model(ending_llava):
@@ -196,9 +197,9 @@ def test_attention_diagnostics_read_the_full_model(ending_llava):
     image = prompt["input_ids"][0] == vlm.config.image_token_id
     torch.testing.assert_close(view.attention[1, 0, 1], weights[image])
     best = weights[image].topk(5).indices.sort().values
-    assert build_method("attention@1").choose(view, 5).index[1].tolist() == best.tolist()
+    assert build_method("attention@1").pruner(view)(view.inputs, 5).index[1].tolist() == best.tolist()
     with pytest.raises(PruneZooError, match="layers 0 to 1"):
-        build_method("attention@2").choose(view, 5)
+        build_method("attention@2").pruner(view)
 
 
 def test_the_relevance_diagnostic_knows_the_answer(ending_llava):
@@ -209,7 +210,7 @@ def test_the_relevance_diagnostic_knows_the_answer(ending_llava):
         view = look(vlm, processor, items, "relevance")
         expected = relevance_map(vlm, encode(vlm, ConversationCollator(processor)(items)))
         assert torch.equal(view.relevance, expected) and view.attention is None
-        chosen.append(method.choose(view, 4).index)
+        chosen.append(method.pruner(view)(view.inputs, 4).index)
         assert chosen[-1].tolist() == expected.topk(4).indices.sort().values.tolist()
         measured = measure(vlm, processor, suite_of(items), [method], parse_budgets(["4"]))
         assert measured.scores["relevance", "4"].tokens.tolist() == [4, 4, 4]

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.core.contract import PruneInputs, PruneOutput, Pruner
 from modules.host import attach, encode
+from modules.host.run import run_pruned
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, Suite
 
@@ -62,21 +62,6 @@ class Example:
     shown: list[Shown] = field(default_factory=list)
 
 
-class Fixed(Pruner):
-    """Keeps what was chosen before, so that `generate` runs with a choice that is already made."""
-
-    name = "fixed"
-    exact = False
-
-    def __init__(self, output: PruneOutput) -> None:
-        super().__init__()
-        self.output = output
-
-    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
-        """The choice made before."""
-        return self.output
-
-
 def pick_items(suite: Suite, per_group: int) -> list[Item]:
     """The first items of each group, in the order of the groups."""
     picked: list[Item] = []
@@ -114,13 +99,16 @@ def show_examples(
     cells = encoded.inputs.cells.cpu().numpy()
     examples = [
         Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, same_answer(answer, item.answer))
-        for item, grid, answer in zip(items, cells, _generate(vlm, processor, prompt, None), strict=True)
+        for item, grid, answer in zip(items, cells, _generate(vlm, processor, prompt), strict=True)
     ]
     for budget in budgets:
         for method in methods:
-            choice = method.choose(view, budget.keep)
+            pruner = method.pruner(view)
+            choice = run_pruned(vlm, encoded, pruner, budget.keep, logits_to_keep=1).output
             index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
-            for b, answer in enumerate(_generate(vlm, processor, prompt, choice)):
+            with attach(vlm, pruner, budget.keep):
+                answers = _generate(vlm, processor, prompt)
+            for b, answer in enumerate(answers):
                 kept = cells[b, index[b][valid[b]]]
                 kept = kept[(kept[:, 1] >= 0) & (kept[:, 2] >= 0), 1:]
                 right = same_answer(answer, items[b].answer)
@@ -134,13 +122,8 @@ def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _generate(vlm: Any, processor: Any, prompt: dict[str, Any], choice: PruneOutput | None) -> list[str]:
-    """Greedy answers to a left-padded batch of prompts, with the tokens of a choice or with all."""
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    if choice is None:
-        written = vlm.generate(**prompt, **options)
-    else:
-        with attach(vlm, Fixed(choice), keep=1.0):
-            written = vlm.generate(**prompt, **options)
+def _generate(vlm: Any, processor: Any, prompt: dict[str, Any]) -> list[str]:
+    """Greedy answers to a left-padded batch of prompts."""
+    written = vlm.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     texts = processor.batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]

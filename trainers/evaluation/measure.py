@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.core.contract import PruneOutput
+from modules.core.contract import Keep, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
-from modules.host import Encoded, HostOutput, encode, full_forward, pruned_forward
+from modules.host import Encoded, HostOutput, encode, full_forward
+from modules.host.run import run_pruned
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
@@ -159,17 +160,18 @@ def _passes(
         return Answers.read(output.logits, output.labels[:, -tail:])
 
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
-    yield (FULL, ALL_TOKENS), 1.0, (encoded.inputs.valid.sum(1), *full.compare(full, items))
+    yield (FULL, ALL_TOKENS), 1.0, (encoded.tokens, *full.compare(full, items))
 
-    def prune(choice: PruneOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return choice.count, *answers(pruned_forward(vlm, encoded, choice, logits_to_keep=tail)).compare(full, items)
+    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
+        return run.tokens, *answers(run.host).compare(full, items)
 
-    yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE)(encoded.inputs, 1))
+    yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:
         for budget in budgets:
             for replica in range(method.replicas):
-                choice = method.choose(view, budget.keep, replica)
-                yield (method.name, budget.label), 1 / method.replicas, prune(choice)
+                values = prune(method.pruner(view, replica), budget.keep)
+                yield (method.name, budget.label), 1 / method.replicas, values
 
 
 def _batches(suite: Suite, batch_size: int, start: int) -> Iterator[tuple[list[int], list[Item], int]]:

@@ -5,7 +5,7 @@ Letters: B items of a batch, N image tokens of an image (padded), L tokens of th
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.core.contract import PruneInputs, PruneOutput, Pruner
+from modules.core.contract import PruneInputs, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, load_pruner
 from modules.host import Encoded
 from modules.host.relevance import eager_attention, relevance_map
+from modules.host.signals import encode_needs
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -67,8 +68,8 @@ class Method(ABC):
         self.name = name
 
     @abstractmethod
-    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
-        """Bring the images of a batch to a budget."""
+    def pruner(self, view: View, replica: int = 0) -> Pruner:
+        """The pruner to run on a batch."""
 
 
 class PrunerMethod(Method):
@@ -77,39 +78,38 @@ class PrunerMethod(Method):
     def __init__(self, name: str, pruners: Sequence[Pruner]) -> None:
         super().__init__(name)
         self.pruners = [pruner.eval() for pruner in pruners]
-        self.needs = tuple(pruners[0].needs)
+        self.needs = encode_needs(pruners[0])
         self.replicas = len(pruners)
 
-    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
-        """Ask the pruner."""
-        return self.pruners[replica](view.inputs, keep)
+    def pruner(self, view: View, replica: int = 0) -> Pruner:
+        """The one with this seed."""
+        return self.pruners[replica]
 
 
 class GivenScores(Pruner):
-    """Keeps the best tokens by scores that stand ready among the signals; it is no method of the zoo."""
+    """Keeps the best tokens of one batch, by scores (B, N) that are known; it is no method of the zoo."""
 
     name = "given"
-    needs = ("given",)
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = scores
 
     def score(self, inputs: PruneInputs) -> Tensor:
-        """The scores that were put there, (B, N)."""
-        return inputs.signal("given")
+        """The scores that it was given."""
+        return self.scores
 
 
 class ScoredMethod(Method):
     """A diagnostic that only rates the tokens."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.pruner = GivenScores().eval()
-
     @abstractmethod
     def rate(self, view: View) -> Tensor:
         """Scores (B, N), higher is kept first."""
 
-    def choose(self, view: View, keep: int | float, replica: int = 0) -> PruneOutput:
-        """Keep the best."""
-        return self.pruner(replace(view.inputs, signals={"given": self.rate(view)}), keep)
+    def pruner(self, view: View, replica: int = 0) -> Pruner:
+        """One that keeps the best."""
+        return GivenScores(self.rate(view)).eval()
 
 
 class Oracle(ScoredMethod):
@@ -186,7 +186,7 @@ def build_method(name: str, seed: int = 0) -> Method:
         seed: where the seeds of `random` begin.
 
     Raises:
-        PruneZooError: an unknown name, or a pruner of a stage that cannot be measured here.
+        PruneZooError: an unknown name, or a method that needs training.
     """
     if name == ORACLE:
         return Oracle()
@@ -199,12 +199,7 @@ def build_method(name: str, seed: int = 0) -> Method:
         return LayerAttention(int(layer), mean=kind != ATTENTION)
     if name == RANDOM:
         return PrunerMethod(name, [build_pruner(name, seed=seed + replica) for replica in range(RANDOM_SEEDS)])
-    pruner = load_pruner(name)
-    if pruner.stage != "prompt":
-        raise PruneZooError(
-            f"{name}: a pruner of the {pruner.stage} stage cannot be measured yet, only the prompt stage"
-        )
-    return PrunerMethod(name, [pruner])
+    return PrunerMethod(name, [load_pruner(name)])
 
 
 def layer_attentions(layers: int) -> list[str]:
