@@ -13,7 +13,7 @@ from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
 from .encoded import Encoded
 from .families import find_family
-from .layer_prompt import Cut, layer_mean, now
+from .layer_prompt import Cut, layer_mean
 from .layers import LayerStage
 from .prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .vision import choose
@@ -79,9 +79,8 @@ def reduce_early(
     """
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
-        found, start = early.encoded, now(early.encoded.slots.device)
-        output = choose(vlm, found, pruner, keep)
-        seconds = now(found.slots.device) - start
+        found = early.encoded
+        output, seconds = choose(vlm, found, pruner, keep)
         cut = Cut(pruner.stage, None, found.tokens, found.tokens_left(output), seconds)
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
         early = Early(encoded, (*early.plans, plan), (*early.outputs, output), (*early.cuts, cut))
