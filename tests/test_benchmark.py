@@ -105,6 +105,30 @@ def test_the_probe_changes_nothing_and_reads_the_true_lengths(vlm, request_of):
         assert torch.equal(vlm.generate(**request(), max_new_tokens=4, min_new_tokens=4, do_sample=False), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "lengths", "inside"),
+    [("tome", (9 + 20,) * 2, "vision"), ("fastv", (TOKENS + 20, 9 + 20), "prefill")],
+)
+def test_pruners_inside_the_model_are_timed_where_they_run(vlm, request_of, name, lengths, inside):
+    pruner = build_pruner(name, **({"layer": 1} if name == "fastv" else {}))
+    request = request_of(2, 20)
+    reading = timed_request(vlm, request, pruner, 9, decode=3, count=True)
+    assert reading.lengths == lengths
+    seconds = timed_request(vlm, request, pruner, 9, decode=3).seconds
+    assert 0 < seconds["pruner"] < seconds[inside]
+    between = [seconds[part] for part in ("preprocessing", "vision", "other", "prefill")]
+    assert sum(between) == pytest.approx(seconds["first_token"])
+    bare = timed_request(vlm, request, None, 1.0, decode=3, count=True)
+    assert (reading.vision_flops < bare.vision_flops) == (inside == "vision")
+    rows = Setting(vlm, request, cases_of([(name, pruner)], parse_budgets(["9"])), decode=3, repeats=1)
+    rows.measure(lambda: None)
+    row = next(r for r in rows.rows() if (r["pruner"], r["part"]) == (name, "prefill"))
+    assert row["tokens"] == sum(lengths) / 2 - 20
+    config = vlm.config.get_text_config()
+    whole = decoder_flops(config, bare.lengths, bare.lengths)
+    assert row["ideal_speedup"] == pytest.approx(whole / decoder_flops(config, lengths, lengths), rel=1e-5)
+
+
 def test_rows_have_measured_beside_ideal(vlm, request_of):
     cases = cases_of([("uniform", build_pruner("uniform"))], parse_budgets(["1/9", "1/3"]))
     setting = Setting(vlm, request_of(2, 20), cases, decode=4, repeats=3)

@@ -119,7 +119,8 @@ def timed_request(
 
     Returns:
         Seconds by part. ``preprocessing``: the processor. ``vision``: tower and projector. ``pruner``: the pruner
-        itself; in the vision and layer stage it runs inside ``vision`` and ``prefill`` and is contained in them.
+        itself, in the layer stage with its signals; in the vision and layer stage it is contained in ``vision`` and
+        ``prefill``.
         ``other``: all else before the language model (signals, layout, embedding). ``prefill``: the language model up
         to the first logits. ``decode``: each later token, where there is one. ``first_token`` and ``end_to_end``: from
         the raw pictures on, the whole way.
@@ -133,13 +134,13 @@ def timed_request(
         vlm.generate(**batch, max_new_tokens=decode, min_new_tokens=decode, do_sample=False)
         done = now(device)
     assert marks.prefill_ends is not None
-    inside = attachment.stats.seconds if attachment is not None else 0.0
-    before_prefill = marks.prefill_begins - ready - marks.vision
+    stages = attachment.stats.stages if attachment is not None else []
+    between = sum(stage.seconds for stage in stages if stage.stage == "prompt")  # vision and prefill contain the others
     seconds = {
         "preprocessing": ready - begun,
         "vision": marks.vision,
-        "pruner": inside,
-        "other": before_prefill - (inside if pruner is not None and pruner.stage == "prompt" else 0.0),
+        "pruner": sum(stage.seconds for stage in stages),
+        "other": marks.prefill_begins - ready - marks.vision - between,
         "prefill": marks.prefill_ends - marks.prefill_begins,
         "first_token": marks.prefill_ends - begun,
         "end_to_end": done - begun,
