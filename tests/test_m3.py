@@ -137,6 +137,27 @@ def test_the_lora_acts_only_while_images_lose_tokens(tiny_llava, batch):
     assert [p.requires_grad for p in vlm.parameters()] == trainable
 
 
+def test_attached_the_lora_is_on_from_prompt_to_last_token(tiny_llava, batch):
+    vlm, pruner = tiny_llava.vlm, made_for(tiny_llava.vlm)
+    with torch.no_grad():
+        bare, answer = vlm(**batch).logits, vlm.generate(**batch, max_new_tokens=6, do_sample=False)
+        with attach(vlm, pruner, keep=4):
+            whole = vlm.generate(**batch, max_new_tokens=6, do_sample=False)
+            logits = vlm(**batch).logits
+            # token after token, each from a prompt read anew: what a cache must not change
+            longer = dict(batch)
+            for _ in range(6):
+                word = vlm(**longer).logits[:, -1:].argmax(-1)
+                longer["input_ids"] = torch.cat([longer["input_ids"], word], dim=1)
+                longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+            assert torch.equal(whole, longer["input_ids"])
+        assert torch.equal(run_pruned(vlm, encode(vlm, batch), pruner, 4).host.logits, logits)
+        with attach(vlm, pruner, keep=1.0):
+            assert torch.equal(vlm(**batch).logits, bare)
+            assert torch.equal(vlm.generate(**batch, max_new_tokens=6, do_sample=False), answer)
+        assert torch.equal(vlm(**batch).logits, bare)
+
+
 def test_a_trainable_model_stays_trainable(batch):
     vlm = make_llava().requires_grad_(True)
     run_pruned(vlm, encode(vlm, batch), made_for(vlm), 4)
