@@ -173,8 +173,9 @@ class Attachment:
         """Encode the images of a call and prune before the language model: what is run now, and with what."""
         self._encoding = True
         try:
-            # A pruner of the vision stage runs the tower itself.
-            encoded = encode(self.vlm, kwargs, self.needs, run_tower=all(p.stage != "vision" for p, _ in self.early))
+            # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
+            alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
+            encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
         finally:
             self._encoding = False
         early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)

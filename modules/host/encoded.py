@@ -140,12 +140,15 @@ def encode(
         batch: What the processor returned, perhaps with ``labels (B, L)``. With labels the pruner's ``text`` is the
             unlabelled tokens before the last labelled one, so an answer never leaks into it.
         needs: Signals to compute, `Pruner.needs`.
-        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros.
+        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
+            there are no signals to be had.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images.
     """
     check_signals(needs)
+    if needs and not run_tower:
+        raise PruneZooError(f"signals need the tower to run: {', '.join(needs)}")
     family = find_family(vlm)
     if batch.get("input_ids") is None:
         raise PruneZooError("pruning needs input_ids: inputs_embeds alone do not say where the images are")
