@@ -48,9 +48,7 @@ class Entry:
 
     hidden: Tensor  # (B, L, D)
     rotary: Rotary
-    mask: (
-        Tensor | None
-    )  # (B, L) bool, False for padding; or what the layer is given, as `Decoder.attention_rows` takes it
+    mask: Tensor | None  # (B, L) bool, False for padding; or what the layer is given, see `Decoder.attention_rows`
 
 
 class _Enough(Exception):
