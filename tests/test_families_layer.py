@@ -6,7 +6,7 @@ do not look at the tokens that went; it shares nothing with the code under test.
 
 import pytest
 import torch
-from families import FAMILIES, Sample, tiny_family
+from families import FAMILIES, VIDEO_FAMILIES, Sample, tiny_family
 from layer_oracle import Watch, masked
 from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, write
 
@@ -14,6 +14,7 @@ from modules import Pruner, PruneZooError, attach, encode, full_forward
 from modules.core.plan import gather_rows
 from modules.host import run_gated, run_pruned
 from modules.host.families import find_family
+from modules.host.families.base import TAKES_FEATURES
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 RAGGED = torch.tensor([3, 1, 5, 7])
@@ -158,14 +159,22 @@ CELLS = [pytest.param(name, check, id=f"layer-{name}-{check.__name__}") for name
 @pytest.mark.parametrize(("name", "check"), CELLS)
 @torch.no_grad()
 def test_matrix(name, check, record_property):
-    check(tiny_family(name))
-    record_property("outcome", "yes")
+    outcome = "yes"
+    try:
+        check(tiny_family(name))
+    except PruneZooError as error:
+        outcome = f"refused: {error}"
+    record_property("outcome", outcome)
+    # Older releases may refuse more.
+    assert outcome == "yes" or (not TAKES_FEATURES and "transformers 5.19 or later" in outcome)
 
 
 # Beyond the matrix
 
+NOW = [name for name in FAMILIES if TAKES_FEATURES or name != "qwen3_vl"]
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize("name", NOW)
 @pytest.mark.parametrize("signal", ["last_attention", "prompt_attention"])
 @torch.no_grad()
 def test_signals_equal_eager_maps(name, signal):
@@ -212,7 +221,11 @@ def test_windows_count_original_columns(window):
     batch, pruner = tiny.batch([Sample((SMALL,), 6)]), Scattered(1, 2)
     with attach(tiny.vlm, pruner, keep=3):
         greedy = tiny.vlm.generate(**batch, max_new_tokens=12)
-        assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=2), greedy)
+        try:
+            assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=2), greedy)
+        except PruneZooError as error:
+            assert not TAKES_FEATURES
+            assert "assisted decoding in the layer stage needs" in str(error)  # noqa: PT017
 
 
 def test_deepstack_levels_come_first():
@@ -226,7 +239,7 @@ def test_deepstack_levels_come_first():
 
 
 def test_clips_are_pruned_like_images():
-    for name in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    for name in set(VIDEO_FAMILIES) & set(NOW):
         tiny = tiny_family(name)
         with torch.no_grad():
             equals_oracle(tiny, [Sample((LARGE,), 5, (4,)), Sample((), 4, (4,)), Sample((SMALL,), 4)])

@@ -260,19 +260,21 @@ def test_assisted_decoding_equals_greedy(tiny):
     assistant.load_state_dict(tiny.vlm.state_dict())
     assistant.lm_head.weight.data += 0.3 * torch.randn(assistant.lm_head.weight.shape)
     widths = []  # of each forward: a step with candidates has more than one column
-    handle = tiny.vlm.register_forward_pre_hook(
+    handle = tiny.vlm.model.register_forward_pre_hook(
         lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
     )
-    with attach(tiny.vlm, scripted(1, 3), keep=9) as run:
-        greedy = tiny.vlm.generate(**batch, max_new_tokens=12)
-        assert widths[1:] == [1] * 11
-        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
-            widths.clear()
-            assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, **options), greedy)
-            # Candidates behind the prompt, and in a later step; more than were taken, so that caches were cropped.
-            assert widths[0] > batch["input_ids"].shape[1] and max(widths[1:]) > 1
-            assert sum(widths) > batch["input_ids"].shape[1] + 12
-    handle.remove()
+    try:
+        with attach(tiny.vlm, scripted(1, 3), keep=9) as run:
+            greedy = tiny.vlm.generate(**batch, max_new_tokens=12)
+            assert widths[1:] == [1] * 11
+            for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+                widths.clear()
+                assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, **options), greedy)
+                # Candidates behind the prompt, and in a later step; more than were taken, so that caches were cropped.
+                assert widths[0] > batch["input_ids"].shape[1] and max(widths[1:]) > 1
+                assert sum(widths) > batch["input_ids"].shape[1] + 12
+    finally:
+        handle.remove()
     assert run.stats.after == [9, 9, 9]
     assert not torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12), greedy)
 

@@ -41,6 +41,8 @@ from .stats import AttachStats, StageStats, kv_bytes_saved
 from .vision import check_vision_stage
 
 Attachable = Pruner | str | Path
+ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options of `generate` that bring candidates to take or leave."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,9 @@ class Attachment:
         config = kwargs.get("generation_config") or self.vlm.generation_config
         if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
             raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
+        assisted = any(kwargs.get(key) or getattr(config, key, None) for key in ASSISTANTS)
+        if self.layers and assisted:
+            self.layers.check_assisted()
         self._inside = True
         try:
             result = own(None, *args, **kwargs)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.contract import PruneOutput, budget
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
+from .decoder import take_columns
 from .encoded import Encoded, places, prompt_words
 from .layer_cache import Keywords, Past, Segment, cut_mask
 from .prompt import gate_weights
@@ -89,6 +90,13 @@ class Prompt:
             raise PruneZooError("the layer stage needs the whole prompt in one forward: leave prefill_chunk_size unset")
         if cache is not None and cache.is_compileable:
             raise PruneZooError("the layer stage shortens the KV cache, a static one cannot be: use a dynamic cache")
+        module = self.decoder.layers[layer]
+        if type(module).__call__ is not nn.Module.__call__ and module.training and module.gradient_checkpointing:
+            # It is around the hooks, which would prune a second time when the forward is computed again.
+            raise PruneZooError(
+                "gradient checkpointing in the layer stage needs a release of transformers that wraps a layer's forward, "
+                "as 5.23 does: upgrade it"
+            )
 
     def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """The keywords as they must be behind the cuts so far; made once for all layers of a type."""
@@ -105,9 +113,10 @@ class Prompt:
         """Ask the pruner and do what it says; returns the hidden states that enter the layer."""
         raise NotImplementedError
 
-    def once(self, values: Tensor) -> Tensor:
-        """The first copy of each sample: ``(B, ...)`` of ``(B * C, ...)``; ``(1, ...)`` stays."""
-        return values[:: max(1, len(values) // len(self.encoded.mask))]
+    def once(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The first copy of each sample: B of the B * C along ``dim``; a single one for all stays."""
+        copies = max(1, values.shape[dim] // len(self.encoded.mask))
+        return values.unflatten(dim, (-1, copies)).select(dim % values.dim() + 1, 0)
 
     def read(self, layer: int, own: bool, hidden: Tensor, kwargs: Keywords) -> None:
         """Read the signals that are made of a layer's input."""
@@ -116,7 +125,7 @@ class Prompt:
             return
         start, kwargs = now(hidden.device), self.adjust(layer, hidden, kwargs)
         hidden, mask = self.once(hidden), kwargs["attention_mask"]
-        cos, sin = map(self.once, kwargs["position_embeddings"])
+        cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
         entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
         words, images = (self.words, self.word_valid), (self.encoded.sample, self.encoded.slots)
         values = {
@@ -209,8 +218,7 @@ class Drop(Prompt):
             positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns) - moved
             changed["position_embeddings"] = self.decoder.rotary(hidden, positions, layer)
         else:
-            given = kwargs["position_embeddings"]
-            changed["position_embeddings"] = tuple(gather_rows(t.expand(len(hidden), -1, -1), columns) for t in given)
+            changed["position_embeddings"] = take_columns(kwargs["position_embeddings"], columns)
         # The layers rotate by the embeddings; position ids are only for kernels that look for seams in them.
         changed["position_ids"] = torch.arange(columns.shape[1], device=columns.device)[None]
         return changed
