@@ -94,8 +94,8 @@ class Prompt:
         if type(module).__call__ is not nn.Module.__call__ and module.training and module.gradient_checkpointing:
             # It is around the hooks, which would prune a second time when the forward is computed again.
             raise PruneZooError(
-                "gradient checkpointing in the layer stage needs a release of transformers that wraps a layer's forward, "
-                "as 5.23 does: upgrade it"
+                "gradient checkpointing in the layer stage needs a release of transformers that wraps only the forward "
+                "of a layer, as 5.23 does: upgrade it"
             )
 
     def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
