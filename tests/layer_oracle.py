@@ -13,14 +13,18 @@ class Watch:
     """Records what a pruner is asked and answers, from the first stage on."""
 
     def __init__(self, pruner):
-        self.calls = []  # (inputs, output) by stage
-        self.handle = pruner.register_forward_hook(lambda _, args, output: self.calls.append((args[0], output)))
+        self.calls = []  # (inputs, output) by stage, of all parts of a combination
+        self.handles = [
+            part.register_forward_hook(lambda _, args, output: self.calls.append((args[0], output)))
+            for part, _ in pruner.parts(1.0)
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     def gone(self, encoded):
         """By layer, the columns ``(B, L)`` that nobody looks at from there on; and what merged tokens became."""
@@ -43,7 +47,7 @@ class Watch:
                     alive = torch.isin(torch.arange(lines.valid.shape[1]), ends) & lines.valid[row]
                     away[sample, lines.slots[row][lines.valid[row]]] = True
                     away[sample, lines.slots[row][alive]] = False
-            result[inputs.layer] = away
+            result[inputs.layer or 0] = away
         return result, made
 
 

@@ -86,12 +86,12 @@ class Attachment:
             check_signals(pruner.needs)
             if pruner.stage == "vision":
                 check_vision_stage(family.tower(), pruner)
-        self.early, layer = split_parts(parts)
+        self.early, layer = split_parts(parts, self.depth)
         self.layers = LayerStage(vlm, *layer, positions) if layer else None
         self.vlm, self.positions = vlm, positions
         self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
         self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
-        stages = [StageStats(pruner.name, pruner.stage, None) for pruner, _ in self.early]
+        stages = [StageStats(p.name, p.stage, 0 if p.stage == "layer" else None) for p, _ in self.early]
         if self.layers:
             stages += [StageStats(self.layers.pruner.name, "layer", number) for number in self.layers.stages]
         self.stats = AttachStats(stages)
@@ -181,9 +181,9 @@ class Attachment:
             # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
             alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
             encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
+            early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
         finally:
             self._encoding = False
-        early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
         rewritten = not all(plan.identity for plan in early.plans)
         running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten)
         return running, early.encoded.model_inputs(self.vlm, generating)

@@ -56,6 +56,9 @@ class Encoded:
     newlines: Newlines | None = None  # where the family puts them
     deep: tuple[Tensor, ...] = field(default=(), repr=False)  # (R, N, D) each: added behind the first decoder layers
     pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
+    planned: tuple[
+        Tensor, ...
+    ] = ()  # (R,) long each: of a layer-stage pruner that has begun, what its later stages leave
 
     @property
     def mask(self) -> Tensor:
@@ -168,7 +171,13 @@ def encode(
     encoded = _lay_out(family, given, labels, visuals, embedded)
     inputs = replace(encoded.inputs, text=text[encoded.sample], text_valid=column_valid[encoded.sample])
     encoded = replace(encoded, inputs=inputs, pixels=pixels)
-    late = decoder_signals(vlm, encoded, (columns, column_valid), needs)
+    return add_decoder_signals(vlm, encoded, needs)
+
+
+def add_decoder_signals(vlm: PreTrainedModel, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:
+    """The same with the signals among ``needs`` that come from the language model; see :func:`decoder_signals`."""
+    words = prompt_words(find_family(vlm), encoded.batch, encoded.labels)
+    inputs, late = encoded.inputs, decoder_signals(vlm, encoded, words, needs)
     return replace(encoded, inputs=replace(inputs, signals={**inputs.signals, **late}))
 
 

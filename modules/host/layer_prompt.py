@@ -58,9 +58,13 @@ class Prompt:
         self.stage, self.decoder = stage, stage.decoder
         self.encoded = replace(encoded, deep=())  # what is left of it
         self.words, self.word_valid = prompt_words(stage.family, encoded.batch, encoded.labels)  # (B, T)
-        available = encoded.inputs.valid.sum(1)
-        self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
-        self.origin = torch.arange(encoded.slots.shape[1], device=available.device).expand_as(encoded.slots)  # (R, N)
+        self.schedule = list(encoded.planned)
+        if not stage.begun:
+            available = encoded.inputs.valid.sum(1)
+            self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
+        self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
+            encoded.slots
+        )  # (R, N)
         self.outputs: list[PruneOutput] = []  # by stage, each in slots of the tokens it found
         self.cuts: list[Cut] = []
         self.seconds = 0.0  # in signals and pruner since the last cut
@@ -127,7 +131,8 @@ class Prompt:
         hidden, mask = self.once(hidden), kwargs["attention_mask"]
         cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
         entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
-        words, images = (self.words, self.word_valid), (self.encoded.sample, self.encoded.slots)
+        images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
+        words = self.words, self.word_valid
         values = {
             name: gather_rows(hidden[images[0]], images[1])
             if signal.kind == "hidden_states"
@@ -147,7 +152,7 @@ class Prompt:
             text=gather_rows(hidden, self.words)[encoded.sample],
             text_valid=self.word_valid[encoded.sample],
             layer=layer,
-            step=step,
+            step=step + self.stage.begun,
         )
         output = self.stage.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
         seconds = self.seconds + now(hidden.device) - start

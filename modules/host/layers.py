@@ -63,7 +63,10 @@ class LayerStage:
         self.family: Family = find_family(vlm)
         self.decoder: Decoder = self.family.decoder()
         self.vlm, self.pruner, self.keep, self.positions, self.leak = vlm, pruner, keep, positions, leak
-        self.stages = pruner.stages(self.decoder.depth)
+        stages = pruner.stages(self.decoder.depth)
+        self.begun = stages[:1] == (0,)
+        """Its first stage stands in front of all layers, and `run.reduce_early` has seen to it."""
+        self.stages = stages[self.begun :]
         self._check_model()
         self.readings = self._plan_readings()
         self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
