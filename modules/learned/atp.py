@@ -34,7 +34,7 @@ from .ppm import Norm, VisualBlock, place_features
 
 QUANTILES = 9  # of each of the two attentions, that the thresholds are made from
 FLOOR = 1e-3  # scores in [0, 1] are read as log-odds no further out than this
-OFF = 3.0  # spatial threshold before training, in log-odds: no grid passes it
+OFF = 2.0  # spatial threshold before training, in log-odds: no grid passes it
 
 
 @dataclass(frozen=True)
