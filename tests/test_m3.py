@@ -288,6 +288,8 @@ def test_a_lora_that_is_not_whole_is_refused(tiny_llava, tmp_path, monkeypatch):
     refused("lora/adapter_model.safetensors is missing")
     config.write_text(json.dumps({**json.loads(settings), "lora_alpha": 5}))
     refused(str(config), "lora_alpha is 5", "4")
+    config.write_text(json.dumps({**json.loads(settings), "use_rslora": True}))
+    refused(str(config), "use_rslora is True")
     config.write_text("{}")
     refused(str(config), "peft_type")
     monkeypatch.setitem(sys.modules, "peft", None)
