@@ -1,5 +1,5 @@
 """Tiny random models of every supported family, and batches as the family's processor would make them, straight as
-tensors: no tokenizer, no image files, no network. test_families.py holds them against the real processors.
+tensors: no tokenizer, no image files, no network. test_families_processors.py holds them against the real processors.
 
     tiny = tiny_family("qwen3_vl")
     batch = tiny.batch([Sample(images=((48, 40),), words=5), Sample(words=3)])
@@ -106,6 +106,7 @@ class Family:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         vlm.generation_config.eos_token_id = None  # it always writes as many tokens as it is asked for
         vlm.generation_config.pad_token_id = PAD
+        vlm.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a model that was trained never writes them
         return vlm.requires_grad_(False)
 
     @property
@@ -212,6 +213,11 @@ class LlavaNext(Family):
         height, width = max(PINPOINTS, key=fit)
         return height // SIDE, width // SIDE
 
+    def count(self, size: Size, several: bool) -> int:
+        """Tiles, with the thumbnail."""
+        rows, columns = self.tiles(size)
+        return 1 + rows * columns
+
     def grid(self, size: Size) -> Size:
         """Rows and columns of tokens, without the padding."""
         rows, columns = (tiles * self.side for tiles in self.tiles(size))
@@ -230,7 +236,7 @@ class LlavaNext(Family):
         sizes = [size for sample in samples for size in sample.images]
         if not sizes:
             return {}
-        counts = [1 + self.tiles(size)[0] * self.tiles(size)[1] for size in sizes]
+        counts = [self.count(size, len(sample.images) > 1) for sample in samples for size in sample.images]
         pixels = torch.zeros(len(sizes), max(counts), 3, SIDE, SIDE)
         for image, count in zip(pixels, counts, strict=True):
             image[:count] = noise(random, count, 3, SIDE, SIDE)
@@ -253,6 +259,9 @@ class LlavaOnevision(LlavaNext):
             vision_aspect_ratio=f"anyres_max_{self.most}",
         )
 
+    def count(self, size: Size, several: bool) -> int:
+        return 1 if several else super().count(size, several)
+
     def image_ids(self, size: Size, several: bool = False) -> list[int]:
         return [IMAGE] * (self.side**2 + 1) if several else super().image_ids(size)
 
@@ -262,7 +271,7 @@ class LlavaOnevision(LlavaNext):
     def pixels(self, samples: list[Sample], random: torch.Generator) -> dict[str, Tensor]:
         batch = super().pixels(samples, random)
         if batch:
-            batch["batch_num_images"] = torch.tensor([len(sample.images) for sample in samples])
+            batch["batch_num_images"] = torch.tensor([len(sample.images) for sample in samples if sample.images])
         clips = [frames for sample in samples for frames in sample.clips]
         if clips:
             batch["pixel_values_videos"] = noise(random, len(clips), clips[0], 3, SIDE, SIDE)

@@ -97,9 +97,9 @@ class Family:
         """
         found = []
         for kind in self.kinds(batch):
+            cells = self.cells(kind, batch)  # first: it tells plainly which inputs are missing
             with watch_tower(self.tower, needs) as seen:
                 output = self.run_encoder(kind, batch)
-            cells = self.cells(kind, batch)
             sizes = [len(own) for own in cells]
             levels = [_rows(level) for level in getattr(output, "deepstack_features", None) or ()]
             rows = _rows(self.pooled(kind, output))
