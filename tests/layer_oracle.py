@@ -13,35 +13,41 @@ class Watch:
     """Records what a pruner is asked and answers, from the first stage on."""
 
     def __init__(self, pruner):
-        self.calls = []  # (inputs, output) by stage
-        self.handle = pruner.register_forward_hook(lambda _, args, output: self.calls.append((args[0], output)))
+        self.calls = []  # (inputs, output) by stage, of all parts of a combination
+        self.handles = [
+            part.register_forward_hook(lambda _, args, output: self.calls.append((args[0], output)))
+            for part, _ in pruner.parts(1.0)
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     def gone(self, encoded):
         """By layer, the columns ``(B, L)`` that nobody looks at from there on; and what merged tokens became."""
-        columns = encoded.slots  # (R, N) of the tokens alive
-        alive = encoded.inputs.valid
-        hidden, made = torch.zeros_like(encoded.mask), {}
-        result = {}
+        away, made, result = torch.zeros_like(encoded.mask), {}, {}
+        left = [valid.nonzero()[:, 0] for valid in encoded.inputs.valid]  # of each image, in its own numbers
         for inputs, output in self.calls:
-            hidden = hidden.clone()
-            kept = []
-            for row, sample in enumerate(encoded.sample.tolist()):
-                mine = columns[row][alive[row]]
-                left = mine[output.index[row][output.valid[row]]]
-                hidden[sample, mine] = True
-                hidden[sample, left] = False
-                kept.append(left)
+            away = away.clone()
+            left = [own[index[valid]] for own, index, valid in zip(left, output.index, output.valid, strict=True)]
+            for row, (sample, own) in enumerate(zip(encoded.sample.tolist(), left, strict=True)):
+                slots = encoded.slots[row]
+                away[sample, slots[encoded.inputs.valid[row]]] = True
+                away[sample, slots[own]] = False
                 if output.features is not None:
-                    made.setdefault(inputs.layer, []).append((sample, left, output.features[row][output.valid[row]]))
-            columns = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
-            alive = torch.arange(columns.shape[1]) < torch.tensor([len(left) for left in kept])[:, None]
-            result[inputs.layer] = hidden
+                    made.setdefault(inputs.layer, []).append(
+                        (sample, slots[own], output.features[row][output.valid[row]])
+                    )
+                if encoded.newlines is not None:  # one lives as long as a patch of its row
+                    lines = encoded.newlines
+                    ends = lines.ends[row][own]
+                    alive = torch.isin(torch.arange(lines.valid.shape[1]), ends) & lines.valid[row]
+                    away[sample, lines.slots[row][lines.valid[row]]] = True
+                    away[sample, lines.slots[row][alive]] = False
+            result[inputs.layer or 0] = away
         return result, made
 
 

@@ -11,22 +11,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, SPECIAL, WORDS, make_image, make_llava, make_processor
+from families import Sample, tiny_family
 
+from modules.core.contract import PruneOutput, Pruner
 from modules.core.errors import PruneZooError
+from modules.core.plan import mask_to_index
 from modules.core.registry import build_pruner
 from modules.host import attach, encode
 from modules.host.relevance import relevance_map
+from modules.host.run import run_pruned
+from modules.host.signals import encode_needs
 from trainers import evaluate
 from trainers.data import suite as suites
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, Suite
-from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.budgets import keep_for_mean, parse_budgets, planned_mean
 from trainers.evaluation.examples import same_answer, show_examples
 from trainers.evaluation.instrument import judge
 from trainers.evaluation.journal import Journal
 from trainers.evaluation.measure import measure
-from trainers.evaluation.methods import View, build_method, view_of
-from trainers.evaluation.record import read_record, select
+from trainers.evaluation.methods import PrunerMethod, View, build_method, view_of
+from trainers.evaluation.record import build_record, read_record, select
+from trainers.evaluation.tables import tokens_of
 
 EOS = SPECIAL.index("</s>")
 GROUPS = ("one", "two")
@@ -94,15 +100,19 @@ def greedy(vlm, processor, items, pruner, keep) -> list[list[int]]:
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in ids.tolist()]
 
 
-@pytest.mark.parametrize("names", [("uniform", "fastervlm"), ("tome", "visionzip")])
+def tiny_pruner(name):
+    """A pruner for a decoder of two layers."""
+    return build_pruner(name, **({"layer": 1} if name == "fastv" else {})).eval()
+
+
+@pytest.mark.parametrize("names", [("uniform", "fastervlm"), ("tome", "visionzip"), ("fastv", "fastervlm")])
 def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava, names):
     """The oracle: an item counts as right if and only if `generate` through `attach` writes its reference answer."""
     vlm, processor = ending_llava
     items = make_items(60)
     settings = [(name, budget) for name in names for budget in parse_budgets(["4", "1/4"])]
     written = {
-        (name, budget.label): greedy(vlm, processor, items, build_pruner(name), budget.keep)
-        for name, budget in settings
+        (name, budget.label): greedy(vlm, processor, items, tiny_pruner(name), budget.keep) for name, budget in settings
     }
     # reference answers: what one of the settings writes, so that each setting is right on some and wrong on others
     keys = list(written)
@@ -119,7 +129,7 @@ def test_teacher_forcing_is_exactly_greedy_decoding(ending_llava, names):
         vlm,
         processor,
         suite_of(referenced),
-        [build_method(name) for name in names],
+        [PrunerMethod(name, [tiny_pruner(name)]) for name in names],
         parse_budgets(["4", "1/4"]),
         batch_size=7,
     )
@@ -158,6 +168,75 @@ def test_batches_change_nothing_and_random_is_the_mean_of_five_seeds(ending_llav
     agreement = one.scores["random", "1/6"].agreement
     assert set(np.round(agreement * 5, 6)) <= {0, 1, 2, 3, 4, 5}
     assert ((agreement > 0) & (agreement < 1)).any()
+
+
+class Late(Pruner):
+    """In front of the second and third layer; as a combination, behind a pruner of the prompt stage that keeps half."""
+
+    name = "late"
+    stage = "layer"
+    combined = False
+
+    def stages(self, depth):
+        return (1, 2)
+
+    def score(self, inputs):
+        return inputs.features.norm(dim=-1)
+
+    def parts(self, keep):
+        return ((build_pruner("uniform").eval(), 0.5), (self, keep)) if self.combined else ((self, keep),)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "fastv", "late", "combined"])
+def test_a_budget_can_be_the_mean_over_the_layers(kind):
+    tiny = tiny_family("llava")
+    pruner = Late().eval() if kind in ("late", "combined") else tiny_pruner(kind)
+    pruner.combined = kind == "combined"
+    encoded = encode(tiny.vlm, tiny.batch([Sample(((24, 24),), 5), Sample(((24, 24),), 3)]), encode_needs(pruner))
+    available, depth = encoded.inputs.valid.sum(1), 3
+    count = int(available[0])
+    for keep in (1, 7, 0.5):
+        measured = run_pruned(tiny.vlm, encoded, pruner, keep).tokens
+        torch.testing.assert_close(measured, planned_mean(pruner, keep, available, depth))
+    possible = [float(planned_mean(pruner, keep, available, depth)[0]) for keep in range(1, count + 1)]
+    assert possible == sorted(possible)
+    for wanted in range(1, count + 1):
+        if possible[0] > wanted + 0.5:
+            with pytest.raises(
+                PruneZooError, match=f"reads {possible[0]:.1f} of {count} tokens in the mean over 3 lay"
+            ):
+                keep_for_mean(pruner, wanted, available, depth)
+        else:
+            mean = planned_mean(pruner, keep_for_mean(pruner, wanted, available, depth), available, depth)
+            assert set((mean - wanted).abs().tolist()) == {min(abs(one - wanted) for one in possible)}
+    least = {"uniform": 1, "fastv": (16 + 1 + 1) / 3, "late": (16 + 4 + 1) / 3, "combined": (8 + 3 + 1) / 3}
+    assert count == 16 and possible[0] == pytest.approx(least[kind])
+
+
+class Adaptive(Pruner):
+    """Decides alone, by what it sees."""
+
+    name = "adaptive"
+    exact = False
+
+    def reduce(self, inputs, keep):
+        norm = inputs.features.norm(dim=-1).masked_fill(~inputs.valid, -1)
+        index, valid = mask_to_index(norm >= norm.mean(1, keepdim=True))
+        return PruneOutput(index, valid)
+
+
+def test_a_method_that_decides_alone_shows_how_its_tokens_spread(ending_llava):
+    vlm, processor = ending_llava
+    methods = [PrunerMethod("adaptive", [Adaptive().eval()]), build_method("uniform")]
+    measured = measure(vlm, processor, suite_of(make_items(12)), methods, parse_budgets(["1/6"]))
+    record = build_record(measured, ["adaptive"], {})
+    tokens = measured.scores["adaptive", "1/6"].tokens
+    assert len(set(tokens)) > 3
+    (row,) = select(record, pruner="adaptive", group="mean")
+    assert row["tokens_spread"] == pytest.approx(np.std(tokens), abs=1e-6)
+    assert tokens_of(row) == f"{row['tokens']:.1f} ± {np.std(tokens):.1f}"
+    (row,) = select(record, pruner="uniform", group="mean")
+    assert (tokens_of(row), row["tokens_spread"]) == ("6.0", 0)
 
 
 def look(vlm, processor, items, *names) -> View:
@@ -323,6 +402,19 @@ def test_mistakes_are_told_in_one_line(fake_suite, tiny_llava_folder, capsys, wo
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_equal_tokens_on_the_command_line(fake_suite, tiny_llava_folder, tmp_path, capsys):
+    folder = str(tiny_pruner("fastv").save_pretrained(tmp_path / "fastv"))
+    words = ["--vlm", str(tiny_llava_folder), "--pruner", folder, "uniform", "--suite", "fake", "--limit", "4"]
+    record = tmp_path / "e.json"
+    assert evaluate.main([*words, "--keep", "2/3", "--equal-tokens", "--json", str(record)]) == 0
+    assert {row["tokens"] for row in read_record(record)["rows"] if row["keep"] == "2/3"} == {24}
+    assert evaluate.main([*words, "--keep", "2/3", "--json", str(record)]) == 0
+    assert {row["tokens"] for row in select(read_record(record), pruner=folder)} == {30}
+    with pytest.raises(SystemExit):
+        evaluate.main([*words, "--keep", "1/9", "--equal-tokens"])
+    assert "error: --equal-tokens: 'fastv' reads 18.5 of 36 tokens" in capsys.readouterr().err
 
 
 def test_as_a_command_on_scenes(tiny_llava_folder, tmp_path):

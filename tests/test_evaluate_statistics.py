@@ -106,7 +106,19 @@ def test_the_record_has_the_documented_shape(tmp_path):
     record = build_record(measurement(), ["good"], header)
     assert len(record["rows"]) == 4 * 3
     row = select(record, pruner="bad", keep="1/9", group="mean")[0]
-    assert list(row) == ["pruner", "keep", "tokens", "group", "n", "accuracy", "retention", "agreement", "kl", "ci"]
+    assert list(row) == [
+        "pruner",
+        "keep",
+        "tokens",
+        "tokens_spread",
+        "group",
+        "n",
+        "accuracy",
+        "retention",
+        "agreement",
+        "kl",
+        "ci",
+    ]
     assert (row["tokens"], row["n"], row["accuracy"], row["retention"]) == (16, 100, 0.75, 75)
     assert row["ci"][0] < 75 < row["ci"][1]
     (pair,) = record["paired"]

@@ -16,6 +16,7 @@ from modules import PruneZooError, attach, build_pruner, encode
 from modules.core.contract import budget
 from modules.host.families import find_family
 from modules.host.run import run_pruned
+from modules.host.vision import choose
 
 # Tokens are means of sums in another order, and go through tower and language model; logits are of order 1.
 CLOSE = {"rtol": 0, "atol": 5e-5}
@@ -163,3 +164,31 @@ def test_the_tower_runs_once_and_gets_less_than_the_bare_one():
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def test_what_the_tower_left_goes_on_to_the_next_stages():
+    """ToMe, then VisionZip, which reads signals of the whole tower where merged tokens sit, then FastV."""
+    tiny = tiny_family("llava")
+    vlm, batch = tiny.vlm, tiny.batch(MIXED)
+    merging, zipping = build_pruner("tome").eval(), build_pruner("visionzip").eval()
+    encoded = encode(vlm, batch, zipping.needs)
+    first, _ = choose(vlm, encoded, merging, 10)
+    second = zipping(encoded.inputs.after(first), 6)
+    dropped = batch["input_ids"] == IMAGE
+    features = encoded.inputs.features.clone()
+    for row, slots in enumerate(first.index.gather(1, second.index)):
+        features[row, slots] = second.features[row]
+        dropped[encoded.sample[row], encoded.slots[row, slots]] = False
+    inputs = replace(encoded, inputs=replace(encoded.inputs, features=features)).model_inputs(vlm)
+    with blind(vlm, dropped):
+        expected = vlm(**inputs).logits[:, -1]
+    with attach(vlm, [merging, zipping], keep=[10, 6]) as run:
+        torch.testing.assert_close(vlm(**batch).logits[:, -1], expected, **CLOSE)
+    assert [(s.before[0], s.after[0]) for s in run.stats.stages] == [(16, 10), (10, 6)]
+    assert all(stage.seconds > 0 for stage in run.stats.stages)
+    with attach(vlm, [merging, zipping, "fastv"], keep=[10, 6, 2]) as run:
+        assert vlm.generate(**batch, max_new_tokens=2).shape[0] == 4
+    assert [(s.before[0], s.after[0]) for s in run.stats.stages] == [(16, 10), (10, 6), (6, 2)]
+    with pytest.raises(PruneZooError, match="signals need the tower to run: cls_attention"):
+        encode(vlm, batch, ("cls_attention",), run_tower=False)

@@ -73,7 +73,7 @@ def close(one, two):
 # One forward
 
 
-@pytest.mark.parametrize("layers", [(1,), (2,), (3,), (1, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (3,), (0, 2), (1, 3), (1, 2, 3)], ids=str)
 def test_stages_with_ragged_counts_equal_nested_oracles(tiny, side, layers):
     batch = tiny.batch([LONG, TWO, NONE, SHORT], [[make_image(0)], [make_image(5), make_image(6)], [], [make_image(1)]])
     pruner, rows = scripted(*layers), torch.arange(4)
@@ -140,7 +140,7 @@ def test_merged_features_stand_at_their_anchors(tiny, mixed):
     assert run.output.index[0].tolist() == list(range(0, 36, 4))
 
 
-@pytest.mark.parametrize("name", ["last_attention", "prompt_attention"])
+@pytest.mark.parametrize("name", ["last_attention", "prompt_attention", "self_attention"])
 @pytest.mark.parametrize("where", ["", "@previous", "@0", "@1", "+norope"])
 def test_signals_equal_eager_maps(tiny, side, name, where):
     """Read while sdpa runs, from the queries of the wanted rows; behind a first cut too."""
@@ -173,6 +173,10 @@ def test_signals_equal_eager_maps(tiny, side, name, where):
             words &= torch.arange(len(ids)) == int(words.nonzero().max())
         words &= torch.arange(len(ids)) > slots.max()
         expected = maps[sample][words][:, slots].mean(0)
+        if name == "self_attention":  # a token is seen by itself and those behind it, as many as there were
+            lookers = encoded.slots[row] if layer < 2 else slots
+            counts = (lookers[:, None] >= slots).sum(0)
+            expected = maps[sample][lookers][:, slots].sum(0) / counts
         torch.testing.assert_close(
             watch.calls[1][0].signal(name + where)[row][: len(slots)], expected, rtol=0, atol=1e-5
         )
@@ -260,19 +264,21 @@ def test_assisted_decoding_equals_greedy(tiny):
     assistant.load_state_dict(tiny.vlm.state_dict())
     assistant.lm_head.weight.data += 0.3 * torch.randn(assistant.lm_head.weight.shape)
     widths = []  # of each forward: a step with candidates has more than one column
-    handle = tiny.vlm.register_forward_pre_hook(
+    handle = tiny.vlm.model.register_forward_pre_hook(
         lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
     )
-    with attach(tiny.vlm, scripted(1, 3), keep=9) as run:
-        greedy = tiny.vlm.generate(**batch, max_new_tokens=12)
-        assert widths[1:] == [1] * 11
-        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
-            widths.clear()
-            assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, **options), greedy)
-            # Candidates behind the prompt, and in a later step; more than were taken, so that caches were cropped.
-            assert widths[0] > batch["input_ids"].shape[1] and max(widths[1:]) > 1
-            assert sum(widths) > batch["input_ids"].shape[1] + 12
-    handle.remove()
+    try:
+        with attach(tiny.vlm, scripted(1, 3), keep=9) as run:
+            greedy = tiny.vlm.generate(**batch, max_new_tokens=12)
+            assert widths[1:] == [1] * 11
+            for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+                widths.clear()
+                assert torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12, **options), greedy)
+                # Candidates behind the prompt, and in a later step; more than were taken, so that caches were cropped.
+                assert widths[0] > batch["input_ids"].shape[1] and max(widths[1:]) > 1
+                assert sum(widths) > batch["input_ids"].shape[1] + 12
+    finally:
+        handle.remove()
     assert run.stats.after == [9, 9, 9]
     assert not torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12), greedy)
 
@@ -623,7 +629,7 @@ def test_models_and_stages_that_do_not_fit_are_refused(tiny):
         ((), "configure layers that it has"),
         ((4,), r"layers \[4\], the decoder has 4"),
         ((2, 1), "ascending"),
-        ((0,), "needs all image tokens in front of layer 1 .*: configure layers from 1 on"),
+        ((0, 0), "needs all image tokens in front of layer 1 .*: configure layers from 1 on"),
     ):
         with pytest.raises(PruneZooError, match=message):
             attach(tiny.vlm, scripted(*layers), keep=3)

@@ -12,15 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_image, make_llava
+from families import FAMILIES, Sample, tiny_family
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_contract import make_inputs
+from test_publish import record_of
 
 from modules import AutoPruner, PruneInputs, PruneZooError, attach, encode, load_pruner
 from modules.core import hub
 from modules.host.run import run_pruned
 from modules.learned.m3 import M3
 from modules.training_free.pool import PoolPruner
+from trainers import publish
+from trainers.cards import weights_digest, write_card
 from trainers.fit import main
 from trainers.losses import answer_slots, distillation_kl
 
@@ -43,6 +47,12 @@ def made_for(vlm, **config):
     pruner.lora.fit(vlm)
     stir(pruner)
     return pruner
+
+
+def edit(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
 
 
 @pytest.fixture
@@ -137,6 +147,27 @@ def test_the_lora_acts_only_while_images_lose_tokens(tiny_llava, batch):
     assert [p.requires_grad for p in vlm.parameters()] == trainable
 
 
+def test_attached_the_lora_is_on_from_prompt_to_last_token(tiny_llava, batch):
+    vlm, pruner = tiny_llava.vlm, made_for(tiny_llava.vlm)
+    with torch.no_grad():
+        bare, answer = vlm(**batch).logits, vlm.generate(**batch, max_new_tokens=6, do_sample=False)
+        with attach(vlm, pruner, keep=4):
+            whole = vlm.generate(**batch, max_new_tokens=6, do_sample=False)
+            logits = vlm(**batch).logits
+            # token after token, each from a prompt read anew: what a cache must not change
+            longer = dict(batch)
+            for _ in range(6):
+                word = vlm(**longer).logits[:, -1:].argmax(-1)
+                longer["input_ids"] = torch.cat([longer["input_ids"], word], dim=1)
+                longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+            assert torch.equal(whole, longer["input_ids"])
+        assert torch.equal(run_pruned(vlm, encode(vlm, batch), pruner, 4).host.logits, logits)
+        with attach(vlm, pruner, keep=1.0):
+            assert torch.equal(vlm(**batch).logits, bare)
+            assert torch.equal(vlm.generate(**batch, max_new_tokens=6, do_sample=False), answer)
+        assert torch.equal(vlm(**batch).logits, bare)
+
+
 def test_a_trainable_model_stays_trainable(batch):
     vlm = make_llava().requires_grad_(True)
     run_pruned(vlm, encode(vlm, batch), made_for(vlm), 4)
@@ -187,6 +218,31 @@ def test_the_hub_is_asked_for_every_file(tiny_llava, tmp_path, monkeypatch):
     assert asked == {"config.json", "model.safetensors", *(f"lora/{name}" for name in LORA_FILES)}
 
 
+def test_publishing_takes_the_lora_along(tiny_llava, tmp_path):
+    folder = made_for(tiny_llava.vlm).save_pretrained(tmp_path / "m3-lora")
+    write_card(folder, record_of(str(folder), weights_digest(folder)))
+    files = publish.check(folder, "org/m3-lora").files
+    assert {"config.json", "model.safetensors", "README.md", *(f"lora/{name}" for name in LORA_FILES)} <= set(files)
+    assert "`lora/adapter_model.safetensors`" in (folder / "README.md").read_text()
+    edit(folder / "lora" / LORA_FILES[1], lambda state: next(iter(state.values())).add_(1))
+    with pytest.raises(PruneZooError, match="measured with other weights"):
+        publish.check(folder, "org/m3-lora")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_lora_finds_its_maps_in_every_family(name):
+    family = tiny_family(name)
+    vlm = family.vlm
+    encoded = encode(vlm, family.batch([Sample(((48, 40),), 5), Sample(((24, 24),), 4)]))
+    pruner = M3(**{**SIZES, "width": encoded.inputs.features.shape[-1]}, lora_rank=2).eval()
+    pruner.lora.fit(vlm)
+    with torch.no_grad():
+        before = run_pruned(vlm, encoded, pruner, 3).host.logits
+        for weight in pruner.lora.weights.values():
+            torch.nn.init.normal_(weight, std=0.3)
+        assert (run_pruned(vlm, encoded, pruner, 3).host.logits - before).abs().max() > 0.1
+
+
 def test_another_model_is_refused(tiny_llava, batch):
     pruner = made_for(tiny_llava.vlm)
     deeper = copy.deepcopy(tiny_llava.vlm)
@@ -203,12 +259,6 @@ def test_another_model_is_refused(tiny_llava, batch):
     other.model.language_model.layers[1].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(PruneZooError, match=r"layers\.1\.mlp\.up_proj' is a Identity"):
         run_pruned(other, encode(other, batch), pruner, 4)
-
-
-def edit(path, change):
-    state = load_file(path)
-    change(state)
-    save_file(state, path)
 
 
 def test_a_lora_that_is_not_whole_is_refused(tiny_llava, tmp_path, monkeypatch):
@@ -238,6 +288,8 @@ def test_a_lora_that_is_not_whole_is_refused(tiny_llava, tmp_path, monkeypatch):
     refused("lora/adapter_model.safetensors is missing")
     config.write_text(json.dumps({**json.loads(settings), "lora_alpha": 5}))
     refused(str(config), "lora_alpha is 5", "4")
+    config.write_text(json.dumps({**json.loads(settings), "use_rslora": True}))
+    refused(str(config), "use_rslora is True")
     config.write_text("{}")
     refused(str(config), "peft_type")
     monkeypatch.setitem(sys.modules, "peft", None)

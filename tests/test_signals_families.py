@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from families import FAMILIES, VIDEO_FAMILIES, Sample, tiny_family
+from families import FAMILIES, IMAGE, VIDEO_FAMILIES, Sample, tiny_family
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -161,3 +161,36 @@ def test_images_and_clips_of_one_batch_do_not_mix():
     length = single.valid.shape[1]
     torch.testing.assert_close(mixed.signal("received_attention")[0, :length], single.signal("received_attention")[0])
     assert mixed.signal("received_attention").shape == mixed.valid.shape and len(mixed.valid) == 2
+
+
+DECODER = ("last_attention@0", "prompt_attention@1", "last_attention@2", "hidden_states@2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_decoder_signals_equal_what_the_model_itself_attends_to(name):
+    """Whatever its rotary embedding, masks in both directions, sliding windows; images of several sizes, padding."""
+    tiny = tiny_family(name)
+    vlm, batch = tiny.vlm, tiny.batch(PICTURES)
+    encoded, layers, states = encode(vlm, batch, DECODER), find_family(vlm).decoder().layers, []
+    # The model's own output_hidden_states is without what deepstack adds.
+    handle = layers[2].register_forward_pre_hook(lambda _module, args: states.append(args[0]))
+    with watching(vlm, "text_config") as seen:
+        vlm(**batch)
+    handle.remove()
+    for row, (sample, slots, valid) in enumerate(
+        zip(encoded.sample.tolist(), encoded.slots, encoded.inputs.valid, strict=True)
+    ):
+        ids, own = batch["input_ids"][sample], slots[valid]
+        words = encoded.mask[sample] & (ids != IMAGE)
+        behind = words & (torch.arange(len(ids)) > own.max())
+        assert behind.sum() > 1
+        for signal in DECODER:
+            kind, _, layer = signal.partition("@")
+            got = encoded.inputs.signal(signal)[row, valid]
+            if kind == "hidden_states":
+                torch.testing.assert_close(got, states[0][sample, own], rtol=1e-4, atol=1e-5)
+                continue
+            weights = seen[layers[int(layer)].self_attn][0][sample].mean(0)  # (L, L)
+            rows = weights[behind] if kind == "prompt_attention" else weights[words][-1:]
+            torch.testing.assert_close(got, rows[:, own].mean(0), rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modules import PruneInputs, PruneZooError, build_pruner
 from modules.core.contract import Pruner
+from modules.core.merge import merge_tokens
 from modules.host.tower import Tower
 from modules.host.vision import VisionStage
 
@@ -251,3 +252,11 @@ def test_stage_inputs_say_sizes_and_cells():
             len(set(map(tuple, cells[valid].tolist()))) == int(valid.sum())
             for cells, valid in zip(inputs.cells, inputs.valid, strict=True)
         )
+
+
+def test_sizes_are_counted_exactly_whatever_the_type_of_the_states():
+    inputs = PruneInputs(
+        torch.zeros(1, 600, 2).bfloat16(), torch.ones(1, 600, dtype=torch.bool), torch.zeros(1, 600, 3).long()
+    )
+    output = merge_tokens(inputs, torch.zeros(1, 600, dtype=torch.long))
+    assert inputs.after(output).sizes.tolist() == [[600]]

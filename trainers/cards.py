@@ -28,7 +28,7 @@ from .errors import command
 from .evaluation.loading import load_vlm
 from .evaluation.record import MEAN, Row, read_record, select, write_record
 from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
-from .evaluation.tables import budgets_of, display_name, methods_of, percent, span
+from .evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
 from .run_record import RUN_FILE
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = {row["group"]: row for row in select(metrics, pruner=metrics["pruner"], keep=keep)}
         groups = [*metrics["groups"], MEAN]
         cells = [f"{percent(rows[group]['retention'])} ({span(rows[group])})" for group in groups]
-        lines.append({"keep": keep, "tokens": f"{rows[MEAN]['tokens']:.1f}", "cells": cells})
+        lines.append({"keep": keep, "tokens": tokens_of(rows[MEAN]), "cells": cells})
     return lines
 
 
@@ -219,7 +219,7 @@ def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
             if rows:
                 shown = name if name in (FULL, NONE) else f"{name}, {keep}"
                 cells = [f"{100 * rows[group]['accuracy']:.1f}" for group in (*record["groups"], MEAN)]
-                tokens = f"{rows[MEAN]['tokens']:.1f}"
+                tokens = tokens_of(rows[MEAN])
                 retention = f"{percent(rows[MEAN]['retention'])} ({span(rows[MEAN])})"
                 lines.append({"name": shown, "tokens": tokens, "cells": cells, "retention": retention})
     data = ModelCardData(

@@ -112,9 +112,13 @@ class DistillModule(FrozenModule):
             terms["kl"] = self.kl_weight * distillation_kl(logits, teacher)
             if self.answer_weight:
                 terms["answer"] = self.answer_weight * cross_entropy(logits, tokens)
+        return self.add_up(terms, len(keep))
+
+    def add_up(self, terms: dict[str, Tensor], samples: int) -> Tensor:
+        """The sum of the losses, logged one by one."""
         loss = torch.stack(list(terms.values())).sum()
-        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=len(keep))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(keep))
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=samples)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=samples)
         return loss
 
     def ask_teacher(self, encoded: Encoded, with_guide: bool) -> tuple[Tensor | None, Tensor]:

@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--instrument", action="store_true", help="add oracle, random and every attention, and judge model and suite"
     )
+    p.add_argument(
+        "--equal-tokens",
+        action="store_true",
+        help="--keep is the mean over the decoder's layers, also for methods that prune between them",
+    )
     p.add_argument("--json", type=Path, help="write rows and paired differences here")
     p.add_argument("--report", type=Path, help="write a page with curves and pictures into this folder")
     p.add_argument("--examples", type=int, default=2, help="pictures of each group in the report")
@@ -67,14 +72,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build_methods(args: argparse.Namespace, layers: int, device: torch.device) -> list[Method]:
-    """The methods that the command line names, each once, in its order."""
+    """The methods that the command line names, each once, in its order, for a decoder of so many layers."""
     names = [*args.pruner, *(RIVALS if args.rivals else ())]
     if args.instrument:
         names += [RANDOM, ORACLE, *layer_attentions(layers)]
     names = [name for name in dict.fromkeys(names) if name not in (FULL, NONE)]  # these two are measured always
     if not names:
         raise PruneZooError(f"nothing to measure: name a --pruner ({', '.join(list_pruners())}, a folder, a Hub id)")
-    methods = [build_method(name, args.seed) for name in names]
+    methods = [build_method(name, args.seed, layers if args.equal_tokens else None) for name in names]
     for method in methods:
         if isinstance(method, PrunerMethod):
             method.pruners = [pruner.to(device) for pruner in method.pruners]
@@ -113,6 +118,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
             len(suite),
             args.seed,
             args.batch_size,
+            args.equal_tokens,
             [b.label for b in budgets],
             weights_digest(args.vlm),
             weights,

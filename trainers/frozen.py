@@ -38,6 +38,8 @@ class FrozenModule(L.LightningModule):
         measure: Shares of the tokens that validation keeps, by hard selection.
     """
 
+    vlm: Any
+
     def __init__(
         self,
         vlm: str,

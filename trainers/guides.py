@@ -91,5 +91,6 @@ def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Ten
     decoder, hidden = find_family(vlm).decoder(), out.hidden_states[layer]
     entry = Entry(hidden, decoder.rotary(hidden, positions), encoded.mask)
     signal = parse_signal("prompt_attention")
-    attention = attention_to_images(decoder, signal, layer, entry, mask_to_index(words), encoded.sample, encoded.slots)
+    images = encoded.sample, encoded.slots, encoded.inputs.valid
+    attention = attention_to_images(decoder, signal, layer, entry, mask_to_index(words), *images)
     return attention * encoded.inputs.valid, answer_slots(out.logits, out.labels)[0]

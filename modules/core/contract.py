@@ -75,7 +75,7 @@ class PruneInputs:
         index, valid = output.index, output.valid
         sizes = self.sizes
         if output.groups is not None:
-            whole = self.valid.to(self.features.dtype) if sizes is None else sizes
+            whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
             sizes = whole.new_zeros(valid.shape[0], valid.shape[1] + 1)  # a last column for those that went nowhere
             sizes = sizes.scatter_add(1, output.groups.where(output.groups >= 0, valid.shape[1]), whole)[:, :-1]
         elif sizes is not None:

@@ -27,12 +27,11 @@ def topk_mask(scores: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
     return (rank < keep[:, None]) & valid
 
 
-def budgeted_sigmoid(scores: Tensor, valid: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
-    """Soft top-k: ``sigmoid((score - t) / temperature)`` with the threshold t of each row such that the row sums to k.
+def soft_threshold(scores: Tensor, valid: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
+    """The threshold t of each row such that ``sigmoid((score - t) / temperature)`` sums to k over the row.
 
-    The threshold is found by bisection without gradient; one Newton step from there, zero in value, gives it the exact
-    implicit gradient, so that raising one score lowers the other gates (the budget is a constraint, not a penalty).
-    A row that keeps all its tokens is all ones and has no gradient.
+    It is found by bisection without gradient; one Newton step from there, zero in value, gives it the exact implicit
+    gradient, so that raising one score lowers the other gates (the budget is a constraint, not a penalty).
 
     Args:
         scores: ``(B, N)`` float.
@@ -41,9 +40,9 @@ def budgeted_sigmoid(scores: Tensor, valid: Tensor, keep: Tensor, temperature: f
         temperature: > 0, in units of the score; small is nearly hard.
 
     Returns:
-        ``(B, N)`` in [0, 1], 0 on padding.
+        ``(B, 1)``, at least float32; for a row that keeps all its tokens it lies far below them.
     """
-    logits = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0.0) / temperature
+    logits = _logits(scores, valid, temperature)
     budget = keep.to(logits.dtype)[:, None]
 
     def total(threshold: Tensor) -> Tensor:
@@ -61,9 +60,26 @@ def budgeted_sigmoid(scores: Tensor, valid: Tensor, keep: Tensor, temperature: f
         soft = (logits - root).sigmoid() * valid
         slope = (soft * (1 - soft)).sum(1, keepdim=True).clamp_min(1e-12)
         residual = total(root)
-    threshold = root + (total(root) - residual) / slope
-    gates = (logits - threshold).sigmoid() * valid
-    full = budget >= valid.sum(1, keepdim=True)
+    return temperature * (root + (total(root) - residual) / slope)
+
+
+def budgeted_sigmoid(scores: Tensor, valid: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
+    """Soft top-k: ``sigmoid((score - t) / temperature)`` with the t of :func:`soft_threshold`.
+
+    A row that keeps all its tokens is all ones and has no gradient.
+
+    Args:
+        scores: As there.
+        valid: As there.
+        keep: As there.
+        temperature: As there.
+
+    Returns:
+        ``(B, N)`` in [0, 1], 0 on padding.
+    """
+    threshold = soft_threshold(scores, valid, keep, temperature)
+    gates = (_logits(scores, valid, temperature) - threshold / temperature).sigmoid() * valid
+    full = keep[:, None] >= valid.sum(1, keepdim=True)
     return torch.where(full, valid.to(gates.dtype), gates).to(scores.dtype)
 
 
@@ -73,6 +89,28 @@ def topk_gates(scores: Tensor, valid: Tensor, keep: Tensor, temperature: float =
     Returns:
         ``(B, N)``, exactly 0 or 1 in value.
     """
-    soft = budgeted_sigmoid(scores, valid, keep, temperature)
-    hard = topk_mask(scores.detach(), valid, keep).to(soft.dtype)
-    return hard + (soft - soft.detach())
+    return straight_through(topk_mask(scores.detach(), valid, keep), budgeted_sigmoid(scores, valid, keep, temperature))
+
+
+def threshold_mask(margins: Tensor, valid: Tensor, least: int = 1) -> Tensor:
+    """The valid tokens whose margin is not below 0, and in any case the ``least`` best of each row.
+
+    Args:
+        margins: ``(B, N)``, score minus threshold.
+        valid: ``(B, N)`` bool.
+        least: Tokens that a row keeps however low they are; fewer where it has fewer.
+
+    Returns:
+        ``(B, N)`` bool: as many in a row as the row decides.
+    """
+    return (margins >= 0) & valid | topk_mask(margins, valid, valid.sum(1).clamp_max(least))
+
+
+def straight_through(mask: Tensor, soft: Tensor) -> Tensor:
+    """Gates whose value is the choice ``mask`` and whose gradient is that of ``soft``, both ``(B, N)``."""
+    return mask.to(soft.dtype) + (soft - soft.detach())
+
+
+def _logits(scores: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Scores in units of the temperature, at least float32, 0 on padding."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0.0) / temperature

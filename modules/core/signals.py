@@ -13,6 +13,8 @@ kind                   shape            what it is
 ``vision_values``      (R, N, H, d)     values likewise
 ``prompt_attention``   (R, N)           what the prompt's words after the image attend to in a decoder layer, mean
 ``last_attention``     (R, N)           what the prompt's last token attends to in a decoder layer, mean over heads
+``self_attention``     (R, N)           what an image token receives in a decoder layer, mean over heads and over the
+                                        image's own tokens that may see it
 ``hidden_states``      (R, N, D)        image tokens as they enter a decoder layer
 ``relevance``          (R, N)           gradient-weighted attention, rolled out over all decoder layers
 ====================== ================ ==========================================================================
@@ -31,7 +33,7 @@ from functools import cache
 from .errors import PruneZooError
 
 VISION_SIGNALS = ("cls_attention", "received_attention", "vision_keys", "vision_values")
-ATTENTION_SIGNALS = ("prompt_attention", "last_attention")
+ATTENTION_SIGNALS = ("prompt_attention", "last_attention", "self_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, "hidden_states")
 SIGNALS = (*VISION_SIGNALS, *DECODER_SIGNALS, "relevance")
 PREVIOUS = "previous"

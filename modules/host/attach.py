@@ -41,6 +41,8 @@ from .stats import AttachStats, StageStats, kv_bytes_saved
 from .vision import check_vision_stage
 
 Attachable = Pruner | str | Path
+ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options of `generate` that bring candidates to take or leave."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,12 @@ class Attachment:
             check_signals(pruner.needs)
             if pruner.stage == "vision":
                 check_vision_stage(family.tower(), pruner)
-        self.early, layer = split_parts(parts)
+        self.early, layer = split_parts(parts, self.depth)
         self.layers = LayerStage(vlm, *layer, positions) if layer else None
         self.vlm, self.positions = vlm, positions
         self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
         self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
-        stages = [StageStats(pruner.name, pruner.stage, None) for pruner, _ in self.early]
+        stages = [StageStats(p.name, p.stage, 0 if p.stage == "layer" else None) for p, _ in self.early]
         if self.layers:
             stages += [StageStats(self.layers.pruner.name, "layer", number) for number in self.layers.stages]
         self.stats = AttachStats(stages)
@@ -156,6 +158,9 @@ class Attachment:
         config = kwargs.get("generation_config") or self.vlm.generation_config
         if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
             raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
+        assisted = any(kwargs.get(key) or getattr(config, key, None) for key in ASSISTANTS)
+        if self.layers and assisted:
+            self.layers.check_assisted()
         self._inside = True
         try:
             result = own(None, *args, **kwargs)
@@ -173,11 +178,12 @@ class Attachment:
         """Encode the images of a call and prune before the language model: what is run now, and with what."""
         self._encoding = True
         try:
-            # A pruner of the vision stage runs the tower itself.
-            encoded = encode(self.vlm, kwargs, self.needs, run_tower=all(p.stage != "vision" for p, _ in self.early))
+            # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
+            alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
+            encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
+            early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
         finally:
             self._encoding = False
-        early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
         rewritten = not all(plan.identity for plan in early.plans)
         running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten)
         return running, early.encoded.model_inputs(self.vlm, generating)

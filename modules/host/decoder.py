@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ..core.errors import PruneZooError
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, ``(B, L, d)`` each, as the decoder hands them to its layers."""
+"""Cosines and sines, ``(B, L, d)`` each, as the decoder hands them to its layers; with M-RoPE older releases of
+transformers leave ``(3, B, L, d)`` to the layers to join. B may be 1 for all rows."""
 
 KINDS = (
     "llama",
@@ -28,6 +29,18 @@ KINDS = (
     "gemma3_text",
 )
 """Decoders whose attention rows are known to be those of the model."""
+MULTIMODAL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+
+
+def take_columns(rotary: Rotary, columns: Tensor) -> Rotary:
+    """Cosines and sines of columns ``(B, S)``."""
+    cos, sin = (
+        t.expand(*t.shape[:-3], len(columns), -1, -1).gather(
+            -2, columns[..., None].expand(*t.shape[:-3], *columns.shape, t.shape[-1])
+        )
+        for t in rotary
+    )
+    return cos, sin
 
 
 class Decoder:
@@ -57,7 +70,7 @@ class Decoder:
     @property
     def multimodal_positions(self) -> bool:
         """Whether positions have several axes (M-RoPE), which the layers are not told."""
-        return hasattr(self.model.rotary_emb, "mrope_section")
+        return self.config.model_type in MULTIMODAL
 
     def layer_type(self, layer: int) -> str:
         """What the config calls a layer: layers of one type share masks and rotary embedding."""
@@ -106,10 +119,9 @@ class Decoder:
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if rotary is not None:
-            cos, sin = (t.expand(len(rows), -1, -1) for t in rotary)
-            row_cos, row_sin = (t.gather(1, rows[..., None].expand(-1, -1, t.shape[-1])) for t in (cos, sin))
-            query = apply_rotary_pos_emb(query, query, row_cos, row_sin)[0]
-            key = apply_rotary_pos_emb(key, key, cos, sin)[0]
+            rotary = self._join(rotary)
+            query = apply_rotary_pos_emb(query, query, *take_columns(rotary, rows))[0]
+            key = apply_rotary_pos_emb(key, key, *rotary)[0]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return query * attention.scaling, key
 
@@ -146,3 +158,12 @@ class Decoder:
             allowed = allowed if mask is None else allowed & mask.bool()[:, None]
             logits = logits.masked_fill(~allowed[:, None], lowest)
         return logits.softmax(-1, dtype=torch.float32).mean(1)
+
+    def _join(self, rotary: Rotary) -> Rotary:
+        """``(B, L, d)`` where each frequency is that of its axis."""
+        if rotary[0].dim() == 3:
+            return rotary
+        sections = [*self.config.rope_parameters["mrope_section"]] * 2
+        parts = (t.split(sections, -1) for t in rotary)
+        cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(own)], -1) for own in parts)
+        return cos, sin

@@ -56,6 +56,9 @@ class Encoded:
     newlines: Newlines | None = None  # where the family puts them
     deep: tuple[Tensor, ...] = field(default=(), repr=False)  # (R, N, D) each: added behind the first decoder layers
     pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
+    planned: tuple[
+        Tensor, ...
+    ] = ()  # (R,) long each: of a layer-stage pruner that has begun, what its later stages leave
 
     @property
     def mask(self) -> Tensor:
@@ -140,12 +143,15 @@ def encode(
         batch: What the processor returned, perhaps with ``labels (B, L)``. With labels the pruner's ``text`` is the
             unlabelled tokens before the last labelled one, so an answer never leaks into it.
         needs: Signals to compute, `Pruner.needs`.
-        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros.
+        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
+            there are no signals to be had.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images.
     """
     check_signals(needs)
+    if needs and not run_tower:
+        raise PruneZooError(f"signals need the tower to run: {', '.join(needs)}")
     family = find_family(vlm)
     if batch.get("input_ids") is None:
         raise PruneZooError("pruning needs input_ids: inputs_embeds alone do not say where the images are")
@@ -165,7 +171,13 @@ def encode(
     encoded = _lay_out(family, given, labels, visuals, embedded)
     inputs = replace(encoded.inputs, text=text[encoded.sample], text_valid=column_valid[encoded.sample])
     encoded = replace(encoded, inputs=inputs, pixels=pixels)
-    late = decoder_signals(vlm, encoded, (columns, column_valid), needs)
+    return add_decoder_signals(vlm, encoded, needs)
+
+
+def add_decoder_signals(vlm: PreTrainedModel, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:
+    """The same with the signals among ``needs`` that come from the language model; see :func:`decoder_signals`."""
+    words = prompt_words(find_family(vlm), encoded.batch, encoded.labels)
+    inputs, late = encoded.inputs, decoder_signals(vlm, encoded, words, needs)
     return replace(encoded, inputs=replace(inputs, signals={**inputs.signals, **late}))
 
 

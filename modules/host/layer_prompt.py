@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.contract import PruneOutput, budget
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
+from .decoder import take_columns
 from .encoded import Encoded, places, prompt_words
 from .layer_cache import Keywords, Past, Segment, cut_mask
 from .prompt import gate_weights
@@ -57,9 +58,13 @@ class Prompt:
         self.stage, self.decoder = stage, stage.decoder
         self.encoded = replace(encoded, deep=())  # what is left of it
         self.words, self.word_valid = prompt_words(stage.family, encoded.batch, encoded.labels)  # (B, T)
-        available = encoded.inputs.valid.sum(1)
-        self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
-        self.origin = torch.arange(encoded.slots.shape[1], device=available.device).expand_as(encoded.slots)  # (R, N)
+        self.schedule = list(encoded.planned)
+        if not stage.begun:
+            available = encoded.inputs.valid.sum(1)
+            self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
+        self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
+            encoded.slots
+        )  # (R, N)
         self.outputs: list[PruneOutput] = []  # by stage, each in slots of the tokens it found
         self.cuts: list[Cut] = []
         self.seconds = 0.0  # in signals and pruner since the last cut
@@ -89,6 +94,13 @@ class Prompt:
             raise PruneZooError("the layer stage needs the whole prompt in one forward: leave prefill_chunk_size unset")
         if cache is not None and cache.is_compileable:
             raise PruneZooError("the layer stage shortens the KV cache, a static one cannot be: use a dynamic cache")
+        module = self.decoder.layers[layer]
+        if type(module).__call__ is not nn.Module.__call__ and module.training and module.gradient_checkpointing:
+            # It is around the hooks, which would prune a second time when the forward is computed again.
+            raise PruneZooError(
+                "gradient checkpointing in the layer stage needs a release of transformers that wraps only the forward "
+                "of a layer, as 5.23 does: upgrade it"
+            )
 
     def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """The keywords as they must be behind the cuts so far; made once for all layers of a type."""
@@ -105,9 +117,10 @@ class Prompt:
         """Ask the pruner and do what it says; returns the hidden states that enter the layer."""
         raise NotImplementedError
 
-    def once(self, values: Tensor) -> Tensor:
-        """The first copy of each sample: ``(B, ...)`` of ``(B * C, ...)``; ``(1, ...)`` stays."""
-        return values[:: max(1, len(values) // len(self.encoded.mask))]
+    def once(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The first copy of each sample: B of the B * C along ``dim``; a single one for all stays."""
+        copies = max(1, values.shape[dim] // len(self.encoded.mask))
+        return values.unflatten(dim, (-1, copies)).select(dim % values.dim() + 1, 0)
 
     def read(self, layer: int, own: bool, hidden: Tensor, kwargs: Keywords) -> None:
         """Read the signals that are made of a layer's input."""
@@ -116,9 +129,10 @@ class Prompt:
             return
         start, kwargs = now(hidden.device), self.adjust(layer, hidden, kwargs)
         hidden, mask = self.once(hidden), kwargs["attention_mask"]
-        cos, sin = map(self.once, kwargs["position_embeddings"])
+        cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
         entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
-        words, images = (self.words, self.word_valid), (self.encoded.sample, self.encoded.slots)
+        images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
+        words = self.words, self.word_valid
         values = {
             name: gather_rows(hidden[images[0]], images[1])
             if signal.kind == "hidden_states"
@@ -138,7 +152,7 @@ class Prompt:
             text=gather_rows(hidden, self.words)[encoded.sample],
             text_valid=self.word_valid[encoded.sample],
             layer=layer,
-            step=step,
+            step=step + self.stage.begun,
         )
         output = self.stage.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
         seconds = self.seconds + now(hidden.device) - start
@@ -209,8 +223,7 @@ class Drop(Prompt):
             positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns) - moved
             changed["position_embeddings"] = self.decoder.rotary(hidden, positions, layer)
         else:
-            given = kwargs["position_embeddings"]
-            changed["position_embeddings"] = tuple(gather_rows(t.expand(len(hidden), -1, -1), columns) for t in given)
+            changed["position_embeddings"] = take_columns(kwargs["position_embeddings"], columns)
         # The layers rotate by the embeddings; position ids are only for kernels that look for seams in them.
         changed["position_ids"] = torch.arange(columns.shape[1], device=columns.device)[None]
         return changed

@@ -13,12 +13,13 @@ Letters: B samples, C copies of a sample (beams), R images, N image tokens alive
 S columns left of it, Q columns of a forward (the prompt's, and any behind), M columns of a layer's cache, D width.
 """
 
+import inspect
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..core.contract import Keep, Pruner
 from ..core.errors import PruneZooError
@@ -62,7 +63,10 @@ class LayerStage:
         self.family: Family = find_family(vlm)
         self.decoder: Decoder = self.family.decoder()
         self.vlm, self.pruner, self.keep, self.positions, self.leak = vlm, pruner, keep, positions, leak
-        self.stages = pruner.stages(self.decoder.depth)
+        stages = pruner.stages(self.decoder.depth)
+        self.begun = stages[:1] == (0,)
+        """Its first stage stands in front of all layers, and `run.reduce_early` has seen to it."""
+        self.stages = stages[self.begun :]
         self._check_model()
         self.readings = self._plan_readings()
         self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
@@ -111,6 +115,14 @@ class LayerStage:
             self._running = Step(self, past, cache, mask)
         elif len({int(cache.get_seq_length(layer)) for layer in range(self.decoder.depth)}) > 1:
             raise PruneZooError("this cache was pruned elsewhere: go on inside the `with attach(...)` that filled it")
+
+    def check_assisted(self) -> None:
+        """Refuse assisted decoding where its rejected candidates would stay in the shorter layers' caches."""
+        if "tokens_to_remove" not in inspect.signature(Cache.crop).parameters:
+            raise PruneZooError(
+                "assisted decoding in the layer stage needs a release of transformers that crops caches by a number of "
+                "tokens, as 5.23 does, not to a length: upgrade it"
+            )
 
     def pass_by(self) -> None:
         """Announce a forward that is no business of ours."""

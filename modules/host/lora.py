@@ -160,15 +160,17 @@ class Lora(Part):
         """
         import_peft()  # said now, not when the model runs
         path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        wanted = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "use_rslora": False, "use_dora": False}
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            stored = {key: config[key] for key in ("peft_type", "r", "lora_alpha")}
+            stored = {key: config[key] for key in wanted}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PruneZooError(f"{path}: not a LoRA config of PEFT ({error}); download it again") from error
-        wanted = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha}
         for key, value in wanted.items():
             if stored[key] != value:
-                raise PruneZooError(f"{path}: {key} is {stored[key]}, the pruner's own config.json asks for {value}")
+                raise PruneZooError(
+                    f"{path}: {key} is {stored[key]}, but this pruner asks for {value}; download it again"
+                )
         self.base = str(config.get("base_model_name_or_path") or "")
         self.weights, self._layers = nn.ParameterDict(), {}
         pairs: dict[str, dict[str, Tensor]] = {}

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.contract import Keep, PruneOutput, Pruner
+from ..core.contract import Keep, PruneOutput, Pruner, budget
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
-from .encoded import Encoded
+from .encoded import Encoded, add_decoder_signals
 from .families import find_family
-from .layer_prompt import Cut, layer_mean
+from .layer_prompt import Cut, layer_mean, now
 from .layers import LayerStage
 from .prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .vision import choose
@@ -32,8 +32,14 @@ class PrunedRun:
     cuts: tuple[Cut, ...]  # what each stage did
 
 
-def split_parts(parts: Parts) -> tuple[Parts, tuple[Pruner, Keep] | None]:
+def split_parts(parts: Parts, depth: int) -> tuple[Parts, tuple[Pruner, Keep] | None]:
     """Those in front of the language model, and the one between its layers; at most one of each stage, in order.
+
+    A pruner of the layer stage that acts in front of layer 0 is among the former, and, if also later, is the latter.
+
+    Args:
+        parts: The pruners, each with its ``keep``.
+        depth: Number of decoder layers.
 
     Raises:
         PruneZooError: Two of one stage, or the wrong order.
@@ -43,7 +49,10 @@ def split_parts(parts: Parts) -> tuple[Parts, tuple[Pruner, Keep] | None]:
         names = ", ".join(f"{pruner.name} ({pruner.stage})" for pruner, _ in parts)
         raise PruneZooError(f"pruners together must be of different stages, vision, prompt, layer in turn: {names}")
     layer = parts[-1] if parts and parts[-1][0].stage == "layer" else None
-    return parts[:-1] if layer else parts, layer
+    if layer is None:
+        return parts, None
+    stages = layer[0].stages(depth)
+    return parts if stages[:1] == (0,) else parts[:-1], None if stages == (0,) else layer
 
 
 @contextmanager
@@ -65,6 +74,21 @@ class Early:
     cuts: tuple[Cut, ...]
 
 
+def find_early(vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[Encoded, Keep]:
+    """What a pruner finds in front of the language model, and what it is asked to keep there.
+
+    For a pruner of the layer stage this is its stage in front of layer 0. Nothing is cached there yet, so that the
+    prompt itself can get shorter; its later stages keep to the schedule that is made here.
+    """
+    if pruner.stage != "layer":
+        return encoded, keep
+    available = encoded.inputs.valid.sum(1)
+    first, *later = pruner.schedule(budget(keep, available), available, find_family(vlm).decoder().depth)
+    encoded = add_decoder_signals(vlm, encoded, pruner.needs)
+    inputs = replace(encoded.inputs, layer=0, step=0)
+    return replace(encoded, inputs=inputs, planned=tuple(later)), first
+
+
 def reduce_early(
     vlm: PreTrainedModel, encoded: Encoded, parts: Parts, positions: Positions, generating: bool = False
 ) -> Early:
@@ -73,15 +97,18 @@ def reduce_early(
     Args:
         vlm: The model that made ``encoded``.
         encoded: From :func:`encode`, with the signals that the pruners need.
-        parts: Pruners of the vision and prompt stage, each with its ``keep``.
+        parts: The pruners that act there, each with its ``keep``; from :func:`split_parts`.
         positions: As in :func:`attach`.
         generating: As in :func:`shorten_prompt`.
     """
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
-        found = early.encoded
-        output, seconds = choose(vlm, found, pruner, keep)
-        cut = Cut(pruner.stage, None, found.tokens, found.tokens_left(output), seconds)
+        start = now(vlm.device)
+        found, asked = find_early(vlm, early.encoded, pruner, keep)
+        finding = now(vlm.device) - start
+        output, seconds = choose(vlm, found, pruner, asked)
+        layer = 0 if pruner.stage == "layer" else None
+        cut = Cut(pruner.stage, layer, found.tokens, found.tokens_left(output), finding + seconds)
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
         early = Early(encoded, (*early.plans, plan), (*early.outputs, output), (*early.cuts, cut))
     return early
@@ -106,7 +133,8 @@ def run_pruned(
         options: Passed to the model.
     """
     parts = pruner.parts(keep)
-    before, layer = split_parts(parts)
+    depth = find_family(vlm).decoder().depth
+    before, layer = split_parts(parts, depth)
     with adapted(vlm, [pruner, *(part for part, _ in parts)]):
         early = reduce_early(vlm, encoded, before, positions)
         cuts, outputs, labels = list(early.cuts), list(early.outputs), early.encoded.labels
@@ -119,7 +147,7 @@ def run_pruned(
                 host = full_forward(vlm, early.encoded, **options)
             cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]
             host = replace(host, labels=labels)
-    return PrunedRun(host, layer_mean(cuts, find_family(vlm).decoder().depth), _chain(outputs), tuple(cuts))
+    return PrunedRun(host, layer_mean(cuts, depth), _chain(outputs), tuple(cuts))
 
 
 def run_gated(
@@ -147,16 +175,18 @@ def run_gated(
         PruneZooError: A stage without gates: the vision stage, merging, or a pruner that is not in training mode.
     """
     parts = pruner.parts(keep)
-    before, layer = split_parts(parts)
+    before, layer = split_parts(parts, find_family(vlm).decoder().depth)
     outputs: list[PruneOutput] = []
     with ExitStack() as stack:
         stack.enter_context(adapted(vlm, [pruner, *(part for part, _ in parts)]))
         gates, left = None, encoded
         for part, share in before:
-            output = part(encoded.inputs, share)
+            found, asked = find_early(vlm, left, part, share)
+            output = part(found.inputs, asked)
             if part.stage == "vision" or output.gates is None or output.features is not None:
                 raise PruneZooError(f"pruner '{part.name}' gave no gates: put it in training mode; merging has none")
-            gates, left = output.gates, encoded.still_open(output.gates)
+            gates = output.gates if gates is None else gates * output.gates
+            left = found.still_open(output.gates)
             outputs.append(output)
         prompt = None
         if layer is not None and len(encoded.sample):

@@ -24,6 +24,8 @@ from .families import find_family
 if TYPE_CHECKING:
     from .encoded import Encoded
 
+ROWS = 256  # of an attention map at a time
+
 
 def check_signals(needs: tuple[str, ...]) -> None:
     """Raise PruneZooError on a name that is no signal."""
@@ -48,9 +50,7 @@ class Entry:
 
     hidden: Tensor  # (B, L, D)
     rotary: Rotary
-    mask: (
-        Tensor | None
-    )  # (B, L) bool, False for padding; or what the layer is given, as `Decoder.attention_rows` takes it
+    mask: Tensor | None  # (B, L) bool, False for padding; or what the layer is given, see `Decoder.attention_rows`
 
 
 class _Enough(Exception):
@@ -131,7 +131,8 @@ def decoder_signals(
         if signal.kind == "hidden_states":
             signals[name] = gather_rows(entry.hidden[encoded.sample], encoded.slots)
         else:
-            signals[name] = attention_to_images(decoder, signal, layer, entry, words, encoded.sample, encoded.slots)
+            images = encoded.sample, encoded.slots, encoded.inputs.valid
+            signals[name] = attention_to_images(decoder, signal, layer, entry, words, *images)
     if "relevance" in wanted:
         signals["relevance"] = _relevance(vlm, encoded, words)
     return signals
@@ -145,21 +146,27 @@ def attention_to_images(
     words: tuple[Tensor, Tensor],
     sample: Tensor,
     slots: Tensor,
+    valid: Tensor,
 ) -> Tensor:
-    """What words of the prompt attend to in one layer of the language model.
+    """What attention the image tokens receive in one layer of the language model.
 
     Args:
         decoder: The language model.
-        signal: ``prompt_attention`` (all words behind the image) or ``last_attention`` (the last word).
+        signal: From ``prompt_attention`` (all words behind the image), ``last_attention`` (the last word), or
+            ``self_attention`` (the image's own tokens).
         layer: Which, from 0.
         entry: What enters it.
         words: Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
         sample: ``(R,)`` row of the batch that each image belongs to.
         slots: ``(R, N)`` column of each image token.
+        valid: ``(R, N)`` bool, False for padding.
 
     Returns:
-        ``(R, N)`` float32: the softmax weight, mean over heads and words; 0 where there is no such word.
+        ``(R, N)`` float32: the softmax weight, mean over heads and over the words, or over those of the image's tokens
+        that may look at it; 0 where there is none.
     """
+    if signal.kind == "self_attention":
+        return _self_attention(decoder, layer, entry, entry.rotary if signal.rotary else None, sample, slots, valid)
     columns, real = words
     if signal.kind == "last_attention":
         last = real.sum(1, keepdim=True)
@@ -171,6 +178,25 @@ def attention_to_images(
         counted = counted & (columns[sample] > slots.amax(1, keepdim=True))
     seen = weights[sample].gather(2, slots[:, None].expand(-1, columns.shape[1], -1))  # (R, T, N)
     return (seen * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
+
+
+def _self_attention(
+    decoder: Decoder, layer: int, entry: Entry, rotary: Rotary | None, sample: Tensor, slots: Tensor, valid: Tensor
+) -> Tensor:
+    """What image tokens receive from one another, ``(R, N)``; arguments as in :func:`attention_to_images`."""
+    size = len(entry.hidden)
+    hidden, mask = entry.hidden[sample], None if entry.mask is None else entry.mask.expand(size, *entry.mask.shape[1:])
+    mask = None if mask is None else mask[sample]
+    if rotary is not None:
+        cos, sin = (part.expand(size, -1, -1)[sample] for part in rotary)
+        rotary = cos, sin
+    total, lookers = torch.zeros_like(slots, dtype=torch.float32), torch.zeros_like(slots)
+    # Some rows at a time: the whole map of a large picture would be gigabytes.
+    for rows, counted in zip(slots.split(ROWS, 1), valid.split(ROWS, 1), strict=True):
+        weights = decoder.attention_rows(layer, hidden, rotary, rows, mask)
+        weights = weights.gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * counted[..., None]
+        total, lookers = total + weights.sum(1), lookers + (weights > 0).sum(1)
+    return total / lookers.clamp_min(1)
 
 
 def _relevance(vlm: PreTrainedModel, encoded: "Encoded", words: tuple[Tensor, Tensor]) -> Tensor:

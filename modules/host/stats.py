@@ -85,8 +85,7 @@ def kv_bytes_saved(cache: Any, dropped: Sequence[int]) -> int:
             continue  # quantized elsewhere
         held = int(cache.get_seq_length(number))
         if layer.is_sliding:  # it holds no more than its window either way
-            # Not by the layer's own method, which is called otherwise in older releases.
-            most = (getattr(layer, "sliding_window", None) or layer.max_cache_len) - 1
+            most = getattr(layer, "sliding_window", held) - 1
             gone = min(held + gone, most) - min(held, most)
         column = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[2]
         saved += gone * column

@@ -86,7 +86,8 @@ class M3(Pruner):
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """K tokens of each image, each for one part of the grid; a part of one token is that token, unchanged.
 
-        Where no image of the batch loses tokens the LoRA is off, so that all tokens are read by the model as it was.
+        Where no image of the batch loses tokens the LoRA is off, so that all tokens are read by the model as it was. As
+        the images leave it, it stays for what is generated from them, until other images come or the pruner is let go.
         """
         if inputs.features.shape[-1] != self.config.width:
             raise PruneZooError(

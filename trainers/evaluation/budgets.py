@@ -1,11 +1,20 @@
-"""Token budgets as people write them: `64` is 64 tokens for each image, `1/9` or `0.111` is a share of its tokens."""
+"""Token budgets as people write them: `64` is 64 tokens for each image, `1/9` or `0.111` is a share of its tokens.
+
+What a budget bounds is what the last stage of a method leaves. A method that prunes between decoder layers reads more
+in the layers before; for a comparison at equal cost :func:`keep_for_mean` finds what its last stage has to leave.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
+from torch import Tensor
+
+from modules.core.contract import Keep, Pruner, budget
 from modules.core.errors import PruneZooError
+from modules.host.layer_prompt import Cut, layer_mean
 
 
 @dataclass(frozen=True)
@@ -50,3 +59,54 @@ def parse_budget(text: str) -> Budget:
 def parse_budgets(texts: Iterable[str]) -> tuple[Budget, ...]:
     """Read several budgets; the same label twice counts once."""
     return tuple({budget.label: budget for budget in map(parse_budget, texts)}.values())
+
+
+def planned_mean(pruner: Pruner, keep: Keep, available: Tensor, depth: int) -> Tensor:
+    """Image tokens in a decoder of so many layers, mean over the layers, that a pruner is going to leave: (B,) float.
+
+    Args:
+        pruner: of any stage, or a combination.
+        keep: as its `forward` takes it.
+        available: (B,) tokens of each image.
+        depth: number of decoder layers.
+    """
+    cuts, found = [Cut("prompt", None, available, available, 0.0)], available
+    for part, amount in pruner.parts(keep):
+        left = budget(amount, found)
+        is_late = part.stage == "layer"
+        places: Sequence[int | None] = part.stages(depth) if is_late else (None,)
+        for place, step in zip(places, part.schedule(left, found, depth) if is_late else [left], strict=True):
+            cuts.append(Cut(part.stage, place, found, torch.minimum(step, found), 0.0))
+            found = cuts[-1].after
+    return layer_mean(cuts, depth)
+
+
+def keep_for_mean(pruner: Pruner, mean: Keep, available: Tensor, depth: int) -> Tensor:
+    """What a pruner has to be told to keep so that the mean over the decoder layers comes nearest to a budget: (B,).
+
+    Args:
+        pruner: of any stage, or a combination.
+        mean: the budget, as `Pruner.forward` takes it.
+        available: (B,) tokens of each image.
+        depth: number of decoder layers.
+
+    Raises:
+        PruneZooError: not even with one token at the end is the mean as low as that.
+    """
+    wanted = budget(mean, available)
+    low, high = torch.ones_like(available), available
+    least = planned_mean(pruner, low, available, depth)
+    if bool((least > wanted + 0.5).any()):
+        worst = int((least - wanted).argmax())
+        raise PruneZooError(
+            f"--equal-tokens: '{pruner.name}' reads {least[worst]:.1f} of {available[worst]} tokens in the mean over "
+            f"{depth} layers even if its last stage leaves one, more than the {wanted[worst]} asked for: raise --keep, "
+            "or leave it out"
+        )
+    while bool((low < high).any()):  # the smallest that reaches the budget
+        middle = (low + high) // 2
+        enough = planned_mean(pruner, middle, available, depth) >= wanted
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    below = (low - 1).clamp_min(1)
+    distance = [(planned_mean(pruner, keep, available, depth) - wanted).abs() for keep in (below, low)]
+    return torch.where(distance[0] < distance[1], below, low)

@@ -103,10 +103,10 @@ def show_examples(
     ]
     for budget in budgets:
         for method in methods:
-            pruner = method.pruner(view)
-            choice = run_pruned(vlm, encoded, pruner, budget.keep, logits_to_keep=1).output
+            pruner, amount = method.pruner(view), method.amount(view, budget.keep)
+            choice = run_pruned(vlm, encoded, pruner, amount, logits_to_keep=1).output
             index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
-            with attach(vlm, pruner, budget.keep):
+            with attach(vlm, pruner, amount):
                 answers = _generate(vlm, processor, prompt)
             for b, answer in enumerate(answers):
                 kept = cells[b, index[b][valid[b]]]

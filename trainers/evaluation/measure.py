@@ -170,7 +170,7 @@ def _passes(
     for method in methods:
         for budget in budgets:
             for replica in range(method.replicas):
-                values = prune(method.pruner(view, replica), budget.keep)
+                values = prune(method.pruner(view, replica), method.amount(view, budget.keep))
                 yield (method.name, budget.label), 1 / method.replicas, values
 
 

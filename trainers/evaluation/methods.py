@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.core.contract import PruneInputs, Pruner
+from modules.core.contract import Keep, PruneInputs, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, load_pruner
 from modules.host import Encoded
@@ -22,6 +22,7 @@ from modules.host.signals import encode_needs
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
+from .budgets import keep_for_mean
 from .scores import ATTENTION, ORACLE, RELEVANCE, is_diagnostic
 
 RANDOM = "random"
@@ -71,12 +72,23 @@ class Method(ABC):
     def pruner(self, view: View, replica: int = 0) -> Pruner:
         """The pruner to run on a batch."""
 
+    def amount(self, view: View, keep: int | float) -> Keep:
+        """What it is told to keep at a budget."""
+        return keep
+
 
 class PrunerMethod(Method):
-    """A pruner, or the same pruner with several seeds."""
+    """A pruner, or the same pruner with several seeds.
 
-    def __init__(self, name: str, pruners: Sequence[Pruner]) -> None:
+    Args:
+        name: as on the command line.
+        pruners: one for each seed.
+        depth: decoder layers over which a budget is meant as the mean; None: it is what the last stage leaves.
+    """
+
+    def __init__(self, name: str, pruners: Sequence[Pruner], depth: int | None = None) -> None:
         super().__init__(name)
+        self.depth = depth
         self.pruners = [pruner.eval() for pruner in pruners]
         self.needs = encode_needs(pruners[0])
         self.replicas = len(pruners)
@@ -84,6 +96,12 @@ class PrunerMethod(Method):
     def pruner(self, view: View, replica: int = 0) -> Pruner:
         """The one with this seed."""
         return self.pruners[replica]
+
+    def amount(self, view: View, keep: int | float) -> Keep:
+        """The budget, or what makes it the mean over the layers."""
+        if self.depth is None:
+            return keep
+        return keep_for_mean(self.pruners[0], keep, view.inputs.valid.sum(1), self.depth)
 
 
 class GivenScores(Pruner):
@@ -178,12 +196,13 @@ class Relevance(ScoredMethod):
         return view.relevance
 
 
-def build_method(name: str, seed: int = 0) -> Method:
+def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
 
     Args:
         name: as on the command line.
         seed: where the seeds of `random` begin.
+        depth: as :class:`PrunerMethod` takes it.
 
     Raises:
         PruneZooError: an unknown name, or a method that needs training.
@@ -199,7 +218,7 @@ def build_method(name: str, seed: int = 0) -> Method:
         return LayerAttention(int(layer), mean=kind != ATTENTION)
     if name == RANDOM:
         return PrunerMethod(name, [build_pruner(name, seed=seed + replica) for replica in range(RANDOM_SEEDS)])
-    return PrunerMethod(name, [load_pruner(name)])
+    return PrunerMethod(name, [load_pruner(name)], depth)
 
 
 def layer_attentions(layers: int) -> list[str]:

@@ -25,8 +25,9 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     """One row for each method x budget x group, and one for the mean over groups.
 
     Returns:
-        `{pruner, keep, tokens, group, n, accuracy, retention, agreement, kl, ci}`: accuracy and agreement in [0, 1], kl
-        in nats, retention and its 95 % interval in percent of the full model (None where the full model answers
+        `{pruner, keep, tokens, tokens_spread, group, n, accuracy, retention, agreement, kl, ci}`: the spread is the
+        standard deviation over items, above 0 where a method decides by itself; accuracy and agreement in [0, 1], kl in
+        nats, retention and its 95 % interval in percent of the full model (None where the full model answers
         nothing).
     """
     retention, draws = resampled.retention(), resampled.retention_draws()
@@ -34,11 +35,10 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     for m, ((pruner, keep), scores) in enumerate(measurement.scores.items()):
         per_group: dict[str, list[float]] = {"tokens": [], "accuracy": [], "agreement": [], "kl": []}
         for g, group in enumerate((*measurement.groups, MEAN)):
+            here = measurement.group_of == g if group != MEAN else np.ones(measurement.items, dtype=bool)
             if group == MEAN:
-                n, values = measurement.items, {name: float(np.mean(of)) for name, of in per_group.items()}
+                values = {name: float(np.mean(of)) for name, of in per_group.items()}
             else:
-                here = measurement.group_of == g
-                n = int(here.sum())
                 values = {
                     "tokens": float(scores.tokens[here].mean()),
                     "accuracy": float(scores.correct[here].mean()),
@@ -53,8 +53,9 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
                     "pruner": pruner,
                     "keep": keep,
                     "tokens": _number(values["tokens"]),
+                    "tokens_spread": _number(float(scores.tokens[here].std())),
                     "group": group,
-                    "n": n,
+                    "n": int(here.sum()),
                     "accuracy": _number(values["accuracy"]),
                     "retention": _number(float(retention[m, g])),
                     "agreement": _number(values["agreement"]),

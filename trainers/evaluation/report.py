@@ -12,7 +12,7 @@ from .examples import Example
 from .pictures import data_uri, draw_kept, enlarge
 from .record import MEAN, Row
 from .scores import FULL, NONE, is_diagnostic
-from .tables import budgets_of, display_name, methods_of, percent, rows_at, span
+from .tables import budgets_of, display_name, methods_of, percent, rows_at, span, tokens_of
 
 PAGE, FIGURE = "index.html", "retention.png"
 
@@ -38,7 +38,7 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(name=display_name, percent=percent, span=span, tint=tint)
+    environment.filters.update(name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of)
     page = environment.get_template("report.html.j2").render(
         record=record,
         figure=f"data:image/png;base64,{figure}",

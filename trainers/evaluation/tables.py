@@ -13,6 +13,7 @@ from .instrument import Verdict
 from .record import MEAN, Row, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 
+TOKENS = "Tokens are measured: image tokens that the language model reads, mean over its layers."
 WIDE = 150
 """Columns of a terminal from which accuracy, agreement and KL are shown too."""
 
@@ -46,6 +47,12 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def tokens_of(row: Row) -> str:
+    """Measured tokens, `16.0`; with their standard deviation over items where a method decides by itself."""
+    spread = row.get("tokens_spread", 0.0)  # not in older records
+    return f"{row['tokens']:.1f}" + (f" ± {spread:.1f}" if spread >= 0.05 else "")
+
+
 def span(row: Row) -> str:
     """The interval of a row's retention, `95.1–98.3`."""
     low, high = row["ci"]
@@ -71,7 +78,7 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
         }
         for pruner, of in rows.items():
             mean = of[MEAN]
-            cells: list[str | Text] = [display_name(pruner), f"{mean['tokens']:.1f}"]
+            cells: list[str | Text] = [display_name(pruner), tokens_of(mean)]
             for group in (*groups, MEAN):
                 top = pruner not in (FULL, NONE) and of[group]["retention"] == best[group]
                 cells.append(Text(percent(of[group]["retention"]), style="bold green" if top else ""))
@@ -79,6 +86,7 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
             cells += [span(mean), *shares, f"{mean['kl']:.3f}"] if wide else []
             table.add_row(*cells, style="dim" if pruner in (FULL, NONE) else None)
         console.print(table)
+    console.print(TOKENS, style="dim")
     if record["paired"]:
         console.print(_paired_table(record["paired"], budgets_of(record)))
     for row in record["oracle_scale"]:

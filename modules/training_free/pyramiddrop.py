@@ -1,0 +1,44 @@
+"""PyramidDrop: drop image tokens step by step as the language model goes deeper, by what the last word attends to.
+
+PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, Xing et al.,
+CVPR 2025, https://arxiv.org/abs/2410.17247, code https://github.com/Cooperx521/PyramidDrop.
+
+In front of the layers at 1/4, 1/2 and 3/4 of the depth the last word of the instruction rates the tokens with that
+layer's own queries and keys, mean over heads. Every stage leaves the same share of what it finds, so that `keep` = 1/8
+is the published 1/2, 1/4, 1/8 of all tokens. Counts are rounded, not cut off. The official code numbers positions anew;
+here they stay unless `attach` is told "compact".
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.registry import register_pruner
+
+
+@dataclass(frozen=True)
+class PyramidDropConfig(PrunerConfig):
+    """Config of `pyramiddrop`."""
+
+    layers: tuple[int, ...] | None = (
+        None  # in front of which decoder layers tokens go; None: 1/4, 1/2, 3/4 of the depth
+    )
+
+
+@register_pruner("pyramiddrop")
+class PyramidDrop(Pruner):
+    """Top tokens by the last word's attention, at several depths."""
+
+    stage = "layer"
+    needs = ("last_attention",)
+    config_class = PyramidDropConfig
+    config: PyramidDropConfig
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """The configured layers, or those at the quarters of the depth."""
+        return self.config.layers or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
+
+    def score(self, inputs: PruneInputs) -> Tensor:
+        """``(B, N)``: the attention weight from the last word to each image token."""
+        return inputs.signal("last_attention")
