@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import FAMILIES, VIDEO_FAMILIES, Sample, tiny_family
 from layer_oracle import Watch, masked
-from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, write
+from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, blind, choose, drops, write
 
-from modules import Pruner, PruneZooError, attach, encode, full_forward
+from modules import Pruner, PruneZooError, attach, build_pruner, encode, full_forward
 from modules.core.plan import gather_rows
 from modules.host import run_gated, run_pruned
 from modules.host.families import find_family
@@ -207,6 +207,28 @@ def test_signals_equal_eager_maps(name, signal):
                 torch.testing.assert_close(found[row][: len(own)], expected, **CLOSE)
         assert stage == inputs.step
         origin = gather_rows(origin, output.index)
+
+
+@pytest.mark.parametrize("name", NOW)
+@torch.no_grad()
+def test_a_dialogue_goes_on_behind_a_prompt_that_was_shortened(name):
+    """The prompt stage, on a cache that is shorter than the caller's conversation; whole ids and new ones."""
+    tiny = tiny_family(name)
+    vlm, batch = tiny.vlm, tiny.batch(MIXED)
+    encoded, output = choose(vlm, batch, 0.5)
+    words = torch.randint(30, 60, (4, 3), generator=torch.Generator().manual_seed(0))
+
+    def talk(own=slice(None)):
+        first = write(vlm, batch, max_new_tokens=2)
+        ids = torch.cat([first.sequences, words], 1)[:, own]
+        mask = torch.cat([batch["attention_mask"], torch.ones(4, 5, dtype=torch.long)], 1)
+        return write(vlm, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values).logits
+
+    with blind(vlm, drops(encoded, output)):
+        expected = torch.stack(talk())
+    for own in (slice(None), slice(-4, None)):  # the last word written is not in the cache yet
+        with attach(vlm, build_pruner("random", seed=3), keep=0.5):
+            torch.testing.assert_close(torch.stack(talk(own)), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("window", [8, 20, 40])

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from modules import Pruner, PruneZooError, attach, build_pruner, encode, full_forward
 from modules.core.contract import PruneOutput
 from modules.host import encode_needs, run_gated, run_pruned
+from modules.host.run import reduce_early
 
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
 SHORT = "<s> USER: <image> what ? ASSISTANT:"
@@ -214,7 +215,7 @@ GENERATE = {
     "beams, two returned": {"num_beams": 3, "num_return_sequences": 2},
     "eager": {},
     "no cache": {"use_cache": False},
-    "sampling": {"do_sample": True},
+    "sampling, two returned": {"do_sample": True, "num_return_sequences": 2},
 }
 
 
@@ -281,6 +282,27 @@ def test_assisted_decoding_equals_greedy(tiny):
         handle.remove()
     assert run.stats.after == [9, 9, 9]
     assert not torch.equal(tiny.vlm.generate(**batch, max_new_tokens=12), greedy)
+
+
+@pytest.mark.parametrize("pruners", [["scripted"], ["uniform", "scripted"], ["uniform"]], ids=str)
+def test_a_second_turn_with_several_sequences(tiny, mixed, pruners):
+    vlm, keeps = tiny.vlm, [9, 4][: len(pruners)]
+    pruners = [scripted(1, 3) if name == "scripted" else build_pruner(name) for name in pruners]
+    options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+    torch.manual_seed(0)
+    with attach(vlm, pruners, keep=keeps):
+        both = vlm.generate(**mixed, **options, do_sample=True, num_return_sequences=2)
+        mask = torch.cat([mixed["attention_mask"].repeat_interleave(2, 0), torch.ones(8, 2).long()], 1)
+        logits = vlm.generate(
+            both.sequences, attention_mask=mask, past_key_values=both.past_key_values, **options
+        ).logits
+        # Each sequence as the only one of its prompt.
+        for copy_ in range(2):
+            alone = vlm(**mixed, use_cache=True, position_ids=(mixed["attention_mask"].cumsum(1) - 1).clamp_min(0))
+            cache, own = alone.past_key_values, both.sequences[copy_::2, -2:]
+            places = mask[copy_::2].cumsum(1)[:, -2:] - 1
+            again = vlm(own, attention_mask=mask[copy_::2], past_key_values=cache, position_ids=places).logits[:, -1]
+            close(logits[0][copy_::2], again)
 
 
 @pytest.mark.parametrize("form", ["whole", "new", "forward"])
@@ -412,6 +434,23 @@ def test_stages_work_together(tiny, mixed):
         assert stats.before[:4] == [36] * 4 and stats.stages[1].before[:4] == [18] * 4 and stats.after[:4] == [4] * 4
     middle = combined.stats.stages[1].after[0]
     assert combined.stats.tokens[0] == run.tokens[0] == (18 + middle + 2 * 4) / 4
+
+
+def test_vision_prompt_and_layer_stage_in_one(tiny, mixed):
+    vlm, inner = tiny.vlm, scripted(1, 2)
+    early = [(build_pruner("tome").eval(), 24), (build_pruner("uniform").eval(), 12)]
+    with torch.no_grad():
+        with Watch(inner) as watch, attach(vlm, [*(pruner for pruner, _ in early), inner], keep=[24, 12, 4]) as run:
+            logits = vlm(**mixed).logits[:, -1]
+            sequences = vlm.generate(**mixed, max_new_tokens=3)
+        # What the first two leave is a prompt that the bare model reads, not looking at what the third drops.
+        left = reduce_early(vlm, encode(vlm, mixed), early, "original").encoded
+        watch.calls = watch.calls[:2]
+        with masked(vlm, watch.gone(left)[0]):
+            close(logits, full_forward(vlm, left).logits[:, -1])
+    assert torch.equal(sequences[:, : mixed["input_ids"].shape[1]], mixed["input_ids"])
+    assert [stage.after[0] for stage in run.stats.stages] == [24, 12, 7, 4] and run.stats.before == [36] * 8
+    assert run.stats.tokens[0] == (12 + 7 + 2 * 4) / 4
 
 
 def test_adapters_of_all_pruners_are_on_while_attached(tiny):
@@ -606,6 +645,29 @@ def test_what_would_fail_silently_is_refused(tiny, mixed):
         with pytest.raises(PruneZooError, match="cropped into its pruned prompt"):
             vlm(last, attention_mask=mask, past_key_values=cache)
     assert torch.equal(vlm(**mixed).logits, bare)
+
+
+def test_a_failed_call_does_not_reach_into_the_next(tiny, mixed):
+    vlm, text = tiny.vlm, tiny.batch([NONE], [[]])
+    bare = vlm(**text).logits
+    with attach(vlm, ["uniform", scripted(1)], keep=[9, 3]) as run:
+        for options in ({"typo": 1}, {"cache_implementation": "static"}, {"logits_processor": [1]}):
+            with pytest.raises((ValueError, AttributeError, PruneZooError)):
+                vlm.generate(**mixed, **options)
+            assert torch.equal(vlm(**text).logits, bare)
+    assert run.stats.before == run.stats.tokens == [] or len(run.stats.before) == 4  # the last failed behind the prompt
+
+
+def test_tuples_are_remembered_too(tiny, mixed):
+    vlm, mask = tiny.vlm, torch.cat([mixed["attention_mask"], torch.ones(4, 1).long()], 1)
+    for pruner in ("uniform", scripted(1, 3)):
+        with attach(vlm, pruner, keep=5) as run:
+            logits, cache = vlm(**mixed, use_cache=True, return_dict=False)[:2]
+            step = vlm(mixed["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache).logits
+            other = vlm(**mixed, use_cache=True)
+            again = vlm(mixed["input_ids"][:, -1:], attention_mask=mask, past_key_values=other.past_key_values).logits
+            assert torch.equal(logits, other.logits) and torch.equal(step, again)
+        assert run.stats.kv_bytes_saved > 0
 
 
 def test_other_conversations_pass_untouched(tiny, mixed):

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..core.contract import Keep, Pruner, check_keep
 from ..core.errors import PruneZooError
@@ -137,31 +137,27 @@ class Attachment:
         own = self._shadowed or type(self.vlm).generate.__get__(self.vlm)
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        prompt, short = kwargs.get("input_ids"), self._short_prompt(kwargs)
+        if args:
+            kwargs["generation_config"], args = args[0], args[1:]
+        prompt, short, running = kwargs.get("input_ids"), self._short_prompt(kwargs), None
         before, after = 0, 0  # columns that stand for each other: the caller's, and those of the shorter prompt
         with torch.no_grad():
             images = self._has_images(kwargs)
             if (images or short) and kwargs.get("attention_mask") is None and len(kwargs["input_ids"]) > 1:
                 raise PruneZooError("a batch may be padded: pass the processor's attention_mask to generate")
             if images:
-                self._generating, kwargs = self._reduce(kwargs, generating=True)
-                self._filling = self._generating
-                if self._generating.rewritten:
-                    before, after = self._generating.length, kwargs["input_ids"].shape[1]
+                running, kwargs = self._reduce(kwargs, generating=True)
+                if running.rewritten:
+                    before, after = running.length, kwargs["input_ids"].shape[1]
             elif short is not None:
                 mask = kwargs.get("attention_mask")
                 whole = mask is None or mask.shape[1] == kwargs["input_ids"].shape[1]
                 kwargs = self._go_on(kwargs, short, generating=True, whole=whole)
                 if whole:
                     before, after = short.length, short.ids.shape[1]
+        self._check_options(kwargs)
         self._move_lengths(kwargs, before - after)
-        config = kwargs.get("generation_config") or self.vlm.generation_config
-        if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
-            raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
-        assisted = any(kwargs.get(key) or getattr(config, key, None) for key in ASSISTANTS)
-        if self.layers and assisted:
-            self.layers.check_assisted()
-        self._inside = True
+        self._inside, self._generating, self._filling = True, running, running
         try:
             result = own(None, *args, **kwargs)
         finally:
@@ -228,11 +224,11 @@ class Attachment:
     @torch.compiler.disable
     def _after_forward(self, _vlm: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """Count what was pruned, and remember the cache that it filled."""
-        running, self._filling = self._filling, None
-        if running is None:
+        if self._encoding or self._filling is None:
             return
+        running, self._filling = self._filling, None
         self.stats.add([*running.cuts, *(self._prompt.cuts if self._prompt else ())], self.depth)
-        cache = getattr(output, "past_key_values", None)
+        cache = next((part for part in _values(output) if isinstance(part, Cache)), None)
         if cache is None:
             return
         past = self.layers.pasts.get(cache) if self.layers else None
@@ -242,12 +238,13 @@ class Attachment:
         self.stats.kv_bytes_saved += kv_bytes_saved(cache, gone)
         if running.rewritten:
             batch, mask = running.encoded.batch, running.encoded.mask
-            last = batch["position_ids"][..., -1:] if "position_ids" in batch else None
-            if last is None:
-                last = (
-                    mask.sum(1, keepdim=True) - 1 if self._inside else mask.new_full((len(mask), 1), width - 1).long()
-                )
-            self._short[cache] = ShortPrompt(batch["input_ids"], mask.long(), last, running.length)
+            copies = len(cache.layers[0].keys) // len(mask)
+            if "position_ids" in batch:
+                last = batch["position_ids"][..., -1:].expand(*batch["position_ids"].shape[:-2], len(mask), 1)
+            else:
+                last = (mask if self._inside else torch.ones_like(mask)).sum(1, keepdim=True) - 1
+            ids, mask, last = (part.repeat_interleave(copies, -2) for part in (batch["input_ids"], mask.long(), last))
+            self._short[cache] = ShortPrompt(ids, mask, last, running.length)
 
     def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
         """What the cache of a call begins with, if that was rewritten."""
@@ -263,7 +260,9 @@ class Attachment:
             generating: Count positions as `generate` does (over real tokens), not as `forward` does (over columns).
             whole: Its ids are the whole conversation's, not only the new ones.
         """
-        ids, mask, length = kwargs["input_ids"], kwargs.get("attention_mask"), short.length
+        ids, mask, length = kwargs.get("input_ids"), kwargs.get("attention_mask"), short.length
+        if ids is None:
+            raise PruneZooError("a pruned conversation goes on with input_ids, not with inputs_embeds")
         held = length + int(kwargs["past_key_values"].get_seq_length()) - short.ids.shape[1]  # the caller's columns
         total = ids.shape[1] if whole else held + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if mask is None else mask
@@ -291,6 +290,14 @@ class Attachment:
         if cache is not None and cache.get_seq_length() > 0:
             raise PruneZooError("images cannot be added to a filled cache while pruning: pass the whole conversation")
         return True
+
+    def _check_options(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse options of `generate` that cannot work in this release of transformers."""
+        config = kwargs.get("generation_config") or self.vlm.generation_config
+        if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
+            raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
+        if self.layers and any(kwargs.get(key) or getattr(config, key, None) for key in ASSISTANTS):
+            self.layers.check_assisted()
 
     def _move_lengths(self, kwargs: dict[str, Any], dropped: int) -> None:
         """Lengths that count the prompt, given for the caller's, become those for the shorter one."""
@@ -340,3 +347,8 @@ def _restore_prompt(sequences: Tensor, prompt: Tensor, length: int) -> Tensor:
     """Sequences ``(B * copies, S + new)`` with the caller's prompt ``(B, L)`` in place of their first ``length``."""
     copies = len(sequences) // len(prompt)
     return torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, length:]], dim=1)
+
+
+def _values(output: Any) -> tuple[Any, ...]:
+    """What a model returned, as a tuple or in a class."""
+    return output if isinstance(output, tuple) else output.to_tuple()
