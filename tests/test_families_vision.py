@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, IMAGE, Sample, tiny_family
-from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, blind, write
+from test_families import LARGE, MIXED, ONE_EACH, SMALL, STEPS, TALL, blind, write
 from tower_oracle import by_hand, slots_of, tome_by_hand
 
 from modules import PruneZooError, attach, build_pruner, encode
@@ -42,7 +42,7 @@ def project(vlm, states):
 
 
 def expected(tiny, batch, keep):
-    """The batch with what is left, by hand, in its place; and ``(B, L)`` which columns go."""
+    """The encoded batch with what is left, by hand, in its place; and ``(B, L)`` which columns go."""
     vlm, tower, pruner = tiny.vlm, find_family(tiny.vlm).tower(), build_pruner("tome")
     encoded = encode(vlm, batch)
     features, dropped = encoded.inputs.features.clone(), batch["input_ids"] == IMAGE
@@ -54,18 +54,18 @@ def expected(tiny, batch, keep):
         slots = slots_of(members, int(available[row]))
         features[row, slots] = project(vlm, states)
         dropped[encoded.sample[row], encoded.slots[row, slots]] = False
-    return replace(encoded, inputs=replace(encoded.inputs, features=features)).model_inputs(vlm), dropped
+    return replace(encoded, inputs=replace(encoded.inputs, features=features)), dropped
 
 
 def equals_oracle(tiny, samples, keep=0.5, side="left"):
     """The prompt's last logits, and six steps of decoding."""
     vlm, batch = tiny.vlm, tiny.batch(samples, side)
-    inputs, dropped = expected(tiny, batch, keep)
+    left, dropped = expected(tiny, batch, keep)
     assert dropped.any()
     last = batch["attention_mask"].shape[1] - 1 - batch["attention_mask"].flip(1).argmax(1)
     with blind(vlm, dropped):
-        logits = vlm(**inputs).logits[torch.arange(len(samples)), last]
-        written = write(vlm, inputs) if side == "left" else None
+        logits = vlm(**left.model_inputs(vlm)).logits[torch.arange(len(samples)), last]
+        written = write(vlm, left.model_inputs(vlm, generating=True)) if side == "left" else None
     bare = vlm(**batch).logits[torch.arange(len(samples)), last]
     assert (bare - logits).abs().max() > 0.01
     run = run_pruned(vlm, encode(vlm, batch), build_pruner("tome").eval(), keep)
@@ -76,7 +76,8 @@ def equals_oracle(tiny, samples, keep=0.5, side="left"):
         if written is None:  # `generate` itself reads wrong positions behind padding on the right
             return
         again = write(vlm, batch)
-    assert torch.equal(again.sequences, written.sequences)
+    # Older releases of transformers give the new tokens alone where they are given a prompt embedded.
+    assert torch.equal(again.sequences[:, -STEPS:], written.sequences[:, -STEPS:])
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **CLOSE)
 
 
