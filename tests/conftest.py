@@ -1,7 +1,10 @@
 """Tiny random models of the supported families, made once a session, with processor and chat template."""
 
+import os
+import signal
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -139,3 +142,14 @@ def tiny_llava(tiny_llava_folder):
 def deep_llava(tmp_path_factory):
     """As `tiny_llava`, with decoder layers enough for several stages between them."""
     return load_llava(save_llava(tmp_path_factory.mktemp("deep-llava"), num_hidden_layers=4))
+
+
+class StopAt(L.Callback):
+    """Sends this process SIGTERM after so many steps of training."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)

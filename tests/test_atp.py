@@ -163,11 +163,12 @@ def test_something_is_left_whatever_the_thresholds_say():
 
 def test_gates_are_hard_in_value_and_soft_in_gradient():
     inputs, atp = make_inputs(), learned(make_atp(hidden=16)).train()
-    output = atp(inputs, 10)
+    keep = torch.full((6,), 10)
+    output = atp(inputs, keep)
     kept = torch.zeros(inputs.valid.shape).scatter(1, output.index, output.valid.float())
     assert torch.equal(output.gates.sum(1), output.count.float())
     assert torch.equal(output.gates.detach()[kept > 0], torch.ones(int(kept.sum())))
-    soft = (output.scores / atp.gate_temperature).sigmoid()
+    soft = ((output.scores - atp.batch_shift(output.scores, inputs.valid, keep)) / atp.gate_temperature).sigmoid()
     weights = torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
     names, parameters = zip(*atp.named_parameters(), strict=True)
     hard = torch.autograd.grad((output.gates * weights).sum(), parameters, retain_graph=True, allow_unused=True)
@@ -178,18 +179,32 @@ def test_gates_are_hard_in_value_and_soft_in_gradient():
             torch.testing.assert_close(one, two, msg=name)
 
 
-def test_a_mean_can_be_learnt_while_counts_differ():
-    """The budget term alone moves the mean of a batch to its target, without making the counts equal."""
+def test_in_training_a_batch_has_its_mean_while_its_images_differ():
+    inputs, atp = make_inputs(), learned(make_atp(strides=()), std=0.7)
+    free = atp(inputs, 10)
+    bound = atp.train()(inputs, 10)
+    assert free.count.sum() > 70 and bound.count.sum() == 60 and len(bound.count.unique()) > 2
+    assert torch.equal(free.scores, bound.scores), "the scores are those that inference will see"
+    # Raising all thresholds changes nothing, so the model's answers teach only who gets more.
+    level = torch.autograd.grad(bound.gates.sum(), atp.thresholds[0].displacement.bias)[0]
+    assert level.abs() < 1e-3
+    mixed = atp(inputs, torch.tensor([64, 5, 5, 5, 5, 5]))
+    assert mixed.count[0] == 64 and mixed.count[1:].sum() == 25
+
+
+def test_the_mean_is_learnt_by_a_loss_of_its_own():
     inputs, atp = make_inputs(), learned(make_atp(), std=1.0).train()
     optimizer = torch.optim.Adam(atp.parameters(), lr=0.003)
     means = []
     for _ in range(100):
-        counts = atp(inputs, 10).gates.sum(1)
-        means.append(float(counts.detach().mean()))
+        output = atp(inputs, 10)
+        means.append(float((output.scores >= 0).sum() / 6))
         optimizer.zero_grad()
-        (counts.mean() / 10 - 1).abs().backward()
+        atp.loss_terms(output)["mean"].backward()
         optimizer.step()
-    assert means[0] > 20 and abs(sum(means[-20:]) / 20 - 10) < 1.0 and counts.detach().std() > 1.0
+    counts = atp.eval()(inputs, 10).count.float()
+    assert means[0] > 20 and abs(float(counts.mean()) - 10) < 1.0 and counts.std() > 1.0
+    assert make_atp(adaptive=False).train().loss_terms(output) == {}
 
 
 # Gates as functions

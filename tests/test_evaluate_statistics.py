@@ -86,7 +86,7 @@ def measurement() -> Measurement:
     right, half = np.ones(100), np.where((group_of == 1) & (np.arange(100) % 2 == 0), 0.0, 1.0)
 
     def scores(correct: np.ndarray, tokens: int) -> ItemScores:
-        return ItemScores(np.full(100, float(tokens)), correct, correct, np.zeros(100))
+        return ItemScores(np.full((100, 2), float(tokens)), correct, correct, np.zeros(100))
 
     return Measurement(
         ("colour", "count"),
@@ -139,7 +139,7 @@ def test_the_oracle_scale_is_the_fewest_tokens_that_answer():
     """Four questions: the first needs 1 token, the second 16, the third all, the fourth is answered by none."""
 
     def scores(correct: list[float], tokens: float) -> ItemScores:
-        return ItemScores(np.full(4, tokens), np.array(correct), np.array(correct), np.zeros(4))
+        return ItemScores(np.full((4, 2), tokens), np.array(correct), np.array(correct), np.zeros(4))
 
     kinds = {"many": scores([1, 1, 0, 0], 16), "one": scores([1, 0, 0, 0], 1)}
     full = {("full", "1.0"): scores([0, 1, 1, 0], 144), ("none", "0"): scores([0, 0, 0, 1], 0)}

@@ -2,12 +2,10 @@
 
 import copy
 import json
-import os
 import signal
 import sys
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,17 +303,6 @@ def test_a_lora_without_weights_is_not_saved(tmp_path):
 # Training
 
 
-class StopAt(L.Callback):
-    """Sends this process SIGTERM after so many steps."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llava_folder, tiny_llava, tmp_path, monkeypatch, batch):
     (tmp_path / "images").mkdir()
     entries = []
@@ -357,7 +344,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llava_folder, tiny_llav
 
     straight = fit(tmp_path / "straight")
     with pytest.raises(SystemExit) as stopped:
-        fit(tmp_path / "killed", "--trainer.callbacks+=test_m3.StopAt", "--trainer.callbacks.step=3")
+        fit(tmp_path / "killed", "--trainer.callbacks+=conftest.StopAt", "--trainer.callbacks.step=3")
     assert stopped.value.code == 128 + signal.SIGTERM
     resumed = fit(tmp_path / "killed", "--ckpt_path=last")
     assert straight["global_step"] == resumed["global_step"] == 6

@@ -1,16 +1,14 @@
-"""Train pruners that decide between decoder layers, and decide how many tokens they keep, after ATP-LLaVA
+"""Train pruners that act between decoder layers, and that decide how many tokens each image keeps, after ATP-LLaVA
 (arXiv 2412.00447): alone, or behind a trained pruner in front of the language model.
 
-As in `distill` the frozen model reads through gates and should answer as it does with all tokens, after a first stage
-in which the scores learn what it finds relevant. New is the budget: a step draws one for its whole batch, and each
-stage's mean count over the batch should meet what the stage aims at; which image gets more and which less is the
-pruner's own. The paper's two terms, a mean over the pruned layers and a price that grows with depth, are one here.
+As in `distill`, scores first learn what the frozen model finds relevant; then the model reads through the gates of all
+stages and should answer as it does with all tokens. New is the budget: a step draws one for its whole batch, whose mean
+count it then is. Which image gets more and which less is the pruner's own choice, and is learnt in the second stage.
 
 Letters: B images (one a sample), N image tokens.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,22 +26,16 @@ from .losses import answer_slots, distillation_kl
 
 
 class AdaptiveModule(DistillModule):
-    """The stages of distillation with layers, thresholds and combinations.
+    """The two stages of distillation with layers, thresholds and combinations.
 
     Args:
-        target_weight: Weight of the relative deviation of each stage's mean token count from what it aims at.
         start: For a combination: folders or Hub ids of trained pruners, by method; these parts stay as they are.
         args: See DistillModule.
-        kwargs: Likewise.
+        kwargs: Likewise; `rank_weight` and `answer_weight` are not used.
     """
 
-    def __init__(
-        self, *args: Any, target_weight: float = 0.2, start: dict[str, str] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, start: dict[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if target_weight < 0.0:
-            raise PruneZooError(f"target_weight must be at least 0, got {target_weight}")
-        self.target_weight = target_weight
         parts = {part.name: part for part, _ in self.pruner.parts(1.0)}
         for part in parts.values():
             part.gate_temperature = self.pruner.gate_temperature
@@ -59,10 +51,9 @@ class AdaptiveModule(DistillModule):
             encoded = encode(self.vlm, batch, encode_needs(self.pruner))
         end_to_end = self.end_to_end
         guide, teacher = self.ask_teacher(encoded, with_guide=not end_to_end or self.guide_weight > 0)
-        available = encoded.inputs.valid.sum(1)
         low, high = map(math.log, self.keep)
-        share = math.exp(low + (high - low) * torch.rand(()).item())  # one for all: their mean count is what is asked
-        keep = budget(share, available)
+        share = math.exp(low + (high - low) * torch.rand(()).item())
+        keep = budget(share, encoded.inputs.valid.sum(1))
         terms: dict[str, Tensor] = {}
         if end_to_end:
             student, outputs = run_gated(self.vlm, encoded, self.pruner, keep)
@@ -71,11 +62,14 @@ class AdaptiveModule(DistillModule):
         else:
             outputs = self.ask_pruner(encoded, keep)
         if guide is not None:
-            scored = [out.scores for out in outputs if out.scores is not None and out.scores.requires_grad]
+            scored = [output.scores for output in outputs if output.scores is not None and output.scores.requires_grad]
             losses = [self.guide_loss(scores, guide, scores.isfinite()) for scores in scored]
             terms["guide"] = (self.guide_weight if end_to_end else 1.0) * torch.stack(losses).mean()
-        aimed = aims(self.pruner, keep, available, find_family(self.vlm).decoder().depth)
-        terms["target"] = self.target_weight * deviation(outputs, aimed)
+        depth = find_family(self.vlm).decoder().depth
+        owners = [part for part, _ in self.pruner.parts(keep) for _ in part.stages(depth) or (0,)]
+        for part, output in zip(owners, outputs, strict=True):
+            for name, term in part.loss_terms(output).items():
+                terms[name] = terms.get(name, 0.0) + term
         return self.add_up(terms, len(keep))
 
     def ask_pruner(self, encoded: Encoded, keep: Tensor) -> list[PruneOutput]:
@@ -94,32 +88,6 @@ class AdaptiveModule(DistillModule):
                 handle.remove()
         learns = {part: any(weight.requires_grad for weight in part.parameters()) for part in parts}
         return [part(*inputs) if learns[part] else output for part, inputs, output in asked]
-
-
-def aims(pruner: Pruner, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
-    """What each stage of a pruner, or of its parts, should leave on average: (B,) each, in their order.
-
-    Args:
-        pruner: Of the prompt or layer stage, or a combination of both.
-        keep: (B,) as it is asked for.
-        available: (B,) tokens of each image.
-        depth: Number of decoder layers.
-    """
-    counts: list[Tensor] = []
-    for part, asked in pruner.parts(keep):
-        asked = budget(asked, available)
-        counts += part.schedule(asked, available, depth) if part.stage == "layer" else [asked]
-        available = counts[-1]
-    return counts
-
-
-def deviation(outputs: Sequence[PruneOutput], aimed: Sequence[Tensor]) -> Tensor:
-    """How far the mean count of each stage is from the mean that it aims at, as a share of it; summed over stages."""
-    terms = []
-    for output, aim in zip(outputs, aimed, strict=True):
-        assert output.gates is not None  # run_gated has refused what gives none
-        terms.append((output.gates.sum(1).mean() / aim.float().mean() - 1).abs())
-    return torch.stack(terms).sum()
 
 
 def adopt(part: Pruner, trained: Pruner, source: str) -> None:

@@ -68,7 +68,8 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
     header = {key: record[key] for key in kept if key in record}
     oracle_scale = [row for row in record["oracle_scale"] if row["pruner"] == name]
-    parts = {"rows": record["rows"], "paired": paired, "oracle_scale": oracle_scale}
+    layers = [row for row in record.get("layers", ()) if row["pruner"] == name]  # not in older records
+    parts = {"rows": record["rows"], "paired": paired, "oracle_scale": oracle_scale, "layers": layers}
     return {**header, "pruner": name, "weights": {name: digest}, **parts}
 
 
@@ -115,6 +116,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
             rivals=rival_table(metrics, diagnostics=False),
             diagnostics=rival_table(metrics, diagnostics=True),
             weakest=weakest(metrics),
+            layers=layer_table(metrics),
             oracle_scale=next((row for row in metrics["oracle_scale"] if row["group"] == MEAN), None),
             parts=[name for name in file_names(pruner) if "/" in name],
             minutes=f"{run['seconds'] / 60:.1f}" if run else None,
@@ -171,6 +173,17 @@ def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups = [*metrics["groups"], MEAN]
         cells = [f"{percent(rows[group]['retention'])} ({span(rows[group])})" for group in groups]
         lines.append({"keep": keep, "tokens": tokens_of(rows[MEAN]), "cells": cells})
+    return lines
+
+
+def layer_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line a decoder layer, where they read different numbers of tokens: mean and spread at every budget."""
+    rows = metrics.get("layers", ())  # not in older metrics
+    lines = []
+    for layer in sorted({row["layer"] for row in rows}):
+        here = {row["keep"]: row for row in rows if row["layer"] == layer}
+        cells = [f"{here[keep]['tokens']:.1f} ± {here[keep]['spread']:.1f}" for keep in budgets_of(metrics)]
+        lines.append({"layer": layer, "cells": cells})
     return lines
 
 

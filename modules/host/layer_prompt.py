@@ -5,6 +5,7 @@ S columns left of it, Q columns of a forward (the prompt's, and any behind), D w
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,17 @@ class Cut:
     seconds: float  # in the pruner, and in the layer stage in the signals that it needs of the layers
 
 
-def layer_mean(cuts: list[Cut], depth: int) -> Tensor:
-    """``(R,)`` float: image tokens in the language model, mean over its ``depth`` layers; ``cuts`` in their order."""
-    total, last = torch.zeros_like(cuts[0].before, dtype=torch.float), 0
+def layer_tokens(cuts: Sequence[Cut], depth: int) -> Tensor:
+    """``(R, depth)`` long: image tokens that each layer of the language model reads; ``cuts`` in their order."""
+    tokens = cuts[0].before[:, None].repeat(1, depth)
     for cut in cuts:
-        total += cut.before * ((cut.layer or 0) - last)
-        last = cut.layer or 0
-    return (total + cuts[-1].after * (depth - last)) / depth
+        tokens[:, cut.layer or 0 :] = cut.after[:, None]
+    return tokens
+
+
+def layer_mean(cuts: Sequence[Cut], depth: int) -> Tensor:
+    """``(R,)`` float: the mean of :func:`layer_tokens` over the layers."""
+    return layer_tokens(cuts, depth).float().mean(1)
 
 
 def now(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
 from .encoded import Encoded, add_decoder_signals
 from .families import find_family
-from .layer_prompt import Cut, layer_mean, now
+from .layer_prompt import Cut, layer_tokens, now
 from .layers import LayerStage
 from .prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .vision import choose
@@ -27,9 +27,14 @@ class PrunedRun:
     """What the frozen model said of fewer tokens, and how many it read."""
 
     host: HostOutput
-    tokens: Tensor  # (R,) float: image tokens in the language model, mean over its layers
+    layers: Tensor  # (R, depth) long: image tokens that each layer of the language model read
     output: PruneOutput  # what is left at the end, in slots of `encoded.inputs`; scores only where one stage ran
     cuts: tuple[Cut, ...]  # what each stage did
+
+    @property
+    def tokens(self) -> Tensor:
+        """``(R,)`` float: image tokens in the language model, mean over its layers."""
+        return self.layers.float().mean(1)
 
 
 def split_parts(parts: Parts, depth: int) -> tuple[Parts, tuple[Pruner, Keep] | None]:
@@ -147,7 +152,7 @@ def run_pruned(
                 host = full_forward(vlm, early.encoded, **options)
             cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]
             host = replace(host, labels=labels)
-    return PrunedRun(host, layer_mean(cuts, depth), _chain(outputs), tuple(cuts))
+    return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts))
 
 
 def run_gated(

@@ -60,7 +60,7 @@ class AttachStats:
             stage.before += cut.before.tolist()
             stage.after += cut.after.tolist()
             stage.seconds += cut.seconds
-        self.tokens += layer_mean(list(cuts), depth).tolist()
+        self.tokens += layer_mean(cuts, depth).tolist()
 
     def __str__(self) -> str:
         lines = [str(stage) for stage in self.stages]

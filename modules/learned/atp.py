@@ -119,16 +119,38 @@ class ATP(Pruner):
         if bool(margins.isnan().any()):
             raise PruneZooError(f"pruner '{self.name}' scored NaN: check its weights and the features it was given")
         everything = (keep >= valid.sum(1))[:, None]
-        if self.config.adaptive:
-            mask = threshold_mask(margins.detach(), valid, self.config.least)
-            soft = (margins / self.gate_temperature).sigmoid()
-        else:
+        if not self.config.adaptive:
             mask = topk_mask(margins.detach(), valid, keep)
             soft = budgeted_sigmoid(margins, valid, keep, self.gate_temperature)
+        else:
+            shifted = margins - self.batch_shift(margins, valid & ~everything, keep) if self.training else margins
+            mask = threshold_mask(shifted.detach(), valid, self.config.least)
+            soft = (shifted / self.gate_temperature).sigmoid()
         mask = mask | everything & valid
         gates = straight_through(mask, soft.masked_fill(everything, 1.0)) if self.training else None
         index, kept = mask_to_index(mask)
         return PruneOutput(index=index, valid=kept, scores=margins, gates=gates)
+
+    def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
+        """`mean`: how far the count of the batch by its own thresholds is from the one asked for, relative, squared."""
+        if not self.config.adaptive or output.gates is None or output.scores is None:
+            return {}
+        real = output.scores.isfinite()
+        real = real & ~(output.gates.detach() > 0).logical_or(~real).all(1, keepdim=True)  # without those that keep all
+        own = straight_through(output.scores >= 0, (output.scores / self.gate_temperature).sigmoid())
+        asked = output.gates.detach().masked_fill(~real, 0.0).sum().clamp_min(1.0)
+        return {"mean": (own.masked_fill(~real, 0.0).sum() / asked - 1).square()}
+
+    def batch_shift(self, margins: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
+        """(): what all thresholds of a training batch must rise by for its mean count to be exactly the one asked for.
+
+        So what the model says of a choice teaches which image should get more and which less, never more for all; that
+        the shift comes to nothing is left to a loss of its own, see :meth:`loss_terms`.
+        """
+        if not bool(valid.any()):
+            return margins.new_zeros(())
+        total = keep.where(valid.any(1), 0).sum()[None]
+        return keep_threshold(margins.reshape(1, -1), valid.reshape(1, -1), total, self.gate_temperature)[0, 0]
 
     def margins(self, inputs: PruneInputs, keep: Tensor) -> Tensor:
         """(B, N) float32: how far each token is above the nearer of its two thresholds, in log-odds."""

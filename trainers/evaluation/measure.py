@@ -26,6 +26,7 @@ from modules.core.contract import Keep, Pruner
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
 from modules.host import Encoded, HostOutput, encode, full_forward
+from modules.host.families import find_family
 from modules.host.run import run_pruned
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
@@ -118,7 +119,8 @@ def measure(
     collate = ConversationCollator(processor)
     keys: list[Key] = [(FULL, ALL_TOKENS), (NONE, NO_TOKENS)]
     keys += [(method.name, budget.label) for method in methods for budget in budgets]
-    scores = {key: ItemScores.empty(len(suite)) for key in keys}
+    depth = find_family(vlm).decoder().depth
+    scores = {key: ItemScores.empty(len(suite), depth) for key in keys}
     group_names: list[str] = [""] * len(suite)
     needs = tuple(sorted({signal for method in methods for signal in method.needs}))
 
@@ -149,7 +151,11 @@ def measure(
 def _passes(
     vlm: Any, encoded: Encoded, view: View, methods: Sequence[Method], budgets: Sequence[Budget]
 ) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Every forward pass over one batch: (key, weight among its seeds, (tokens, correct, agreement, kl) each (B,))."""
+    """Every forward pass over one batch.
+
+    Yields:
+        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) three times.
+    """
     items = len(view.items)
     assert encoded.labels is not None  # the collator wrote them
     # logits only from the position before the earliest answer on; a shorter prompt ends where the long one does
@@ -160,11 +166,12 @@ def _passes(
         return Answers.read(output.logits, output.labels[:, -tail:])
 
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
-    yield (FULL, ALL_TOKENS), 1.0, (encoded.tokens, *full.compare(full, items))
+    everything = encoded.tokens[:, None].expand(-1, find_family(vlm).decoder().depth)
+    yield (FULL, ALL_TOKENS), 1.0, (everything, *full.compare(full, items))
 
     def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
-        return run.tokens, *answers(run.host).compare(full, items)
+        return run.layers, *answers(run.host).compare(full, items)
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:

@@ -94,6 +94,22 @@ def paired_of(measurement: Measurement, resampled: Resampled, contenders: Sequen
     return rows
 
 
+def layers_of(measurement: Measurement) -> list[Row]:
+    """What each decoder layer reads under the methods that prune between the layers.
+
+    Returns:
+        `{pruner, keep, layer, tokens, spread}` with mean and standard deviation over items.
+    """
+    rows = []
+    for (pruner, keep), scores in measurement.scores.items():
+        if bool((scores.layers == scores.layers[:, :1]).all()):
+            continue
+        for layer, tokens in enumerate(scores.layers.T):
+            mean, spread = _number(float(tokens.mean())), _number(float(tokens.std()))
+            rows.append({"pruner": pruner, "keep": keep, "layer": layer, "tokens": mean, "spread": spread})
+    return rows
+
+
 def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list[Row]:
     """Each contender with the fewest tokens that answer each question, as one who knew the answers would choose them.
 
@@ -145,6 +161,7 @@ def build_record(
         "rows": rows_of(measurement, resampled),
         "paired": paired_of(measurement, resampled, contenders),
         "oracle_scale": oracle_scale_of(measurement, contenders),
+        "layers": layers_of(measurement),
     }
 
 

@@ -29,21 +29,26 @@ class ItemScores:
     """One method at one budget on I items; a method with several seeds holds their means.
 
     Attributes:
-        tokens: (I,) image tokens that the language model really read.
+        layers: (I, layers) image tokens that each layer of the language model really read.
         correct: (I,) 1 where the greedy answer is the reference answer, to the end token.
         agreement: (I,) 1 where every answer position has the full model's first choice.
         kl: (I,) KL(full || pruned) in nats, mean over the answer positions.
     """
 
-    tokens: NDArray[np.float64]
+    layers: NDArray[np.float64]
     correct: NDArray[np.float64]
     agreement: NDArray[np.float64]
     kl: NDArray[np.float64]
 
+    @property
+    def tokens(self) -> NDArray[np.float64]:
+        """(I,) image tokens, mean over the layers."""
+        return self.layers.mean(1)
+
     @classmethod
-    def empty(cls, items: int) -> "ItemScores":
-        """Zeros for so many items, to be filled."""
-        return cls(*(np.zeros(items) for _ in range(4)))
+    def empty(cls, items: int, depth: int) -> "ItemScores":
+        """Zeros for so many items and layers, to be filled."""
+        return cls(np.zeros((items, depth)), *(np.zeros(items) for _ in range(3)))
 
 
 @dataclass(frozen=True)
