@@ -4,7 +4,10 @@ Letters used in shapes: B images, N image tokens of an image (padded to the long
 T prompt tokens (padded), K tokens kept of an image (padded).
 
 A row is one **image**, with the prompt it belongs to: a sample with two images is two rows, a sample without any is
-none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch.
+none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch. The tiles
+that a model cuts an image into belong to one row, and so do the frames of a clip. Its tokens are patches: newline tokens
+that some models put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as
+long as a patch of its row is left.
 
 To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
 
@@ -46,7 +49,7 @@ class PruneInputs:
 
     features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them
     valid: Tensor  # (B, N) bool, False for padding
-    cells: Tensor  # (B, N, 3) long: tile, row, column of the patch; row and column are -1 for a newline or separator
+    cells: Tensor  # (B, N, 3) long: tile (crop, thumbnail, frame), row and column of the patch in it; -1 on padding
     text: Tensor | None = None  # (B, T, D) embeddings of the prompt, without image placeholders and without the answer
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`

@@ -60,8 +60,7 @@ def equal_areas(cells: Tensor, count: int) -> list[Part]:
 def cut(cells: bytes, count: int, layout: Layout) -> tuple[Tensor, Tensor]:
     """Cut an image into ``count`` parts.
 
-    Tiles share the count in proportion to their patches; newlines and separators, which are no patches, are taken only
-    when the patches are used up, each a part of its own.
+    Tiles share the count in proportion to their patches.
 
     Args:
         cells: The bytes of ``(n, 3)`` int64, so that equal grids are cut once.
@@ -72,11 +71,9 @@ def cut(cells: bytes, count: int, layout: Layout) -> tuple[Tensor, Tensor]:
         Anchors ``(count,)``, ascending, and the weights ``(count, n)`` of the tokens in each part.
     """
     grid = torch.frombuffer(bytearray(cells), dtype=torch.long).view(-1, 3)
-    patches, others = (grid[:, 1] >= 0).nonzero()[:, 0], (grid[:, 1] < 0).nonzero()[:, 0]
-    from_patches = min(count, len(patches))
-    tiles = [patches[grid[patches, 0] == tile] for tile in grid[patches, 0].unique()]
-    parts = [(token[None], torch.ones(1), int(token)) for token in others[: count - from_patches]]
-    for tile, k in zip(tiles, share(from_patches, [len(t) for t in tiles]), strict=True):
+    tiles = [(grid[:, 0] == tile).nonzero()[:, 0] for tile in grid[:, 0].unique()]
+    parts: list[Part] = []
+    for tile, k in zip(tiles, share(count, [len(t) for t in tiles]), strict=True):
         if k:
             parts += [(tile[own], weights, int(tile[anchor])) for own, weights, anchor in layout(grid[tile], k)]
     parts.sort(key=lambda part: part[2])
