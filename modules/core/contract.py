@@ -4,10 +4,10 @@ Letters used in shapes: B images, N image tokens of an image (padded to the long
 T prompt tokens (padded), K tokens kept of an image (padded).
 
 A row is one **image**, with the prompt it belongs to: a sample with two images is two rows, a sample without any is
-none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch. The tiles
-that a model cuts an image into belong to one row, and so do the frames of a clip. Its tokens are patches: newline tokens
-that some models put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as
-long as a patch of its row is left.
+none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch. The
+tiles that a model cuts an image into belong to one row, and so do the frames of a clip. Its tokens are patches: newline
+tokens that some models put behind each row of them are not shown to pruners and not counted in budgets; the host keeps
+one as long as a patch of its row is left.
 
 To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
 
