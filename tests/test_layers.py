@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from modules import Pruner, PruneZooError, attach, build_pruner, encode, full_forward
 from modules.core.contract import PruneOutput
 from modules.host import encode_needs, run_gated, run_pruned
+from modules.host.layer_cache import cut_mask
 from modules.host.run import reduce_early
 
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
@@ -732,6 +734,15 @@ def test_flash_attention_is_given_masks_of_two_dimensions(tiny, mixed):
         assert torch.equal(positions[0], torch.arange(positions.shape[1]))
     words = int((mixed["attention_mask"].bool() & (mixed["input_ids"] != 4))[1].sum())
     assert int(given[3]["attention_mask"][1].sum()) == words + 20 + 1
+    with attach(vlm, scripted(1), keep=3) as run:
+        prompt = run.layers.prefill(encoded)
+        kwargs["attention_mask"], hidden = torch.ones(4, 1, 9, 9), torch.randn(4, encoded.mask.shape[1], 32)
+        with pytest.raises(PruneZooError, match="no mask of four dimensions"):
+            prompt.layer(1, hidden, kwargs)
+    window = SimpleNamespace(kernel="flash_attention_2", flash=True, window=lambda layer: 4)
+    columns = torch.arange(6)[None]
+    with pytest.raises(PruneZooError, match="counts its window over the tokens left"):
+        cut_mask(window, 0, hidden, columns, columns, columns >= 0, True)
 
 
 # What it tells

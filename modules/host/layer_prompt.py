@@ -215,6 +215,8 @@ class Drop(Prompt):
         behind = segment.valid.new_ones(len(hidden), hidden.shape[1] - segment.columns.shape[1])
         columns, seen = segment.extend(self.real.shape[1], behind)
         if mask is not None and mask.dim() == 4:
+            if self.decoder.flash:
+                raise PruneZooError("flash attention takes no mask of four dimensions: use attn_implementation 'sdpa'")
             mask = mask.expand(len(hidden), -1, -1, -1)
             mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
