@@ -89,6 +89,29 @@ def test_cells_say_which_pixels_a_token_is_made_of(name):
         assert (found[:, 3].min(), found[:, 3].max() + 1) == (column * patch, (column + 1) * patch)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_are_images_in_reading_order(name):
+    """Whatever they are cut into; a batch of text has none, and is left alone."""
+    tiny = here(name)
+    encoded = encode(tiny.vlm, tiny.batch(MIXED))
+    assert encoded.sample.tolist() == [0, 2, 2, 3]
+    starts = encoded.slots[:, 0] + encoded.sample * 1000
+    assert torch.equal(starts, starts.sort().values)
+    kinds = (tiny.batch(MIXED)["input_ids"] == IMAGE).sum(1)
+    assert encoded.tokens.sum() == kinds.sum() and encoded.tokens[0] == kinds[0]
+    for cells, valid in zip(encoded.inputs.cells, encoded.inputs.valid, strict=True):
+        assert len({tuple(cell) for cell in cells[valid].tolist()}) == int(valid.sum()) and (cells[valid] >= 0).all()
+    text = tiny.batch([Sample((), 5), Sample((), 3)])
+    nothing = encode(tiny.vlm, text)
+    assert len(nothing.sample) == 0 and nothing.inputs.features.shape[0] == 0
+    bare, written = tiny.vlm(**text).logits, write(tiny.vlm, text).sequences
+    assert torch.equal(full_forward(tiny.vlm, nothing).logits, bare)
+    with attach(tiny.vlm, "random", keep=2) as run:
+        assert torch.equal(tiny.vlm(**text).logits, bare)
+        assert torch.equal(write(tiny.vlm, text).sequences, written)
+    assert not run.stats.before
+
+
 # Newlines
 
 
