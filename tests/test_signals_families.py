@@ -163,7 +163,7 @@ def test_images_and_clips_of_one_batch_do_not_mix():
     assert mixed.signal("received_attention").shape == mixed.valid.shape and len(mixed.valid) == 2
 
 
-DECODER = ("last_attention@0", "prompt_attention@1", "last_attention@2", "hidden_states@2")
+DECODER = ("last_attention@0", "prompt_attention@1", "last_attention@2", "self_attention@1", "hidden_states@2")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -192,5 +192,9 @@ def test_decoder_signals_equal_what_the_model_itself_attends_to(name):
                 torch.testing.assert_close(got, states[0][sample, own], rtol=1e-4, atol=1e-5)
                 continue
             weights = seen[layers[int(layer)].self_attn][0][sample].mean(0)  # (L, L)
+            if kind == "self_attention":
+                among = weights[own][:, own]
+                torch.testing.assert_close(got, among.sum(0) / (among > 0).sum(0), rtol=1e-4, atol=1e-6)
+                continue
             rows = weights[behind] if kind == "prompt_attention" else weights[words][-1:]
             torch.testing.assert_close(got, rows[:, own].mean(0), rtol=1e-4, atol=1e-6)

@@ -188,7 +188,7 @@ def _self_attention(
     hidden, mask = entry.hidden[sample], None if entry.mask is None else entry.mask.expand(size, *entry.mask.shape[1:])
     mask = None if mask is None else mask[sample]
     if rotary is not None:
-        cos, sin = (part.expand(size, -1, -1)[sample] for part in rotary)
+        cos, sin = (part.expand(*part.shape[:-3], size, -1, -1).index_select(-3, sample) for part in rotary)
         rotary = cos, sin
     total, lookers = torch.zeros_like(slots, dtype=torch.float32), torch.zeros_like(slots)
     # Some rows at a time: the whole map of a large picture would be gigabytes.
