@@ -9,12 +9,14 @@ import torch
 from families import FAMILIES, VIDEO_FAMILIES, Sample, tiny_family
 from layer_oracle import Watch, masked
 from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, blind, choose, drops, write
+from torch.nn.functional import pad
 
 from modules import Pruner, PruneZooError, attach, build_pruner, encode, full_forward
 from modules.core.plan import gather_rows
 from modules.host import run_gated, run_pruned
 from modules.host.families import find_family
 from modules.host.families.base import TAKES_FEATURES
+from modules.host.prompt import TOKEN_TYPES
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 RAGGED = torch.tensor([3, 1, 5, 7])
@@ -119,9 +121,11 @@ def second_turn(tiny):
 
     def talk():
         first = write(vlm, batch, max_new_tokens=2)
-        ids = torch.cat([first.sequences, words], 1)
-        mask = torch.cat([batch["attention_mask"], torch.ones(4, 5, dtype=torch.long)], 1)
-        return write(vlm, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values).logits
+        whole = {"input_ids": torch.cat([first.sequences, words], 1)}
+        for name in ("attention_mask", *TOKEN_TYPES):  # as a caller passes them who has them
+            if name in batch:
+                whole[name] = pad(batch[name], (0, 5), value=int(name == "attention_mask"))
+        return write(vlm, whole, past_key_values=first.past_key_values).logits
 
     with Watch(pruner) as watch, attach(vlm, pruner, keep=RAGGED):
         logits = talk()
