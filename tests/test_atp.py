@@ -7,7 +7,7 @@ import torch
 
 from modules import PruneInputs, PruneZooError
 from modules.core.gates import soft_threshold, straight_through, threshold_mask
-from modules.learned.atp import ATP, QUANTILES, quantiles, rescale, spatial_scores
+from modules.learned.atp import ATP, QUANTILES, REACH, quantiles, rescale, spatial_scores
 
 SIDE, WIDTH, WORDS = 8, 32, 5
 
@@ -117,7 +117,7 @@ def learned(atp, std=2.0):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for head in atp.thresholds:
-            head.displacement.weight.normal_(std=std, generator=generator)
+            head.displacement.weight.normal_(std=std / REACH, generator=generator)
     return atp
 
 
@@ -194,7 +194,7 @@ def test_in_training_a_batch_has_its_mean_while_its_images_differ():
 
 def test_the_mean_is_learnt_by_a_loss_of_its_own():
     inputs, atp = make_inputs(), learned(make_atp(), std=1.0).train()
-    optimizer = torch.optim.Adam(atp.parameters(), lr=0.003)
+    optimizer = torch.optim.Adam(atp.parameters(), lr=0.001)
     means = []
     for _ in range(100):
         output = atp(inputs, 10)

@@ -34,6 +34,7 @@ from .ppm import Norm, VisualBlock, place_features
 
 QUANTILES = 9  # of each of the two attentions, that the thresholds are made from
 FLOOR = 1e-3  # scores in [0, 1] are read as log-odds no further out than this
+REACH = 4.0  # log-odds that a unit of its head displaces a threshold by: thresholds have far to go in few steps
 OFF = 2.0  # spatial threshold before training, in log-odds: no grid passes it
 
 
@@ -183,7 +184,7 @@ class Thresholds(nn.Module):
     def forward(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S) to (B, 1) displacement of the redundancy threshold, and (B, 1) spatial threshold, in log-odds."""
         x = F.silu(self.enter(statistics.to(self.enter.weight.dtype)))
-        return self.displacement(x).float(), self.level(x).float()
+        return REACH * self.displacement(x).float(), self.level(x).float()
 
 
 class Correction(nn.Module):
