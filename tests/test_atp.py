@@ -8,6 +8,7 @@ import torch
 from modules import PruneInputs, PruneZooError
 from modules.core.gates import soft_threshold, straight_through, threshold_mask
 from modules.learned.atp import ATP, QUANTILES, REACH, quantiles, rescale, spatial_scores
+from trainers.evaluation.methods import build_method
 
 SIDE, WIDTH, WORDS = 8, 32, 5
 
@@ -205,6 +206,16 @@ def test_the_mean_is_learnt_by_a_loss_of_its_own():
     counts = atp.eval()(inputs, 10).count.float()
     assert means[0] > 20 and abs(float(counts.mean()) - 10) < 1.0 and counts.std() > 1.0
     assert make_atp(adaptive=False).train().loss_terms(output) == {}
+
+
+def test_a_checkpoint_is_measured_with_and_without_its_thresholds(tmp_path):
+    folder = learned(make_atp()).save_pretrained(tmp_path / "atp")
+    adaptive, fixed = (build_method(f"{folder}{query}").pruners[0] for query in ("", "?adaptive=false"))
+    assert adaptive.config.adaptive and not fixed.config.adaptive and fixed.config.layers == (1,)
+    assert torch.equal(adaptive(make_inputs(), 9).scores, fixed(make_inputs(), 9).scores)
+    for query, named in (("adaptiv=false", "adaptiv"), ("hidden=16", "depend on hidden"), ("least=0", "least")):
+        with pytest.raises(PruneZooError, match=named):
+            build_method(f"{folder}?{query}")
 
 
 # Gates as functions

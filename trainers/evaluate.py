@@ -2,7 +2,8 @@
 
     python -m trainers.evaluate --vlm V --pruner P [P2 …] --keep 192 128 1/9 --suite S [--json F] [--report DIR]
 
-A pruner is a registry name (`divprune`), a folder or a Hub id; `oracle`, `relevance` and `attention@L` are diagnostics.
+A pruner is a registry name (`divprune`), a folder or a Hub id, perhaps with config fields (`FOLDER?adaptive=false`);
+`oracle`, `relevance` and `attention@L` are diagnostics.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
-    weights = {method.name: weights_digest(method.name) for method in methods}
+    weights = {method.name: weights_digest(method.name.partition("?")[0]) for method in methods}
     journal = None
     if args.json:
         names = [args.vlm, str(vlm.dtype), args.suite, args.split, *args.suite_option, *(m.name for m in methods)]

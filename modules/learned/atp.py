@@ -10,10 +10,11 @@ masks ``max(sigmoid(redundant - t_r), sigmoid(spatial - t_s))`` and asks for a m
 Reconstructed, since neither the paper's code nor its full text could be had: scores are compared as log-odds, after
 both attentions are scaled to [0, 1] within the instance (raw means are about 1/N, so that any fixed threshold would
 drop everything); the redundancy threshold is a learned displacement from the score that would keep exactly the token
-count asked for, so that one checkpoint serves every budget; grids of several rates, one in another, let the spatial
-threshold choose a density; the mean count over all decoder layers is split over the pruned layers by a fixed `taper`
-instead of a price by depth; the frozen model is distilled instead of fine-tuned. Ours altogether is `hidden` > 0: a
-learned correction of the scores, which reads the tokens and the prompt as they stand at the layer.
+count asked for, so that one checkpoint serves every budget; grids of several rates let the spatial threshold choose a
+density; the mean count over all decoder layers is split over the pruned layers by a fixed `taper` instead of a price by
+depth; each training batch meets that mean exactly, by a common shift of its thresholds, and a loss of its own makes the
+shift nothing; gates are hard in value; the frozen model is distilled instead of fine-tuned. Ours altogether is `hidden`
+above 0: a learned correction of the scores, which reads the tokens and the prompt as they stand at the layer.
 
 Letters: B images, N visual tokens alive, T prompt tokens, D width of the language model, E hidden width.
 """
