@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_image
+from families import FAMILIES, Sample, tiny_family
 
 from modules import Pruner, attach, pruned_forward
 from modules.host import encode
-from modules.host.relevance import eager_attention, relevance_map, roll_out
+from modules.host.relevance import eager_attention, relevance_map, roll_on
 
 PROMPTS = (
     "<s> USER: <image> what color is the ball ? ASSISTANT: red </s>",
@@ -28,23 +29,21 @@ def labelled(tiny, rows=(0, 1, 2), side="right"):
     return {**batch, "labels": labels}
 
 
-def by_definition(vlm, batch, tokens, places):
-    """The map of one unpadded item: whole matrices R, one answer token after the other, nothing shared with ours."""
-    vlm.set_attn_implementation({"text_config": "eager"})
-    embeds = vlm.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-    features = vlm.model.get_image_features(batch["pixel_values"]).pooler_output[0]
-    image = batch["input_ids"][0] == vlm.config.image_token_id
-    embeds = embeds.masked_scatter(image[None, :, None], features)
+def by_definition(vlm, batch, row, places, tokens):
+    """The map of one row over all columns: whole matrices R, one graph, one token after the other."""
+    words = vlm.get_input_embeddings().weight.requires_grad_()  # so that there is a graph
+    with eager_attention(vlm):
+        out = vlm(**{name: value for name, value in batch.items() if name != "labels"}, output_attentions=True)
     maps = []
     for place, token in zip(places, tokens, strict=True):
-        out = vlm(inputs_embeds=embeds, attention_mask=batch["attention_mask"], output_attentions=True)
-        probability = out.logits[0, place].softmax(-1)[token]
-        gradients = torch.autograd.grad((probability / (1 - probability)).log(), out.attentions)
-        relevance = torch.eye(len(image))
+        probability = out.logits[row, place].softmax(-1)[token]
+        odds = (probability / (1 - probability)).log()
+        gradients = torch.autograd.grad(odds, out.attentions, retain_graph=True)
+        relevance = torch.eye(batch["input_ids"].shape[1])
         for weights, gradient in zip(out.attentions, gradients, strict=True):
-            relevance = relevance + (weights[0] * gradient[0]).clamp(min=0).mean(0) @ relevance
-        maps.append(relevance[place, image])
-    vlm.set_attn_implementation({"text_config": "sdpa"})
+            relevance = relevance + (weights[row] * gradient[row]).clamp(min=0).mean(0) @ relevance
+        maps.append(relevance[place])
+    words.requires_grad_(False)
     return torch.stack(maps).mean(0).detach()
 
 
@@ -54,7 +53,7 @@ def test_two_layers_by_hand():
     first[0, 0, 1, 0], last[0, :, 2, 1], last[0, 1, 2, 0] = 0.5, 0.8, 0.4
     hurts = ones.clone()
     hurts[0, 1, 2, 0] = -1.0  # what speaks against the answer counts nothing
-    row = roll_out(torch.tensor([[0.0, 0.0, 1.0]]), [first, last], [ones, hurts])
+    row = roll_on(roll_on(torch.tensor([[0.0, 0.0, 1.0]]), last, hurts), first, ones)
     torch.testing.assert_close(row, torch.tensor([[0.8 * 0.5 / 2, 0.8, 1.0]]))
 
 
@@ -67,14 +66,16 @@ def test_a_row_is_handed_through_as_whole_matrices_would():
         whole = whole + (weights * gradient).clamp(min=0).mean(1) @ whole
     start = torch.zeros(2, 7)
     start[0, 5] = start[1, 6] = 1.0
-    row = roll_out(start, attentions, gradients)
+    row = start
+    for weights, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
+        row = roll_on(row, weights, gradient)
     assert (row - start).abs().max() > 0.1
     torch.testing.assert_close(row, torch.stack([whole[0, 5], whole[1, 6]]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_equals_the_definition(side, tiny_llava):
-    """Answers of unlike length: each averages over its own tokens, and padding changes nothing."""
+    """Answers of unlike length, each alone and unpadded: each averages over its own tokens."""
     vlm, maps = tiny_llava.vlm, {}
     for limit in (None, 1):
         maps[limit] = relevance_map(vlm, encode(vlm, labelled(tiny_llava, side=side)), limit)
@@ -84,23 +85,28 @@ def test_a_padded_batch_equals_the_definition(side, tiny_llava):
         end, ids = single["input_ids"].shape[1], single["input_ids"][0]
         asked = list(range(end - ANSWERS[row], end))
         for limit in (None, 1):
-            expected = by_definition(vlm, single, ids[asked[:limit]], [place - 1 for place in asked[:limit]])
+            expected = by_definition(vlm, single, 0, [place - 1 for place in asked[:limit]], ids[asked[:limit]])
+            expected = expected[ids == vlm.config.image_token_id]
             assert expected.max() > 1e-3
             torch.testing.assert_close(maps[limit][row], expected, rtol=1e-3, atol=1e-6)
     assert (maps[None] - maps[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_without_labels_the_best_next_token_is_the_answer(side, tiny_llava):
-    vlm, batch = tiny_llava.vlm, labelled(tiny_llava, (0, 1), side)
-    batch.pop("labels")
-    ours = relevance_map(vlm, encode(vlm, batch))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_the_definition(name, side):
+    """Without labels, so the answer is the model's own best next token; pictures of unlike size, padded."""
+    family = tiny_family(name)
+    vlm, batch = family.vlm, family.batch([Sample(((48, 40),), 5), Sample(((24, 48),), 3)], side=side)
+    encoded = encode(vlm, batch)
+    ours, valid = relevance_map(vlm, encoded), encoded.inputs.valid
+    assert (ours[valid] > 0).all() and not ours[~valid].any()
+    logits = vlm(**batch).logits
     for row in range(2):
-        single = labelled(tiny_llava, (row,))
-        single.pop("labels")
-        token = vlm(**single).logits[0, -1].argmax()
-        expected = by_definition(vlm, single, [token], [single["input_ids"].shape[1] - 1])
-        torch.testing.assert_close(ours[row], expected, rtol=1e-3, atol=1e-6)
+        last = int(batch["attention_mask"][row].nonzero().max())
+        whole = by_definition(vlm, batch, row, [last], [logits[row, last].argmax()])
+        expected = whole[encoded.slots[row, valid[row]]]
+        torch.testing.assert_close(ours[row, valid[row]], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_map_is_the_same_in_inference_mode_and_leaves_the_model_as_it_was(tiny_llava):

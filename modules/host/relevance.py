@@ -1,21 +1,24 @@
 """How much each image token mattered to an answer: gradient-weighted attention, rolled out over the decoder's layers.
 
 Generic attention explainability (Chefer et al., ICCV 2021, arXiv 2103.15679) for a causal decoder, which is what the
-explainability-map CNN learns from (arXiv 2506.01097). It is dear: one forward pass with eager attention, and one
-backward pass for each answer token, through frozen weights.
+explainability-map CNN learns from (arXiv 2506.01097). It is dear: it needs attention weights and their gradients whole,
+for each token of the answer. So that they fit for thousands of tokens, only one layer's are there at a time: a first
+pass keeps what enters each layer, then each is run once more, from the last to the first, with a small graph
+of its own.
 
-Letters: B rows of the batch, L tokens, H heads, Q answer tokens of the whole batch, R images, N image tokens.
+Letters: B rows of the batch, L tokens, D width, H heads, Q answer tokens of the whole batch, R images, N image tokens.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .encoded import IGNORED, Encoded
+from .families import find_family
 from .prompt import full_forward
 
 
@@ -38,51 +41,46 @@ def relevance_map(vlm: PreTrainedModel, encoded: Encoded, max_tokens: int | None
     if not len(encoded.sample):
         return torch.zeros_like(encoded.inputs.valid, dtype=torch.float32)
     rows, length = encoded.mask.shape
-    # Nothing is trained: the graph begins at the image tokens. Tensors made in inference mode can be in no graph.
-    with eager_attention(vlm), torch.inference_mode(False), torch.enable_grad():
+    layers = find_family(vlm).decoder().layers
+    # Tensors made in inference mode can be in no graph, so it is left.
+    with eager_attention(vlm), torch.inference_mode(False), torch.no_grad():
         row, column, step = _places(encoded, max_tokens)
-        features, valid = encoded.inputs.features.detach().clone().requires_grad_(), encoded.inputs.valid.clone()
-        watched = replace(encoded, inputs=replace(encoded.inputs, features=features, valid=valid))
         first = int(column.min()) if len(column) else length - 1
-        out = full_forward(vlm, watched, output_attentions=True, logits_to_keep=length - first)
-        assert out.attentions is not None  # asked for
-        logits = out.logits[row, column - first].float()  # (Q, V)
-        token = logits.argmax(-1) if encoded.labels is None else encoded.labels[row, column + 1]
-        others = logits.scatter(1, token[:, None], -torch.inf).logsumexp(-1)
-        odds = logits.gather(1, token[:, None])[:, 0] - others
-        total = torch.zeros(rows, length, device=row.device)
-        # Rows do not know of each other, so the first tokens of all answers take one backward pass, then the second ...
-        steps = int(step.max()) + 1 if len(step) else 0
-        for number in range(steps):
-            now = step == number
-            gradients = torch.autograd.grad(odds[now].sum(), out.attentions, retain_graph=number + 1 < steps)
-            start = torch.zeros_like(total)
-            start[row[now], column[now]] = 1.0
-            total += roll_out(start, out.attentions, gradients)
+        with _recorded(layers) as (calls, top):
+            logits = full_forward(vlm, encoded, logits_to_keep=length - first).logits
+            logits = logits[row, column - first].float()  # (Q, V)
+            token = logits.argmax(-1) if encoded.labels is None else encoded.labels[row, column + 1]
+            others = logits.scatter(1, token[:, None], -torch.inf).logsumexp(-1)
+            odds = logits.gather(1, token[:, None])[:, 0] - others
+            # Rows know nothing of each other: the first tokens of all answers take one backward pass, then the second.
+            steps = [step == number for number in range(int(step.max()) + 1 if len(step) else 0)]
+            flows = [torch.autograd.grad(odds[now].sum(), top, retain_graph=True)[0] for now in steps]
+        relevance = [torch.zeros(rows, length, device=row.device) for _ in steps]
+        for of, now in zip(relevance, steps, strict=True):
+            of[row[now], column[now]] = 1.0
+        for layer, (args, kwargs) in zip(reversed(layers), reversed(calls), strict=True):
+            relevance, flows = _through(layer, args, kwargs, relevance, flows)
+    total = torch.stack(relevance).sum(0) if relevance else torch.zeros(rows, length, device=row.device)
     mean = total / step.new_zeros(rows).index_add_(0, row, torch.ones_like(row)).clamp_min(1)[:, None]
     return mean[encoded.sample].gather(1, encoded.slots) * encoded.inputs.valid
 
 
-@torch.no_grad()
-def roll_out(start: Tensor, attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """One row of the rollout R of Chefer et al.: R = I, then R + C R for each layer, C = mean over heads of (A * dA)+.
+def roll_on(relevance: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
+    """Hand a row of the rollout of Chefer et al. through one layer: r + r C, C = mean over heads of (A * dA)+.
 
-    A row of R = (I + C_last) ... (I + C_first) needs no product of matrices: the row is handed through the layers from
-    the last to the first.
+    Their R is I at first and R + C R after each layer, so a row of R = (I + C_last) ... (I + C_first) needs no product
+    of matrices: it is handed through the layers from the last to the first.
 
     Args:
-        start: ``(B, L)``, 1 at the place whose row is wanted.
-        attentions: Of each layer, from the first: ``(B, H, L, L)`` weights.
-        gradients: Theirs, likewise.
+        relevance: ``(B, L)``, so far; at first 1 at the place whose row is wanted.
+        weights: ``(B, H, L, L)`` of the layer's attention.
+        gradient: Theirs.
 
     Returns:
         ``(B, L)`` float32.
     """
-    row = start.float()
-    for weights, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
-        change = (weights * gradient).clamp_min(0).mean(1, dtype=torch.float32)
-        row = row + (row[:, None] @ change)[:, 0]
-    return row
+    change = (weights * gradient).clamp_min(0).mean(1, dtype=torch.float32)
+    return relevance + (relevance[:, None] @ change)[:, 0]
 
 
 @contextmanager
@@ -94,6 +92,53 @@ def eager_attention(vlm: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         vlm.set_attn_implementation({"text_config": before})
+
+
+@contextmanager
+def _recorded(layers: Sequence[nn.Module]) -> Iterator[tuple[list[tuple[Any, Any]], list[Tensor]]]:
+    """Record the arguments of each layer, in order, and, as a leaf of the graph of all that follows, the last output.
+
+    Gradients are wanted from there on, and no sooner.
+    """
+    calls: list[tuple[Any, Any]] = []
+    top: list[Tensor] = []
+
+    def enter(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    def leave(_layer: nn.Module, _args: Any, output: Any) -> Any:
+        is_tuple = isinstance(output, tuple)
+        top.append((output[0] if is_tuple else output).detach().requires_grad_())
+        torch.set_grad_enabled(True)
+        return (top[0], *output[1:]) if is_tuple else top[0]
+
+    before = torch.is_grad_enabled()
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield calls, top
+    finally:
+        torch.set_grad_enabled(before)
+        for handle in handles:
+            handle.remove()
+
+
+@torch.enable_grad()
+def _through(
+    layer: Any, args: Any, kwargs: Any, relevance: list[Tensor], flows: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Go back through one layer with each token: its row of the rollout, and its gradient ``(B, L, D)``."""
+    hidden, seen = args[0].detach().requires_grad_(), []
+    handle = layer.self_attn.register_forward_hook(lambda _module, _args, output: seen.append(output[1]))
+    try:
+        output = layer.forward(hidden, *args[1:], **kwargs)  # not as a call: hooks on layers are for the model's own
+    finally:
+        handle.remove()
+    output, weights = output[0] if isinstance(output, tuple) else output, seen[0]
+    for number, flow in enumerate(flows):
+        gradient, flows[number] = torch.autograd.grad(output, (weights, hidden), flow, retain_graph=True)
+        relevance[number] = roll_on(relevance[number], weights.detach(), gradient)
+    return relevance, flows
 
 
 def _places(encoded: Encoded, max_tokens: int | None) -> tuple[Tensor, Tensor, Tensor]:
