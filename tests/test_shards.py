@@ -21,26 +21,43 @@ ITEMS, SHARD = 10, 3
 
 @dataclass(frozen=True)
 class Roots:
-    """Computes roots of the even numbers, not faster than it is told, and notes which process did what."""
+    """Computes roots of the even numbers, not faster than it is told, and notes which process did what.
+
+    Processes wait for one another before the first item, so that each has something to do.
+    """
 
     pace: float = 0.0
     diary: Path | None = None
     broken: int | None = None
+    processes: int = 1
 
     def __call__(self, number):
+        self.note(f"begin {number}")
+        while self.diary and len(noted(self.diary, "begin")) < self.processes:
+            time.sleep(0.01)
+
         def compute(numbers, advance):
             even = [n for n in numbers if n % 2 == 0]
             for n in numbers:
                 if n == self.broken:
                     raise PruneZooError(f"item {n} is broken")
-                if self.diary:
-                    with self.diary.open("a") as file:
-                        file.write(f"{n} {os.getpid()}\n")
+                self.note(f"item {n} {os.getpid()}")
                 time.sleep(self.pace)
                 advance(1)
             return {"item": torch.tensor(even), "root": torch.tensor(even).double().sqrt()}
 
         return compute
+
+    def note(self, text):
+        if self.diary:
+            with self.diary.open("a") as file:
+                file.write(f"{text}\n")
+
+
+def noted(diary, kind):
+    """The entries of one kind in a diary, as words."""
+    lines = diary.read_text().splitlines() if diary.exists() else []
+    return [line.split()[1:] for line in lines if line.startswith(kind)]
 
 
 def make(folder, items=ITEMS, **facts):
@@ -71,11 +88,14 @@ def test_two_killed_processes_and_one_that_goes_on_write_what_one_writes(tmp_pat
     folder, diary = tmp_path / "cache", tmp_path / "diary"
     code = (
         "from pathlib import Path; from test_shards import *; "
-        f"fill(make(Path({str(folder)!r})), Roots(0.3, Path({str(diary)!r})), 2, print)"
+        f"fill(make(Path({str(folder)!r})), Roots(0.3, Path({str(diary)!r}), processes=2), 2, print)"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not (folder / MANIFEST).exists() and process.poll() is None:
         time.sleep(0.005)
@@ -83,7 +103,9 @@ def test_two_killed_processes_and_one_that_goes_on_write_what_one_writes(tmp_pat
     process.wait()
     left = make(folder).missing()
     assert 0 < len(left) < 4, "it was killed too late"
-    for pid in {line.split()[1] for line in diary.read_text().splitlines()}:
+    workers = {pid for _, pid in noted(diary, "item")}
+    assert len(workers) == 2
+    for pid in workers:
         while alive(pid):  # no process outlives its parent
             time.sleep(0.05)
     seen = {name: (folder / name).stat().st_mtime_ns for name in set(make(folder).names) - set(left)}
@@ -116,18 +138,23 @@ def test_a_harmed_shard_is_named_and_only_it_is_computed_again(harm, words, tmp_
         list(make(tmp_path / "cache").read())
     diary = tmp_path / "diary"
     assert filled(tmp_path / "cache", worker=Roots(diary=diary)) == before
-    assert [line.split()[0] for line in diary.read_text().splitlines()] == ["6", "7", "8"]
+    assert [number for number, _ in noted(diary, "item")] == ["6", "7", "8"]
 
 
 def test_another_content_is_refused_and_the_difference_named(tmp_path):
     filled(tmp_path)
     with pytest.raises(PruneZooError, match="made with split=None, wanted is 'test'"):
         make(tmp_path, split="test")
-    with pytest.raises(PruneZooError, match="items=10, wanted is 12"):
-        make(tmp_path, items=12)
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(PruneZooError, match="not a manifest"):
         make(tmp_path)
+
+
+def test_more_items_of_the_same_keep_what_lies_there(tmp_path):
+    filled(tmp_path)
+    assert make(tmp_path, items=12).missing() == ["00003.safetensors"], "it had one item of three"
+    assert make(tmp_path, items=9).missing() == [] and make(tmp_path, items=9).rows == 5
+    assert torch.cat([shard["item"] for shard in make(tmp_path, items=6).read()]).tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -49,8 +49,8 @@ class ShardedCache:
 
     Args:
         folder: Where it lies; it is made when the first shard is written.
-        facts: All that the contents depend on, as JSON values.
-        items: Number of items that it is for.
+        facts: All that the contents depend on but for the number of items, as JSON values.
+        items: Number of items that it is for; with more of the same, what lies there is kept.
         shard_items: Items of one shard.
         remedy: What to do about a shard that is missing or damaged, for error messages.
 
@@ -62,7 +62,7 @@ class ShardedCache:
         if items < 1 or shard_items < 1:
             raise PruneZooError(f"{folder}: items={items} and shard_items={shard_items} must be at least 1")
         self.folder, self.remedy, self.items, self.shard_items = Path(folder), remedy, items, shard_items
-        self.facts = json.loads(json.dumps({**facts, "items": items, "shard_items": shard_items}))
+        self.facts = json.loads(json.dumps({**facts, "shard_items": shard_items}))
         self.shards: dict[str, Shard] = {}
         path = self.folder / MANIFEST
         if not path.exists():
@@ -87,7 +87,7 @@ class ShardedCache:
     @property
     def rows(self) -> int:
         """Items of which something was kept, in the shards so far."""
-        return sum(shard.rows for shard in self.shards.values())
+        return sum(self.shards[name].rows for name in self.names if name in self.shards)
 
     def range_of(self, name: str) -> range:
         """Numbers of a shard's items."""
@@ -97,7 +97,7 @@ class ShardedCache:
     def wrong(self, name: str) -> str | None:
         """What is wrong with a shard's file, in words; None if it is whole."""
         path, shard = self.folder / name, self.shards.get(name)
-        if shard is None:
+        if shard is None or shard.items != len(self.range_of(name)):
             return f"{path} has not been computed"
         if not path.is_file():
             return f"{path} is missing"
