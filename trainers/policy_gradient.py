@@ -13,7 +13,7 @@ Letters: B samples of one image each, N image tokens, G subsets drawn for each s
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -75,6 +75,7 @@ class PolicyModule(FrozenModule):
     """
 
     pruner: KeepPolicy
+    reference: KeepPolicy
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class PolicyModule(FrozenModule):
             self.manual_backward(loss)
             self.clip_gradients(optimizer, self.gradient_clip, "norm")  # type: ignore[arg-type]
             optimizer.step()  # type: ignore[union-attr]
-            schedule.step()  # type: ignore[union-attr, call-arg]
+            schedule.step()  # type: ignore[union-attr]
 
     @torch.no_grad()
     def roll_out(self, batch: dict[str, Any]) -> Rollout:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..core.contract import PruneInputs, PruneOutput
+from ..core.contract import PruneOutput
+from ..core.errors import PruneZooError
 from ..core.plan import mask_to_index
-from .prompt import Encoded, HostOutput, shorten_prompt
+from .encoded import Encoded, Newlines
+from .prompt import HostOutput, pruned_forward, shorten_prompt
 
 
 def group_forward(vlm: PreTrainedModel, encoded: Encoded, keep: Tensor, **options: Any) -> HostOutput:
@@ -38,18 +40,17 @@ def group_forward(vlm: PreTrainedModel, encoded: Encoded, keep: Tensor, **option
     if shared:
         columns = torch.arange(many.mask.shape[1], device=many.mask.device).expand_as(many.mask)
         rest = {**many.batch, "attention_mask": many.mask & (columns >= shared), "position_ids": columns}
-        shorter, labels, plan = shorten_prompt(vlm, replace(many, batch=rest), output)
+        short, plan = shorten_prompt(vlm, replace(many, batch=rest), output)
         if not plan.identity:
             cache = DynamicCache(config=vlm.config.get_text_config())
             vlm(input_ids=encoded.batch["input_ids"][:, :shared], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(draws)
             seen = torch.ones(len(many.mask), shared, dtype=torch.long, device=many.mask.device)
-            shorter["attention_mask"] = torch.cat([seen, shorter["attention_mask"]], dim=1)
-            out = vlm(**shorter, past_key_values=cache, **options)
-            return HostOutput(out.logits, labels)
-    shorter, labels, _ = shorten_prompt(vlm, many, output)
-    out = vlm(**shorter, use_cache=False, **options)
-    return HostOutput(out.logits, labels)
+            inputs = short.model_inputs(vlm)
+            inputs["attention_mask"] = torch.cat([seen, inputs["attention_mask"]], dim=1)
+            out = vlm(**inputs, past_key_values=cache, **options)
+            return HostOutput(out.logits, short.labels)
+    return pruned_forward(vlm, many, output, **options)
 
 
 def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
@@ -67,24 +68,31 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
     def rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[image]
 
-    old = encoded.inputs
-    inputs = PruneInputs(
-        old.features[image],
-        old.valid[image],
-        old.cells[image],
-        rows(old.text),
-        rows(old.text_valid),
-        {name: signal[image] for name, signal in old.signals.items()},
+    old, lines = encoded.inputs, encoded.newlines
+    inputs = replace(
+        old,
+        features=old.features[image],
+        valid=old.valid[image],
+        cells=old.cells[image],
+        text=rows(old.text),
+        text_valid=rows(old.text_valid),
+        signals={name: signal[image] for name, signal in old.signals.items()},
+        sizes=rows(old.sizes),
     )
-    samples = len(encoded.mask)
-    batch = {
-        name: value.repeat_interleave(copies, 0) if isinstance(value, Tensor) and len(value) == samples else value
-        for name, value in encoded.batch.items()
-    }
+    newlines = None if lines is None else Newlines(*(part[image] for part in vars(lines).values()))
+    deep = tuple(level[image] for level in encoded.deep)
+    batch = dict(encoded.batch)
+    for name, value in encoded.batch.items():
+        if isinstance(value, Tensor):
+            if len(value) != len(encoded.mask):
+                raise PruneZooError(f"'{name}' has no row for each sample: take one image a sample, or pruned_forward")
+            batch[name] = value.repeat_interleave(copies, 0)
     labels = None if encoded.labels is None else encoded.labels.repeat_interleave(copies, 0)
-    return replace(
-        encoded, inputs=inputs, batch=batch, labels=labels, sample=sample[source], slots=encoded.slots[image]
-    ), source
+    many = replace(
+        encoded, inputs=inputs, batch=batch, labels=labels, sample=sample[source], slots=encoded.slots[image],
+        newlines=newlines, deep=deep,
+    )  # fmt: skip
+    return many, source
 
 
 def shared_prefix(encoded: Encoded) -> int:

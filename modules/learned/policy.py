@@ -45,4 +45,3 @@ class KeepPolicy(PPM):
     def score(self, inputs: PruneInputs) -> Tensor:
         """Logits (B, N) of the first pick."""
         return super().score(inputs) / self.config.temperature
-
