@@ -156,6 +156,9 @@ def test_rows_have_measured_beside_ideal(vlm, request_of):
     overhead = setting.overhead()
     assert overhead is not None
     assert (overhead["batch"], overhead["length"], overhead["tokens"]) == (2, 20, TOKENS + 20)
+    pairs = next(case for case in setting.cases if case.name == "full").pairs
+    more = sorted((own["other"] + own["pruner"] - bare["other"]) / bare["prefill"] for bare, own in pairs)
+    assert overhead["share"] == pytest.approx(more[1], rel=1e-5)
 
 
 def test_an_interrupt_leaves_what_was_timed(vlm, request_of):
@@ -227,7 +230,7 @@ def test_the_command_writes_rows(tiny_llava_folder, tmp_path, capsys):
     assert len(record["overhead"]) == 2
     out = capsys.readouterr().out
     assert "batch 2, 20 text tokens" in out
-    assert "of a prefill (interquartile range" in out
+    assert "of a prefill more in front of the language model (interquartile range" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

@@ -155,17 +155,28 @@ class Setting:
         return rows
 
     def overhead(self) -> Row | None:
-        """What attaching costs where nothing is dropped: seconds more to the first token, as a share of a bare prefill.
+        """What attaching costs where nothing is dropped, as a share of the bare model's prefill.
 
         Returns:
-            `{batch, length, tokens, share, spread}` with the prompt's tokens, images included; None before any timing.
+            `{batch, length, tokens, share, spread, first_token, first_token_spread}`: tokens of the prompt, images
+            included; share: of what is done more in front of the language model, pruner `full` and all; first_token:
+            of the whole difference up to the first token, in which the noise of the model itself is; None before any
+            timing.
         """
-        full = next(case for case in self.cases if case.name == FULL)
-        shares = [(own["first_token"] - bare["first_token"]) / bare["prefill"] for bare, own in full.pairs]
-        if not shares:
+        pairs = next(case for case in self.cases if case.name == FULL).pairs
+        if not pairs:
             return None
-        head = {"batch": len(self.request.items), "length": self.request.length, "tokens": self.request.columns}
-        return {**head, "share": _digits(float(np.median(shares))), "spread": _digits(_spread(shares))}
+        own = [(full["other"] + full["pruner"] - bare["other"]) / bare["prefill"] for bare, full in pairs]
+        whole = [(full["first_token"] - bare["first_token"]) / bare["prefill"] for bare, full in pairs]
+        return {
+            "batch": len(self.request.items),
+            "length": self.request.length,
+            "tokens": self.request.columns,
+            "share": _digits(float(np.median(own))),
+            "spread": _digits(_spread(own)),
+            "first_token": _digits(float(np.median(whole))),
+            "first_token_spread": _digits(_spread(whole)),
+        }
 
 
 def _spread(values: Sequence[float]) -> float:

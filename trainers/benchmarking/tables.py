@@ -63,9 +63,13 @@ def ratio(row: Row) -> str:
 
 def overhead_line(overhead: Mapping[str, Any]) -> str:
     """What attaching costs, in a sentence."""
+    share, spread, first, wide = (
+        f"{100 * overhead[key]:.2f}" for key in ("share", "spread", "first_token", "first_token_spread")
+    )
     return (
-        f"attach with every token kept, batch {overhead['batch']}, {overhead['tokens']} tokens: first token "
-        f"{100 * overhead['share']:+.2f} % of a prefill (interquartile range {100 * overhead['spread']:.2f})"
+        f"attach with every token kept, batch {overhead['batch']}, {overhead['tokens']} tokens: "
+        f"{share} % of a prefill more in front of the language model (interquartile range {spread}); "
+        f"{first} % up to the first token ({wide})"
     )
 
 
@@ -86,3 +90,19 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
         console.print(LEGEND, style="dim")
     for overhead in record["overhead"]:
         console.print(overhead_line(overhead))
+
+
+def speed_section(record: Mapping[str, Any]) -> str:
+    """A benchmark in Markdown, for README.md."""
+    lines = []
+    for (batch, length), cases in settings_of(record["rows"]):
+        header, *rest = table_lines(cases)
+        lines += [f"Batch {batch}, {length} text tokens:", "", f"| {' | '.join(header)} |"]
+        lines += ["|---|---|" + "---:|" * (len(header) - 2), *(f"| {' | '.join(line)} |" for line in rest), ""]
+    lines += [LEGEND, "", *(f"{overhead_line(overhead)}." for overhead in record["overhead"]), ""]
+    versions = ", ".join(f"{name} {release}" for name, release in record["versions"].items())
+    lines += [
+        f"`{record['vlm']}`, {record['dtype']}, {record['device']}; {versions}; medians of {record['repeats']}.",
+        "",
+    ]
+    return "\n".join([*lines, "```", record["command"], "```", ""])
