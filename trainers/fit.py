@@ -81,14 +81,18 @@ def checkpoint_folder(out: str) -> str:
     return str(Path(out) / "training" / "checkpoints")
 
 
-def build(args: list[str] | None = None) -> FitCLI:
+def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> FitCLI:
     """Parse and instantiate.
+
+    Args:
+        args: Words of the command line; None: those of this process.
+        cli: What does it, if not FitCLI itself.
 
     Raises:
         PruneZooError: A mistake in the configuration; it names the key.
     """
     try:
-        return FitCLI(
+        return (cli or FitCLI)(
             L.LightningModule,
             ItemDataModule,
             subclass_mode_model=True,

@@ -50,8 +50,21 @@ class ItemDataModule(L.LightningDataModule, ABC):
 
     @property
     @abstractmethod
+    def source(self) -> dict[str, Any]:
+        """What the items are taken from, as JSON values."""
+
+    @property
+    @abstractmethod
     def groups(self) -> tuple[str, ...]:
         """Groups that validation reports apart; known after `setup`."""
+
+    def make_cache(self, vlm: Any) -> None:
+        """Compute ahead what training reads from disk; only some data modules have such a thing.
+
+        Args:
+            vlm: The frozen model.
+        """
+        raise PruneZooError(f"{type(self).__name__} keeps no cache: there is nothing to make before training")
 
     def setup(self, stage: str | None = None) -> None:
         """Open processor and data, and check them."""
@@ -127,6 +140,11 @@ class SuiteDataModule(ItemDataModule):
         return load_suite(self.suite, split=split, limit=self.limits[split], **self.options)
 
     @property
+    def source(self) -> dict[str, Any]:
+        """The suite's name and options."""
+        return {"suite": self.suite, "options": self.options}
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """The suite's groups."""
         return self.validation_set.groups  # type: ignore[union-attr]
@@ -140,6 +158,7 @@ class LlavaJsonDataModule(ItemDataModule):
         images: Folder that its image paths are relative to.
         validation_share: Share of the pictures in (0, 1) held out; none of them is trained on.
         validation_items: At most so many held-out items are measured each time.
+        train_items: Only the first so many items to train on; None: all.
         common: See ItemDataModule.
     """
 
@@ -152,12 +171,13 @@ class LlavaJsonDataModule(ItemDataModule):
         workers: int = 4,
         validation_share: float = 0.01,
         validation_items: int = 512,
+        train_items: int | None = None,
         max_length: int | None = 2048,
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, batch_size, workers, max_length, seed)
         self.json, self.images, self.validation_share = json, images, validation_share
-        self.limits = {"train": None, "validation": validation_items}
+        self.limits = {"train": train_items, "validation": validation_items}
         self._everything: LlavaJson | None = None
 
     def items(self, split: str) -> Sequence[Item]:
@@ -165,6 +185,11 @@ class LlavaJsonDataModule(ItemDataModule):
         if self._everything is None:
             self._everything = LlavaJson(self.json, self.images)
         return self._everything.part(split, self.validation_share, self.limits[split])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The file's name, and how it is split."""
+        return {"json": self.json.name, "validation_share": self.validation_share}
 
     @property
     def groups(self) -> tuple[str, ...]:

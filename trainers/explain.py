@@ -1,0 +1,191 @@
+"""Train the explainability-map CNN (arXiv 2506.01097): from first-layer attention to relevance, over a cache of maps.
+
+The frozen model is asked only while the maps are made (`trainers.teacher`) and in validation, which prunes for real.
+
+Letters: B maps of a batch, M maps in all, N image tokens of an image (padded).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from modules.core.contract import PruneInputs, Pruner
+from modules.core.errors import PruneZooError
+
+from .data.loading import ResumableLoader
+from .data.modules import ItemDataModule, LlavaJsonDataModule, SuiteDataModule
+from .data.shards import ShardedCache
+from .frozen import Dtype, FrozenModule
+from .losses import guide_kl
+from .teacher import SIGNAL, RelevanceWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+
+
+class ExplainModule(FrozenModule):
+    """KL between the sharpened relevance map and the network's map.
+
+    Args:
+        vlm: See FrozenModule.
+        pruner: A pruner whose only signal is `prompt_attention`, and which reads nothing else.
+        vlm_dtype: See FrozenModule.
+        cut: Share in [0, 1) of an image's tokens whose relevance counts as zero: the least relevant ones.
+        lr: Peak learning rate.
+        warm_up: See FrozenModule.
+        weight_decay: Of the matrices; vectors have none.
+        measure: Shares of the tokens that validation keeps, by hard selection.
+    """
+
+    def __init__(
+        self,
+        vlm: str,
+        pruner: Pruner,
+        vlm_dtype: Dtype = "auto",
+        cut: float = 0.5,
+        lr: float = 1e-3,
+        warm_up: float = 0.05,
+        weight_decay: float = 0.0,
+        measure: tuple[float, ...] = (1 / 3, 2 / 9, 1 / 9, 1 / 18),
+    ) -> None:
+        if tuple(pruner.needs) != (SIGNAL,):
+            raise PruneZooError(
+                f"pruner '{pruner.name}' reads {', '.join(pruner.needs) or 'no signal'}; the cache of maps holds "
+                f"{SIGNAL} alone: train it by trainers.distill.DistillModule"
+            )
+        if not 0.0 <= cut < 1.0:
+            raise PruneZooError(f"cut={cut} must lie in [0, 1)")
+        super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
+        self.cut = cut
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """One step."""
+        attention, valid = batch["attention"], batch["valid"]
+        nowhere = torch.full((*valid.shape, 3), -1, device=valid.device)
+        inputs = PruneInputs(attention[..., None], valid, nowhere, signals={SIGNAL: attention})
+        loss = guide_kl(self.pruner.score(inputs), batch["relevance"], valid, self.cut)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(valid))
+        return loss
+
+
+class MapSet(Dataset):
+    """Pairs of maps out of a cache, held in memory: attention and relevance, (N,) each."""
+
+    def __init__(self, cache: ShardedCache) -> None:
+        shards = list(cache.read())
+        self.sizes = torch.cat([shard["tokens"] for shard in shards])
+        self.ends = self.sizes.cumsum(0)
+        self.attention, self.relevance = (torch.cat([s[name] for s in shards]) for name in ("attention", "relevance"))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        here = slice(int(self.ends[index] - self.sizes[index]), int(self.ends[index]))
+        return self.attention[here], self.relevance[here]
+
+
+def pad_maps(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """To attention and relevance (B, N), 0 on padding, and valid (B, N)."""
+    attention, relevance = (pad_sequence(list(maps), batch_first=True) for maps in zip(*pairs, strict=True))
+    sizes = torch.tensor([len(pair[0]) for pair in pairs])
+    valid = torch.arange(attention.shape[1]) < sizes[:, None]
+    return {"attention": attention, "relevance": relevance, "valid": valid}
+
+
+class MapDataModule(ItemDataModule):
+    """Trains on cached maps of the training items, and validates on items; to be mixed into a data module of items.
+
+    Args:
+        vlm: See ItemDataModule.
+        maps: Folder of the cache; what is missing there is computed before training.
+        maps_per_step: Maps a step and process.
+        shard_items: Items of one file of the cache.
+        processes: Processes that compute what is missing.
+        max_tokens: Only the first so many tokens of an answer are explained, each at the price of a backward pass;
+            null: all.
+        source: See the data module of items. Its `train_items` are asked, and give a map each if they are answered
+            rightly; its `batch_size` is that of the frozen model's passes.
+    """
+
+    def __init__(
+        self,
+        vlm: str,
+        maps: str,
+        maps_per_step: int = 128,
+        shard_items: int = 256,
+        processes: int = 1,
+        max_tokens: int | None = None,
+        **source: Any,
+    ) -> None:
+        super().__init__(vlm, **source)
+        for name, value in {"maps_per_step": maps_per_step, "processes": processes, "max_tokens": max_tokens}.items():
+            if value is not None and value < 1:
+                raise PruneZooError(f"{name} must be at least 1, got {value}")
+        self.maps, self.maps_per_step, self.shard_items = maps, maps_per_step, shard_items
+        self.processes, self.max_tokens = processes, max_tokens
+        self.map_set: MapSet | None = None
+
+    def cache(self, vlm: Any) -> ShardedCache:
+        """The cache of this model's maps of these items.
+
+        Raises:
+            PruneZooError: The folder holds others; the message names what differs.
+        """
+        items = self.items("train")
+        facts = {
+            "content": "relevance maps 1",  # the number is to be raised when they are computed differently
+            "vlm": fingerprint(vlm),
+            "dtype": dtype_of(vlm),
+            **self.source,
+            "split": "train",
+            "sample": sample_of(items),
+            "max_length": self.max_length,
+            "max_tokens": self.max_tokens,
+        }
+        remedy = "`python -m trainers.teacher` with the same recipe computes it again, and nothing else"
+        return ShardedCache(self.maps, facts, len(items), self.shard_items, remedy)
+
+    def make_cache(self, vlm: Any) -> None:
+        """Compute the maps that are missing."""
+        items = self.items("train")
+        worker = RelevanceWorker(self.vlm, dtype_of(vlm), items, self.batch_size, self.max_length, self.max_tokens)
+        fill_with_progress(self.cache(vlm), worker, vlm, self.processes)
+
+    def prepare_data(self) -> None:
+        """Compute the maps that are missing, in the first process of a machine."""
+        self.make_cache(self.frozen)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the items, and read the maps."""
+        super().setup(stage)
+        if self.map_set is None:
+            self.map_set = MapSet(self.cache(self.frozen))
+
+    @property
+    def frozen(self) -> Any:
+        """The frozen model of the training that this is for."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.vlm
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled maps, endless over epochs, resumable in mid-epoch."""
+        assert self.map_set is not None and self.trainer is not None
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        if len(self.map_set) < self.maps_per_step * world_size:
+            raise PruneZooError(
+                f"{len(self.map_set)} maps do not fill one step of {world_size} x maps_per_step={self.maps_per_step}: "
+                "lower it, or raise train_items"
+            )
+        return ResumableLoader(
+            self.map_set, self.maps_per_step, pad_maps, world_size=world_size, rank=rank, seed=self.seed
+        )
+
+
+class SuiteMaps(MapDataModule, SuiteDataModule):
+    """Maps of a suite's training split."""
+
+
+class LlavaJsonMaps(MapDataModule, LlavaJsonDataModule):
+    """Maps of a LLaVA-format file's training pictures."""
