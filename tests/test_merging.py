@@ -1,5 +1,7 @@
 """Merging: the algebra of groups, VisionZip and ToMe, each against the slow way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_contract import make_inputs
@@ -87,11 +89,17 @@ def test_visionzip_keeps_the_papers_split():
     for keep, contextual in ((64, 10), (128, 20), (192, 30)):
         inputs = make_inputs(grids=((24, 24),))
         output = build_pruner("visionzip").eval()(inputs, keep)
-        assert int((output.groups[0].bincount() > 1).sum()) == contextual
+        dominant = inputs.signal("cls_attention")[0].topk(keep - contextual).indices
+        is_dominant = torch.isin(output.index[0], dominant)
+        assert int(is_dominant.sum()) == len(dominant) and int((~is_dominant).sum()) == contextual
+        merged = output.groups[0].bincount() > 1
+        assert merged.any() and not (merged & is_dominant).any()
 
 
 def test_visionzip_reads_received_attention_where_there_is_no_cls():
     pruner, inputs = build_pruner("visionzip", attention="received", contextual=0.0).eval(), make_inputs()
+    received = torch.rand(inputs.valid.shape, generator=torch.Generator().manual_seed(7))
+    inputs = replace(inputs, signals={**inputs.signals, "received_attention": received})
     assert pruner.needs == ("received_attention", "vision_keys")
     best = inputs.signal("received_attention").masked_fill(~inputs.valid, -1).topk(4).indices.sort().values
     assert torch.equal(pruner(inputs, 4).index, best)

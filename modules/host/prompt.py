@@ -29,6 +29,7 @@ class HostOutput:
     logits: Tensor  # (B, S, V)
     labels: Tensor | None  # (B, S), shortened like the prompt
     hidden_states: tuple[Tensor, ...] | None = None  # where asked for with output_hidden_states
+    attentions: tuple[Tensor, ...] | None = None  # (B, H, L, L) a layer, where asked for with output_attentions
 
 
 def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> HostOutput:
@@ -40,7 +41,7 @@ def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> Host
         options: Passed to the model, as ``output_hidden_states=True``.
     """
     out = _call(vlm, encoded.model_inputs(vlm), options)
-    return HostOutput(out.logits, encoded.labels, out.hidden_states)
+    return HostOutput(out.logits, encoded.labels, out.hidden_states, out.attentions)
 
 
 def pruned_forward(
@@ -77,7 +78,7 @@ def gated_forward(
     mask = torch.where(allowed, weight.log()[:, None, None], torch.finfo(family.vlm.dtype).min).to(family.vlm.dtype)
     batch = encoded.model_inputs(vlm, position_ids=family.positions(encoded.batch, real, generating=False))
     out = _call(vlm, {**batch, "attention_mask": family.own_mask(mask)}, options)
-    return HostOutput(out.logits, encoded.labels, out.hidden_states)
+    return HostOutput(out.logits, encoded.labels, out.hidden_states, out.attentions)
 
 
 def gate_weights(encoded: Encoded, gates: Tensor, log_eps: float) -> Tensor:
