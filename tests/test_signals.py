@@ -134,7 +134,7 @@ def test_decoder_signals_of_any_layer_equal_eager_ones(tiny, eager, side):
         batch = tiny.batch([LONG, NONE, TWO], [[make_image(0)], [], [make_image(5), make_image(6)]])
     finally:
         tiny.processor.tokenizer.padding_side = "left"
-    kinds = ("prompt_attention", "last_attention", "hidden_states")
+    kinds = ("prompt_attention", "prompt_head_attention", "last_attention", "hidden_states")
     needs = tuple(kind + place for kind in kinds for place in ("", "@0", "@1"))
     encoded = encode(tiny.vlm, batch, needs)
     signals = encoded.inputs.signals
@@ -145,6 +145,8 @@ def test_decoder_signals_of_any_layer_equal_eager_ones(tiny, eager, side):
         close = {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(signals["prompt_attention" + place], word_rows(tiny, batch, encoded, maps), **close)
         torch.testing.assert_close(signals["last_attention" + place], last_row(tiny, batch, encoded, maps), **close)
+        heads = [word_rows(tiny, batch, encoded, head) for head in expected.attentions[layer].unbind(1)]
+        torch.testing.assert_close(signals["prompt_head_attention" + place], torch.stack(heads, -1), **close)
         states = expected.hidden_states[layer][encoded.sample[:, None], encoded.slots]
         torch.testing.assert_close(signals["hidden_states" + place], states, rtol=1e-4, atol=1e-5)
     assert (signals["last_attention"] - signals["last_attention@1"]).abs().max() > 1e-4

@@ -4,20 +4,21 @@ A name is ``kind``, perhaps ``@where``, perhaps ``+norope``: ``cls_attention``, 
 8), ``last_attention@previous`` (the decoder layer before the one in front of which the pruner stands),
 ``prompt_attention@2+norope``. Shapes are those of images: R images, N image tokens.
 
-====================== ================ ==========================================================================
-kind                   shape            what it is
-====================== ================ ==========================================================================
-``cls_attention``      (R, N)           what CLS attends to in a vision block, mean over heads
-``received_attention`` (R, N)           what a patch receives in a vision block, mean over heads and all rows
-``vision_keys``        (R, N, H, d)     keys of a vision block, H heads
-``vision_values``      (R, N, H, d)     values likewise
-``prompt_attention``   (R, N)           what the prompt's words after the image attend to in a decoder layer, mean
-``last_attention``     (R, N)           what the prompt's last token attends to in a decoder layer, mean over heads
-``self_attention``     (R, N)           what an image token receives in a decoder layer, mean over heads and over the
-                                        image's own tokens that may see it
-``hidden_states``      (R, N, D)        image tokens as they enter a decoder layer
-``relevance``          (R, N)           gradient-weighted attention, rolled out over all decoder layers
-====================== ================ ==========================================================================
+========================= ================ ========================================================================
+kind                      shape            what it is
+========================= ================ ========================================================================
+``cls_attention``         (R, N)           what CLS attends to in a vision block, mean over heads
+``received_attention``    (R, N)           what a patch receives in a vision block, mean over heads and all rows
+``vision_keys``           (R, N, H, d)     keys of a vision block, H heads
+``vision_values``         (R, N, H, d)     values likewise
+``prompt_attention``      (R, N)           what the prompt's words after the image attend to in a decoder layer, mean
+``prompt_head_attention`` (R, N, H)        the same of each of its H heads
+``last_attention``        (R, N)           what the prompt's last token attends to in a decoder layer, mean over heads
+``self_attention``        (R, N)           what an image token receives in a decoder layer, mean over heads and over the
+                                           image's own tokens that may see it
+``hidden_states``         (R, N, D)        image tokens as they enter a decoder layer
+``relevance``             (R, N)           gradient-weighted attention, rolled out over all decoder layers
+========================= ================ ========================================================================
 
 Vision kinds: ``@b`` is a block, from 0, or from the end if negative; without it the block whose output is projected,
 and in the vision stage, which knows no other, the one inside which the pruner stands.
@@ -33,7 +34,7 @@ from functools import cache
 from .errors import PruneZooError
 
 VISION_SIGNALS = ("cls_attention", "received_attention", "vision_keys", "vision_values")
-ATTENTION_SIGNALS = ("prompt_attention", "last_attention", "self_attention")
+ATTENTION_SIGNALS = ("prompt_attention", "prompt_head_attention", "last_attention", "self_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, "hidden_states")
 SIGNALS = (*VISION_SIGNALS, *DECODER_SIGNALS, "relevance")
 PREVIOUS = "previous"

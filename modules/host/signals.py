@@ -152,8 +152,8 @@ def attention_to_images(
 
     Args:
         decoder: The language model.
-        signal: From ``prompt_attention`` (all words behind the image), ``last_attention`` (the last word), or
-            ``self_attention`` (the image's own tokens).
+        signal: From ``prompt_attention`` (all words behind the image), ``prompt_head_attention`` (likewise),
+            ``last_attention`` (the last word), or ``self_attention`` (the image's own tokens).
         layer: Which, from 0.
         entry: What enters it.
         words: Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
@@ -163,7 +163,7 @@ def attention_to_images(
 
     Returns:
         ``(R, N)`` float32: the softmax weight, mean over heads and over the words, or over those of the image's tokens
-        that may look at it; 0 where there is none.
+        that may look at it; 0 where there is none. ``(R, N, H)`` for ``prompt_head_attention``.
     """
     if signal.kind == "self_attention":
         return _self_attention(decoder, layer, entry, entry.rotary if signal.rotary else None, sample, slots, valid)
@@ -172,12 +172,15 @@ def attention_to_images(
         last = real.sum(1, keepdim=True)
         columns, real = columns.gather(1, (last - 1).clamp_min(0)), last > 0
     rotary = entry.rotary if signal.rotary else None
-    weights = decoder.attention_rows(layer, entry.hidden, rotary, columns, entry.mask)  # (B, T, L)
+    weights = decoder.attention_rows(layer, entry.hidden, rotary, columns, entry.mask)  # (B, H, T, L)
+    if signal.kind != "prompt_head_attention":
+        weights = weights.mean(1, keepdim=True)
     counted = real[sample]  # (R, T)
-    if signal.kind == "prompt_attention":
+    if signal.kind != "last_attention":
         counted = counted & (columns[sample] > slots.amax(1, keepdim=True))
-    seen = weights[sample].gather(2, slots[:, None].expand(-1, columns.shape[1], -1))  # (R, T, N)
-    return (seen * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
+    seen = weights[sample].gather(3, slots[:, None, None].expand(-1, *weights.shape[1:3], -1))  # (R, H or 1, T, N)
+    mean = (seen * counted[:, None, :, None]).sum(2) / counted.sum(1).clamp_min(1)[:, None, None]
+    return mean.transpose(1, 2) if signal.kind == "prompt_head_attention" else mean[:, 0]
 
 
 def _self_attention(
@@ -193,7 +196,7 @@ def _self_attention(
     total, lookers = torch.zeros_like(slots, dtype=torch.float32), torch.zeros_like(slots)
     # Some rows at a time: the whole map of a large picture would be gigabytes.
     for rows, counted in zip(slots.split(ROWS, 1), valid.split(ROWS, 1), strict=True):
-        weights = decoder.attention_rows(layer, hidden, rotary, rows, mask)
+        weights = decoder.attention_rows(layer, hidden, rotary, rows, mask).mean(1)
         weights = weights.gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * counted[..., None]
         total, lookers = total + weights.sum(1), lookers + (weights > 0).sum(1)
     return total / lookers.clamp_min(1)
