@@ -45,6 +45,7 @@ def build(name, seed=0):
 
 SIGNALS = sorted({name for pruner in ALL for name in build(pruner).needs})
 WIDTHS = {"vision_keys": (2, DIM // 2), "vision_values": (2, DIM // 2), "hidden_states": (DIM,)}
+WIDTHS |= {"prompt_head_attention": (4,)}  # as the tiny model
 
 
 def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):

@@ -33,16 +33,19 @@ ITEMS = 24
 
 
 def inputs_of(attention):
-    valid = torch.ones_like(attention, dtype=torch.bool)
+    """Inputs with attention (B, N) or, for each head, (B, N, H)."""
+    valid = torch.ones(attention.shape[:2], dtype=torch.bool)
+    name = "prompt_attention" if attention.dim() == 2 else "prompt_head_attention"
     cells = torch.full((*valid.shape, 3), -1)
-    return PruneInputs(attention[..., None], valid, cells, signals={"prompt_attention": attention})
+    return PruneInputs(attention.new_zeros(*valid.shape, 0), valid, cells, signals={name: attention})
 
 
+@pytest.mark.parametrize("heads", [0, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 1000])
-def test_any_number_of_tokens_goes_and_only_ratios_of_attention_count(tokens):
+def test_any_number_of_tokens_goes_and_only_ratios_of_attention_count(tokens, heads):
     torch.manual_seed(0)
-    attention = torch.rand(2, tokens) / tokens
-    cnn = ExplainCNN(widths=(8, 16)).eval()
+    attention = torch.rand(2, tokens, heads) / tokens if heads else torch.rand(2, tokens) / tokens
+    cnn = ExplainCNN(widths=(8, 16), heads=heads).eval()
     scores = cnn.score(inputs_of(attention))
     assert scores.shape == (2, tokens) and scores.isfinite().all()
     torch.testing.assert_close(cnn.score(inputs_of(attention * 1e-3)), scores, rtol=1e-4, atol=1e-4)
@@ -54,7 +57,9 @@ def test_any_number_of_tokens_goes_and_only_ratios_of_attention_count(tokens):
 def test_the_input_has_one_scale_for_all():
     attention = torch.tensor([[1.0, 10.0, 100.0, 7.0], [0.3, 0.3, 0.3, 0.3], [0.0, 0.0, 5.0, 5.0]])
     valid = torch.tensor([[True, True, True, False], [True] * 4, [True] * 4])
-    result = standardised_log(attention, valid)
+    both = standardised_log(torch.stack([attention, 7 * attention], -1), valid)
+    torch.testing.assert_close(both[..., 1], both[..., 0])
+    result = both[..., 0]
     torch.testing.assert_close(result[0], torch.tensor([-1.5, 0.0, 1.5, 0.0]).sign() * 1.5**0.5)
     assert not result[1].any(), "equal attention says nothing"
     torch.testing.assert_close(result[2], torch.tensor([-1.0, -1.0, 1.0, 1.0]))
@@ -71,7 +76,12 @@ def test_a_token_is_seen_as_far_as_the_kernels_reach():
     assert (x - y).abs().amax(-1)[0].nonzero()[:, 0].tolist() == list(range(20 - 6, 20 + 7))
 
 
-@pytest.mark.parametrize("wrong", [{"widths": ()}, {"widths": (8, 0)}, {"kernel": 4}, {"kernel": 0}])
+def test_another_models_heads_are_refused():
+    with pytest.raises(PruneZooError, match="built for 3 attention heads, the model has 5: build it with heads=5"):
+        ExplainCNN(widths=(8,), heads=3).score(inputs_of(torch.rand(1, 4, 5)))
+
+
+@pytest.mark.parametrize("wrong", [{"widths": ()}, {"widths": (8, 0)}, {"kernel": 4}, {"kernel": 0}, {"heads": -1}])
 def test_a_wrong_size_is_refused(wrong):
     with pytest.raises(PruneZooError, match=next(iter(wrong))):
         build_pruner("explain_cnn", **wrong)
@@ -92,10 +102,8 @@ def tiny():
     return load_vlm(str(VLM), "cpu", "float32")
 
 
-def worker(items, **options):
-    return RelevanceWorker(
-        str(VLM), "float32", items, **{"batch_size": 5, "max_length": None, "max_tokens": None, **options}
-    )
+def worker(items, max_tokens=None, signal="prompt_attention"):
+    return RelevanceWorker(str(VLM), "float32", items, 5, None, max_tokens, signal)
 
 
 def test_only_items_that_are_answered_rightly_have_maps_and_these_are_theirs(tiny):
@@ -110,28 +118,31 @@ def test_only_items_that_are_answered_rightly_have_maps_and_these_are_theirs(tin
     encoded = encode(vlm, ConversationCollator(processor)([items[4]]), ("prompt_attention",))
     for name, expected in (
         ("relevance", relevance_map(vlm, encoded)),
-        ("attention", encoded.inputs.signal("prompt_attention")),
+        ("signal", encoded.inputs.signal("prompt_attention")),
     ):
         torch.testing.assert_close(shard[name].view(6, 144)[2], expected[0], rtol=1e-3, atol=1e-6)
     shorter = worker(items, max_tokens=1).on(vlm)(range(1, 8), told.append)
-    assert torch.equal(shorter["attention"], shard["attention"])
+    assert torch.equal(shorter["signal"], shard["signal"])
     assert not torch.equal(shorter["relevance"], shard["relevance"])
+    heads = worker(items, signal="prompt_head_attention").on(vlm)(range(1, 8), told.append)["signal"]
+    assert heads.shape == (6 * 144, 4)
+    torch.testing.assert_close(heads.mean(-1), shard["signal"])
     nothing = worker(items).on(vlm)(range(2, 3), told.append)
-    assert [len(nothing[name]) for name in ("item", "tokens", "attention", "relevance")] == [0] * 4
+    assert [len(nothing[name]) for name in ("item", "tokens", "signal", "relevance")] == [0] * 4
 
 
 def test_ragged_maps_are_read_back_and_padded(tmp_path):
     cache = ShardedCache(tmp_path, {}, 4, 2, "again")
     for name, sizes in zip(cache.names, ([3], [2, 4]), strict=True):
-        attention, count = torch.rand(sum(sizes)), len(sizes)
-        shard = {"item": torch.arange(count), "tokens": torch.tensor(sizes), "attention": attention}
-        cache.note(name, cache.write(name, {**shard, "relevance": 2 * attention}))
+        relevance, count = torch.rand(sum(sizes)), len(sizes)
+        shard = {"item": torch.arange(count), "tokens": torch.tensor(sizes), "relevance": relevance}
+        cache.note(name, cache.write(name, {**shard, "signal": torch.stack([relevance, 2 * relevance], -1)}))
     maps = MapSet(cache)
     assert [len(maps[i][0]) for i in range(len(maps))] == [3, 2, 4]
     batch = pad_maps([maps[i] for i in range(3)])
     assert batch["valid"].sum(1).tolist() == [3, 2, 4]
-    assert torch.equal(batch["relevance"], 2 * batch["attention"]) and not batch["attention"][~batch["valid"]].any()
-    assert torch.equal(batch["attention"][1, :2], maps[1][0])
+    assert torch.equal(batch["signal"][..., 1], 2 * batch["relevance"])
+    assert not batch["relevance"][~batch["valid"]].any() and torch.equal(batch["relevance"][1, :2], maps[1][1])
 
 
 # One command
@@ -241,6 +252,9 @@ def test_maps_made_before_are_those_that_training_would_make(straight, tmp_path)
         ("--data.processes=0", "processes must be at least 1, got 0"),
         ("--data.max_tokens=1", "was made with max_tokens=None, wanted is 1; name another folder"),
         ("--data.suite=easy-vqa", "was made with "),
+        ("--data.signal=prompt_attention", "was made with signal='prompt_head_attention'"),
+        ("--data.signal=prompt_atention", "unknown signal 'prompt_atention'"),
+        ("--model.pruner.config.heads=0", "reads prompt_attention: set data.signal=prompt_attention"),
         ("--model.cut=1", "cut=1.0 must lie in [0, 1)"),
         ("--model.pruner=modules.learned.ppm.PPM", "'ppm' reads no signal"),
     ],
@@ -254,7 +268,7 @@ def test_a_damaged_shard_is_computed_again_or_named(straight, tiny, tmp_path):
     shutil.copytree(straight / "maps", maps)
     path = maps / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    data = SuiteMaps(str(VLM), str(maps), shard_items=10, train_items=ITEMS)
+    data = SuiteMaps(str(VLM), str(maps), shard_items=10, signal="prompt_head_attention", train_items=ITEMS)
     with pytest.raises(PruneZooError, match=r"00000.safetensors is damaged.*python -m trainers.teacher"):
         MapSet(data.cache(tiny[0]))
 

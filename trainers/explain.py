@@ -1,4 +1,4 @@
-"""Train the explainability-map CNN (arXiv 2506.01097): from first-layer attention to relevance, over a cache of maps.
+"""Train the explainability-map CNN (arXiv 2506.01097): from attention to relevance, over a cache of maps.
 
 The frozen model is asked only while the maps are made (`trainers.teacher`) and in validation, which prunes for real.
 
@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from modules.core.contract import PruneInputs, Pruner
 from modules.core.errors import PruneZooError
+from modules.host.signals import check_signals
 
 from .data.loading import ResumableLoader
 from .data.modules import ItemDataModule, LlavaJsonDataModule, SuiteDataModule
 from .data.shards import ShardedCache
 from .frozen import Dtype, FrozenModule
 from .losses import guide_kl
-from .teacher import SIGNAL, RelevanceWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+from .teacher import RelevanceWorker, dtype_of, fill_with_progress, fingerprint, sample_of
 
 
 class ExplainModule(FrozenModule):
@@ -29,7 +30,7 @@ class ExplainModule(FrozenModule):
 
     Args:
         vlm: See FrozenModule.
-        pruner: A pruner whose only signal is `prompt_attention`, and which reads nothing else.
+        pruner: A pruner that reads one signal, the one that the data module keeps beside the maps, and nothing else.
         vlm_dtype: See FrozenModule.
         cut: Share in [0, 1) of an image's tokens whose relevance counts as zero: the least relevant ones.
         lr: Peak learning rate.
@@ -49,49 +50,58 @@ class ExplainModule(FrozenModule):
         weight_decay: float = 0.0,
         measure: tuple[float, ...] = (1 / 3, 2 / 9, 1 / 9, 1 / 18),
     ) -> None:
-        if tuple(pruner.needs) != (SIGNAL,):
+        if len(pruner.needs) != 1:
             raise PruneZooError(
-                f"pruner '{pruner.name}' reads {', '.join(pruner.needs) or 'no signal'}; the cache of maps holds "
-                f"{SIGNAL} alone: train it by trainers.distill.DistillModule"
+                f"pruner '{pruner.name}' reads {', '.join(pruner.needs) or 'no signal'}; maps train what reads one "
+                "signal and nothing else: train it by trainers.distill.DistillModule"
             )
         if not 0.0 <= cut < 1.0:
             raise PruneZooError(f"cut={cut} must lie in [0, 1)")
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
         self.cut = cut
 
+    def setup(self, stage: str) -> None:
+        """See FrozenModule; and the pruner must read what there is."""
+        there = self.trainer.datamodule.signal  # type: ignore[attr-defined]
+        if (there,) != tuple(self.pruner.needs):
+            raise PruneZooError(
+                f"data.signal={there}, and pruner '{self.pruner.name}' as it is configured reads "
+                f"{self.pruner.needs[0]}: set data.signal={self.pruner.needs[0]}"
+            )
+        super().setup(stage)
+
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """One step."""
-        attention, valid = batch["attention"], batch["valid"]
-        nowhere = torch.full((*valid.shape, 3), -1, device=valid.device)
-        inputs = PruneInputs(attention[..., None], valid, nowhere, signals={SIGNAL: attention})
+        signal, valid = batch["signal"], batch["valid"]
+        nothing, nowhere = signal.new_zeros(*valid.shape, 0), valid.new_full((*valid.shape, 3), -1, dtype=torch.long)
+        inputs = PruneInputs(nothing, valid, nowhere, signals={self.pruner.needs[0]: signal})
         loss = guide_kl(self.pruner.score(inputs), batch["relevance"], valid, self.cut)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(valid))
         return loss
 
 
 class MapSet(Dataset):
-    """Pairs of maps out of a cache, held in memory: attention and relevance, (N,) each."""
+    """Pairs out of a cache of maps, held in memory: signal (N, ...) and relevance (N,)."""
 
     def __init__(self, cache: ShardedCache) -> None:
         shards = list(cache.read())
         self.sizes = torch.cat([shard["tokens"] for shard in shards])
         self.ends = self.sizes.cumsum(0)
-        self.attention, self.relevance = (torch.cat([s[name] for s in shards]) for name in ("attention", "relevance"))
+        self.signal, self.relevance = (torch.cat([shard[name] for shard in shards]) for name in ("signal", "relevance"))
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         here = slice(int(self.ends[index] - self.sizes[index]), int(self.ends[index]))
-        return self.attention[here], self.relevance[here]
+        return self.signal[here], self.relevance[here]
 
 
 def pad_maps(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """To attention and relevance (B, N), 0 on padding, and valid (B, N)."""
-    attention, relevance = (pad_sequence(list(maps), batch_first=True) for maps in zip(*pairs, strict=True))
-    sizes = torch.tensor([len(pair[0]) for pair in pairs])
-    valid = torch.arange(attention.shape[1]) < sizes[:, None]
-    return {"attention": attention, "relevance": relevance, "valid": valid}
+    """To signal (B, N, ...) and relevance (B, N), 0 on padding, and valid (B, N)."""
+    signal, relevance = (pad_sequence(list(part), batch_first=True) for part in zip(*pairs, strict=True))
+    sizes = torch.tensor([len(pair[1]) for pair in pairs])
+    return {"signal": signal, "relevance": relevance, "valid": torch.arange(relevance.shape[1]) < sizes[:, None]}
 
 
 class MapDataModule(ItemDataModule):
@@ -105,6 +115,7 @@ class MapDataModule(ItemDataModule):
         processes: Processes that compute what is missing.
         max_tokens: Only the first so many tokens of an answer are explained, each at the price of a backward pass;
             null: all.
+        signal: What the network reads, kept beside each map.
         source: See the data module of items. Its `train_items` are asked, and give a map each if they are answered
             rightly; its `batch_size` is that of the frozen model's passes.
     """
@@ -117,6 +128,7 @@ class MapDataModule(ItemDataModule):
         shard_items: int = 256,
         processes: int = 1,
         max_tokens: int | None = None,
+        signal: str = "prompt_attention",
         **source: Any,
     ) -> None:
         super().__init__(vlm, **source)
@@ -124,7 +136,8 @@ class MapDataModule(ItemDataModule):
             if value is not None and value < 1:
                 raise PruneZooError(f"{name} must be at least 1, got {value}")
         self.maps, self.maps_per_step, self.shard_items = maps, maps_per_step, shard_items
-        self.processes, self.max_tokens = processes, max_tokens
+        self.processes, self.max_tokens, self.signal = processes, max_tokens, signal
+        check_signals((signal,))
         self.map_set: MapSet | None = None
 
     def cache(self, vlm: Any) -> ShardedCache:
@@ -143,6 +156,7 @@ class MapDataModule(ItemDataModule):
             "sample": sample_of(items),
             "max_length": self.max_length,
             "max_tokens": self.max_tokens,
+            "signal": self.signal,
         }
         remedy = "`python -m trainers.teacher` with the same recipe computes it again, and nothing else"
         return ShardedCache(self.maps, facts, len(items), self.shard_items, remedy)
@@ -150,7 +164,9 @@ class MapDataModule(ItemDataModule):
     def make_cache(self, vlm: Any) -> None:
         """Compute the maps that are missing."""
         items = self.items("train")
-        worker = RelevanceWorker(self.vlm, dtype_of(vlm), items, self.batch_size, self.max_length, self.max_tokens)
+        worker = RelevanceWorker(
+            self.vlm, dtype_of(vlm), items, self.batch_size, self.max_length, self.max_tokens, self.signal
+        )
         fill_with_progress(self.cache(vlm), worker, vlm, self.processes)
 
     def prepare_data(self) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from modules.host import Encoded, encode, full_forward
-from modules.host.families import find_family
 from modules.host.relevance import relevance_map
 
 from .data.conversation import ConversationCollator
@@ -32,9 +31,6 @@ from .evaluation.loading import default_device
 from .fit import FitCLI, build
 from .frozen import judge, load_frozen
 from .losses import answer_slots
-
-SIGNAL = "prompt_attention"
-"""Kept beside each map: what the network that learns the map reads."""
 
 SAMPLED = 16
 """Items that are looked at to know a data set again."""
@@ -51,6 +47,7 @@ class RelevanceWorker:
         batch_size: items of a forward pass.
         max_length: longest sequence in tokens; see ConversationCollator.
         max_tokens: only the first so many tokens of an answer are explained; None: all.
+        signal: kept beside each map, for the network that is to learn the map from it.
     """
 
     vlm: str
@@ -59,6 +56,7 @@ class RelevanceWorker:
     batch_size: int
     max_length: int | None
     max_tokens: int | None
+    signal: str
 
     def __call__(self, number: int) -> Compute:
         """Load it; several processes spread over the GPUs that there are."""
@@ -69,44 +67,57 @@ class RelevanceWorker:
 
     def on(self, vlm: Any) -> Compute:
         """The same with a model that is loaded."""
-        collate = ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
+        collate = self.collator()
         return lambda numbers, advance: self.compute(vlm, collate, numbers, advance)
+
+    def collator(self) -> ConversationCollator:
+        """From items to what the model reads."""
+        return ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
+
+    def bytes_per_item(self, vlm: Any) -> int:
+        """What an item takes on the disk, judged by the first few."""
+        inputs = self.encode(vlm, self.collator(), [self.items[n] for n in range(min(4, len(self.items)))]).inputs
+        values = 1 + inputs.signal(self.signal)[0, 0].numel()  # of a token, 4 bytes each; and two numbers of the item
+        return 16 + 4 * values * round(float(inputs.valid.sum(1).double().mean()))
 
     def compute(self, vlm: Any, collate: ConversationCollator, numbers: range, advance: Advance) -> dict[str, Tensor]:
         """The maps of those items that the model answers rightly.
 
         Returns:
-            item (M,) long, the number of each; tokens (M,) long, N of each; relevance and attention, float32, the maps
-            of `relevance_map` and of the signal `prompt_attention`, image after image.
+            item (M,) long, the number of each; tokens (M,) long, N of each; relevance (sum of N,) and signal (sum of N,
+            ...), float32, image after image.
         """
         item: list[int] = []
-        attention: list[Tensor] = []
+        tokens: list[int] = []
         relevance: list[Tensor] = []
+        signal: list[Tensor] = []
         for first in range(numbers.start, numbers.stop, self.batch_size):
             batch = range(first, min(first + self.batch_size, numbers.stop))
             items = [self.items[number] for number in batch]
             encoded = self.encode(vlm, collate, items)
             right = answers_rightly(vlm, encoded).tolist()
             item += compress(batch, right)
-            if any(right):
-                if not all(right):  # the passes to come are the dear ones
-                    encoded = self.encode(vlm, collate, list(compress(items, right)))
+            if not all(right):  # the passes to come are the dear ones
+                items = list(compress(items, right))
+                encoded = self.encode(vlm, collate, items) if items else encoded
+            if items:
                 valid = encoded.inputs.valid
-                attention += [m[v] for m, v in zip(encoded.inputs.signal(SIGNAL), valid, strict=True)]
-                relevance += [m[v] for m, v in zip(relevance_map(vlm, encoded, self.max_tokens), valid, strict=True)]
+                tokens += valid.sum(1).tolist()
+                relevance.append(relevance_map(vlm, encoded, self.max_tokens)[valid].cpu())
+                signal.append(encoded.inputs.signal(self.signal)[valid].float().cpu())
             advance(len(batch))
+        nothing = torch.zeros(0)
         return {
             "item": torch.tensor(item, dtype=torch.long),
-            "tokens": torch.tensor([len(one) for one in attention], dtype=torch.long),
-            "attention": torch.cat([torch.zeros(0), *(one.cpu() for one in attention)]),
-            "relevance": torch.cat([torch.zeros(0), *(one.cpu() for one in relevance)]),
+            "tokens": torch.tensor(tokens, dtype=torch.long),
+            "relevance": torch.cat(relevance) if relevance else nothing,
+            "signal": torch.cat(signal) if signal else nothing,
         }
 
-    @staticmethod
     @torch.no_grad()
-    def encode(vlm: Any, collate: ConversationCollator, items: Sequence[Item]) -> Encoded:
+    def encode(self, vlm: Any, collate: ConversationCollator, items: Sequence[Item]) -> Encoded:
         """Some items with their labels, and the signal that the network reads."""
-        return encode(vlm, collate(items), (SIGNAL,))
+        return encode(vlm, collate(items), (self.signal,))
 
 
 @torch.no_grad()
@@ -154,11 +165,7 @@ def fill_with_progress(cache: ShardedCache, worker: RelevanceWorker, vlm: Any, p
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("relevance maps"), *columns) as progress:
-        few = ConversationCollator(AutoProcessor.from_pretrained(worker.vlm), max_length=worker.max_length)(
-            [worker.items[number] for number in range(min(SAMPLED, len(worker.items)))]
-        )
-        tokens = find_family(vlm).is_visual(few["input_ids"]).sum(1).double().mean()
-        needed = cache.require_space(bytes_per_item=int(16 + 8 * tokens))  # two numbers, and two maps in float32
+        needed = cache.require_space(worker.bytes_per_item(vlm))
         if needed:
             progress.console.print(f"{cache.folder}: {needed / 1e6:.1f} MB will be written")
         task = progress.add_task("", total=cache.items)
