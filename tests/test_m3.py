@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_contract import make_inputs
 from test_publish import record_of
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modules import AutoPruner, PruneInputs, PruneZooError, attach, encode, load_pruner
 from modules.core import hub
@@ -23,9 +24,12 @@ from modules.learned.m3 import M3
 from modules.training_free.pool import PoolPruner
 from trainers import publish
 from trainers.cards import weights_digest, write_card
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import load_suite
 from trainers.fit import main
 from trainers.losses import answer_slots, distillation_kl
 
+ROOT = Path(__file__).parent.parent
 SIZES = {"width": 32, "hidden": 16, "heads": 2}
 PROMPT = "<s> USER: <image> what color is the ball ? ASSISTANT:"
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -300,6 +304,22 @@ def test_a_lora_without_weights_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["m3-tiny", "m3-lora-tiny"])
+def test_what_is_shipped_is_whole_and_runs(name):
+    shipped = ROOT / "checkpoints"
+    pruner = publish.check(shipped / name, f"org/{name}").pruner
+    vlm = AutoModelForImageTextToText.from_pretrained(shipped / "tiny-llava", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(shipped / "tiny-llava")
+    items = list(load_suite("scenes", "validation", 14))
+    batch = ConversationCollator(processor, answers=False)(items)
+    with attach(vlm, pruner, keep=1 / 9) as run:
+        words = vlm.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert run.stats.after == [16] * 14
+    answers = processor.batch_decode(words, skip_special_tokens=True)
+    right = [answer.strip() == item.turns[-1][1] for answer, item in zip(answers, items, strict=True)]
+    assert sum(right) >= 11, answers  # 87 and 91 % of 2100 questions; chance gives 4
+
+
 # Training
 
 
@@ -312,7 +332,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llava_folder, tiny_llav
         entries.append({"id": str(number), "image": f"{number}.png", "conversations": talk})
     (tmp_path / "data.json").write_text(json.dumps(entries))
     monkeypatch.setattr(sys, "argv", ["fit"])
-    recipe = Path(__file__).parent.parent / "configs" / "m3_lora_llava.yaml"
+    recipe = ROOT / "configs" / "m3_lora_llava.yaml"
 
     def fit(out, *extra):
         main(
