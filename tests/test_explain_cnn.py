@@ -211,6 +211,40 @@ def test_the_command_makes_the_maps_and_a_pruner_that_attaches(straight, tiny):
     assert "val/retention_0.111" in log
 
 
+def test_the_recipe_for_llava_onevision_runs_on_llava_format_files(tmp_path):
+    """All of it but the model and its size: maps of the training pictures, training, pruning of the held-out ones."""
+    entries = []
+    for item in load_suite("scenes", "train", 30):
+        item.image.save(tmp_path / f"{item.id}.png")
+        turns = [
+            {"from": who, "value": text}
+            for turn in item.turns
+            for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        entries.append({"id": item.id, "image": f"{item.id}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    small = {"train_items": 12, "batch_size": 2, "workers": 0, "validation_share": 0.3, "maps_per_step": 4}
+    fit.main(
+        [
+            f"--config={ROOT / 'configs' / 'explain_cnn_llava_onevision.yaml'}",
+            f"--model.vlm={VLM}",
+            "--model.pruner.config.widths=[8,16]",
+            *(f"--data.{name}={value}" for name, value in small.items()),
+            f"--data.json={tmp_path / 'data.json'}",
+            f"--data.images={tmp_path}",
+            f"--data.maps={tmp_path / 'maps'}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=4",
+            "--trainer.val_check_interval=2",
+            "--trainer.enable_model_summary=false",
+            f"--out={tmp_path / 'cnn'}",
+        ]
+    )
+    assert AutoPruner.from_pretrained(tmp_path / "cnn").needs == ("prompt_attention",)
+    facts = json.loads((tmp_path / "maps" / "manifest.json").read_text())["facts"]
+    assert facts["json"] == "data.json" and facts["dtype"] == "bfloat16" and facts["max_tokens"] == 16
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(straight, tmp_path):
     """SIGTERM once there is a checkpoint, then `--ckpt_path=last`: the same weights bit for bit, from the same maps."""
     arguments = words(straight / "maps", tmp_path / "cnn")
