@@ -4,6 +4,7 @@
 #   make quality  ruff and mypy       make style  reformat       make clean  remove what was generated
 #   make test-min the families of models with the oldest transformers that pyproject.toml allows, in .venv-min
 #   make support  the same with the newest too, and README's table of what works on which family from both
+#   make speed    the times in README; on a machine that does nothing else
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
 
@@ -19,12 +20,14 @@ STAMP := $(VENV)/.installed
 VENV_MIN := .venv-min
 PY_MIN := $(VENV_MIN)/bin/python
 STAMP_MIN := $(VENV_MIN)/.installed
+# Those whose speed README shows, by registry name: the learned ones untrained, which changes nothing in it.
+TIMED := uniform divprune visionzip tome fastv ppm m3
 OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min support quality style clean install
+.PHONY: demo test test-min support speed quality style clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -55,6 +58,11 @@ test-min: $(STAMP_MIN)
 
 support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.support $(PY_MIN) $(PY)
+	@$(PY) -m trainers.readme
+
+speed: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
+		--repeats 5 --json hub_cards/speed.json
 	@$(PY) -m trainers.readme
 
 quality: $(STAMP)

@@ -19,6 +19,7 @@ from trainers.benchmarking.measure import BARE, MEMORY, Setting, cases_of
 from trainers.benchmarking.memory import peak_memory, weights_size
 from trainers.benchmarking.models import SIZES, Request, Sizes, load_for_timing, random_llava
 from trainers.benchmarking.probe import PARTS, timed_request
+from trainers.benchmarking.tables import speed_section
 from trainers.evaluation.budgets import parse_budgets
 
 ROOT = Path(__file__).parent.parent
@@ -228,6 +229,13 @@ def test_the_command_writes_rows(tiny_llava_folder, tmp_path, capsys):
     assert {"torch", "transformers"} <= set(record["versions"])
     assert record["device"].endswith(("thread", "threads")) or torch.cuda.is_available()
     assert len(record["overhead"]) == 2
+    section = speed_section(record).splitlines()
+    assert section[0] == "Batch 1, 20 text tokens:"
+    assert [line.split(" | ")[:3] for line in section if line.startswith("| ")][:4] == [
+        ["| pruner", "keep", "tokens"], ["| bare", "1.0", "36"], ["| full", "1.0", "36"], ["| uniform", "1/9", "4"],
+    ]  # fmt: skip
+    assert len({line.count("|") for line in section if line.startswith("|")}) == 1
+    assert section[-3:] == ["```", record["command"], "```"]
     out = capsys.readouterr().out
     assert "batch 2, 20 text tokens" in out
     assert "of a prefill more in front of the language model (interquartile range" in " ".join(out.split())

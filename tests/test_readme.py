@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_the_recorded_cells_are_those_of_the_tests():
     cells = set(re.findall(r"test_matrix\[(.*)\]", listed))
     for run in json.loads(OUTCOMES.read_text(encoding="utf-8"))["runs"]:
         assert set(run["outcomes"]) == cells, "run `make support`"
+
+
+def test_the_oldest_environment_has_the_oldest_release():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (bound,) = (r for r in project["dependencies"] if r.startswith("transformers"))
+    oldest = bound.removeprefix("transformers>=").split(",")[0]
+    listed = subprocess.run(
+        ["make", "-n", "-B", "test-min"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"'transformers=={oldest}'" in listed
 
 
 def test_a_matrix_that_does_not_pass_is_not_noted():

@@ -2,7 +2,8 @@
 
     python -m trainers.readme     write them anew
 
-No "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes.
+No number and no "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes, and
+`speed` from hub_cards/speed.json, which `make speed` writes.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 from modules.core.errors import PruneZooError
 
+from .benchmarking.tables import speed_section
 from .errors import command
 from .support import support_section
 
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "support": (ROOT / "tests" / "support.json", support_section),
+    "speed": (ROOT / "hub_cards" / "speed.json", speed_section),
 }
 """By name: the file that a section is made from, and what makes it."""
 
@@ -36,7 +39,7 @@ def rendered(text: str) -> str:
         try:
             section = render(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise PruneZooError(f"{path.name}: {error.strerror}; `make support` writes it") from None
+            raise PruneZooError(f"{path.name}: {error.strerror}; `make {name}` writes it") from None
         before, rest = text.split(begin, 1)
         text = before + begin + section + rest[rest.index(end) :]
     return text

@@ -84,6 +84,8 @@ def planned_mean(pruner: Pruner, keep: Keep, available: Tensor, depth: int) -> T
 def keep_for_mean(pruner: Pruner, mean: Keep, available: Tensor, depth: int) -> Tensor:
     """What a pruner has to be told to keep so that the mean over the decoder layers comes nearest to a budget: (B,).
 
+    That is exact for all that keep what they are told; what others make of it, the measured tokens say.
+
     Args:
         pruner: of any stage, or a combination.
         mean: the budget, as `Pruner.forward` takes it.
