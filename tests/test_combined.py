@@ -69,6 +69,17 @@ def test_it_is_what_its_parts_do_together(deep_llava, batch):
     assert torch.equal(one, two) and (one[:, -1] - first[:, -1]).abs().max() > 1e-3
 
 
+def test_all_three_stages_together(deep_llava, batch):
+    pruner = make(methods=("tome", "ppm", "atp"), configs=({}, PPM, ATP), shares=(2.0, 1.5, 1.0))
+    with attach(deep_llava.vlm, pruner, keep=12) as attached:
+        deep_llava.vlm.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert [(stage.pruner, stage.after) for stage in attached.stats.stages] == [
+        ("tome", [24, 24]),
+        ("ppm", [18, 18]),
+        ("atp", [6, 6]),
+    ]
+
+
 def test_one_folder_holds_all_of_it(tmp_path, deep_llava, batch):
     pruner, vlm = make(), deep_llava.vlm
     folder = pruner.save_pretrained(tmp_path / "both")
