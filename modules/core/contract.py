@@ -134,19 +134,11 @@ class PrunerConfig:
         return asdict(self)
 
 
-class Pruner(nn.Module):
-    """A method that chooses or makes the visual tokens which a frozen language model reads.
+class Configured(nn.Module):
+    """A module that is built from a config, and saved and loaded strictly with it."""
 
-    A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
-    """
-
-    name: ClassVar[str] = ""  # set by @register_pruner
-    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
-    after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
-    needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
+    name: ClassVar[str] = ""
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
-    exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
-    gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
 
     config: PrunerConfig
 
@@ -155,6 +147,33 @@ class Pruner(nn.Module):
         super().__init__()
         values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
         self.config = self.config_class.from_dict({**values, **overrides})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``; see :func:`hub.save`."""
+        from .hub import save
+
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method."""
+        from .hub import load
+
+        return load(cls, source, revision)
+
+
+class Pruner(Configured):
+    """A method that chooses or makes the visual tokens which a frozen language model reads.
+
+    A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
+    """
+
+    # `name` is set by @register_pruner
+    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
+    needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
+    exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
+    gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
@@ -255,19 +274,6 @@ class Pruner(nn.Module):
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
         """Losses of the method's own, by name, each a weighted scalar; none by default."""
         return {}
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``; see :func:`hub.save`."""
-        from .hub import save
-
-        return save(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method."""
-        from .hub import load
-
-        return load(cls, source, revision)
 
 
 def check_keep(keep: Keep) -> None:

@@ -1,4 +1,4 @@
-"""Strict saving and loading of pruners: a folder, or a repository of the Hugging Face Hub, with two files.
+"""Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
 ``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``; ``model.safetensors`` is the weights. A
 :class:`Part` of a pruner has a folder of its own beside them. Nothing is ever unpickled. What is not exactly what the
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from .errors import PruneZooError
 
 if TYPE_CHECKING:
-    from .contract import Pruner
+    from .contract import Configured
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_KEYS = {"method", "prunezoo_version", "config", "dtype"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-P = TypeVar("P", bound="Pruner")
+P = TypeVar("P", bound="Configured")
 
 
 class Part(nn.Module):
@@ -55,9 +55,9 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
-def parts_of(pruner: "Pruner") -> dict[str, Part]:
-    """The parts of a pruner that have files of their own, by name."""
-    return {name: child for name, child in pruner.named_children() if isinstance(child, Part)}
+def parts_of(module: "Configured") -> dict[str, Part]:
+    """The parts of a module that have files of their own, by name."""
+    return {name: child for name, child in module.named_children() if isinstance(child, Part)}
 
 
 def version() -> str:
@@ -68,27 +68,27 @@ def version() -> str:
         return "0+local"
 
 
-def save(pruner: "Pruner", folder: str | Path) -> Path:
-    """Write a pruner. All files are written whole beside the old ones before any takes its place, so a full disk or a
+def save(module: "Configured", folder: str | Path) -> Path:
+    """Write a module. All files are written whole beside the old ones before any takes its place, so a full disk or a
     crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
 
     Raises:
         PruneZooError: It could not be written, or a weight is NaN.
     """
     folder = Path(folder)
-    for name, tensor in pruner.state_dict().items():
+    for name, tensor in module.state_dict().items():
         if bool(tensor.isnan().any()):
-            raise PruneZooError(f"not saved to {folder}: tensor '{name}' of pruner '{pruner.name}' holds NaN")
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _own_state(pruner).items()}
+            raise PruneZooError(f"not saved to {folder}: tensor '{name}' of '{module.name}' holds NaN")
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _own_state(module).items()}
     floats = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if len(floats) > 1:
         raise PruneZooError(
-            f"not saved to {folder}: weights of mixed types {sorted(floats)}; cast with pruner.to(dtype)"
+            f"not saved to {folder}: weights of mixed types {sorted(floats)}; cast with module.to(dtype)"
         )
     config = {
-        "method": pruner.name,
+        "method": module.name,
         "prunezoo_version": version(),
-        "config": pruner.config.to_dict(),
+        "config": module.config.to_dict(),
         "dtype": floats.pop() if floats else "float32",
     }
     try:
@@ -96,10 +96,10 @@ def save(pruner: "Pruner", folder: str | Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             save_file(state, Path(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
             Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for name, part in parts_of(pruner).items():
+            for name, part in parts_of(module).items():
                 Path(scratch, name).mkdir()
                 part.save(Path(scratch, name))
-            files = file_names(pruner)
+            files = file_names(module)
             for file in files:
                 with Path(scratch, file).open("rb") as written:
                     os.fsync(written.fileno())
@@ -111,9 +111,9 @@ def save(pruner: "Pruner", folder: str | Path) -> Path:
     return folder
 
 
-def file_names(pruner: "Pruner") -> tuple[str, ...]:
-    """The files that a pruner is saved in, relative to its folder; the config, which makes it whole, comes last."""
-    parts = [f"{name}/{file}" for name, part in parts_of(pruner).items() for file in part.files]
+def file_names(module: "Configured") -> tuple[str, ...]:
+    """The files that a module is saved in, relative to its folder; the config, which makes it whole, comes last."""
+    parts = [f"{name}/{file}" for name, part in parts_of(module).items() for file in part.files]
     return (*parts, WEIGHTS_FILE, CONFIG_FILE)
 
 
@@ -123,7 +123,7 @@ def read_method(source: str | Path, revision: str | None = None) -> str:
 
 
 def load(cls: type[P], source: str | Path, revision: str | None = None) -> P:
-    """A pruner of class ``cls``, in eval mode and in its saved type, from a folder or a Hub id.
+    """A pruner or tokenizer of class ``cls``, in eval mode and in its saved type, from a folder or a Hub id.
 
     Raises:
         PruneZooError: Another method, an unknown config key, a missing, extra, misshapen or NaN tensor, a broken file.
@@ -134,21 +134,21 @@ def load(cls: type[P], source: str | Path, revision: str | None = None) -> P:
         raise PruneZooError(f"{path}: method is '{stored['method']}', not '{cls.name}'; use AutoPruner.from_pretrained")
     if stored["dtype"] not in DTYPES:
         raise PruneZooError(f"{path}: unknown dtype '{stored['dtype']}'; known: {', '.join(DTYPES)}")
-    pruner = cls(cls.config_class.from_dict(stored["config"], where=f"{path}: "))
-    pruner.to(DTYPES[stored["dtype"]])
-    _load_weights(pruner, _locate(source, WEIGHTS_FILE, revision))
-    for name, part in parts_of(pruner).items():
+    module = cls(cls.config_class.from_dict(stored["config"], where=f"{path}: "))
+    module.to(DTYPES[stored["dtype"]])
+    _load_weights(module, _locate(source, WEIGHTS_FILE, revision))
+    for name, part in parts_of(module).items():
         paths = [_locate(source, f"{name}/{file}", revision) for file in part.files]
         part.load(paths[0].parent)
-    return pruner.eval()
+    return module.eval()
 
 
-def _load_weights(pruner: "Pruner", path: Path) -> None:
-    """Fill every tensor of the pruner from a safetensors file that holds exactly these."""
+def _load_weights(module: "Configured", path: Path) -> None:
+    """Fill every tensor of the module from a safetensors file that holds exactly these."""
     stored = read_tensors(path)
-    expected = _own_state(pruner)
+    expected = _own_state(module)
     for name in sorted(expected.keys() - stored.keys()):
-        raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{pruner.name}' checkpoint")
+        raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{module.name}' checkpoint")
     for name in sorted(stored.keys() - expected.keys()):
         raise PruneZooError(f"{path}: unexpected tensor '{name}'; written by another version?")
     for name, tensor in stored.items():
@@ -157,13 +157,13 @@ def _load_weights(pruner: "Pruner", path: Path) -> None:
                 f"{path}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for "
                 f"{tuple(expected[name].shape)}; {CONFIG_FILE} and {WEIGHTS_FILE} do not belong together"
             )
-    pruner.load_state_dict(stored, strict=False)  # strict already, but for the parts, which are read apart
+    module.load_state_dict(stored, strict=False)  # strict already, but for the parts, which are read apart
 
 
-def _own_state(pruner: "Pruner") -> dict[str, Tensor]:
-    """The state of a pruner without its parts'."""
-    parts = tuple(f"{name}." for name in parts_of(pruner))
-    return {name: tensor for name, tensor in pruner.state_dict().items() if not name.startswith(parts)}
+def _own_state(module: "Configured") -> dict[str, Tensor]:
+    """The state of a module without its parts'."""
+    parts = tuple(f"{name}." for name in parts_of(module))
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(parts)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
     keys = set(stored) if isinstance(stored, dict) else set()
     for key in sorted(CONFIG_KEYS - keys):
-        raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of a prunezoo pruner")
+        raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of prunezoo")
     for key in sorted(keys - CONFIG_KEYS):
         raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(CONFIG_KEYS))}")
     if not isinstance(stored["config"], dict):
