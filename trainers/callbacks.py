@@ -36,13 +36,18 @@ class SeedSteps(L.Callback):
         torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + trainer.global_rank)
 
 
+def trained(module: L.LightningModule) -> Any:
+    """What a training module trains and a folder is written of: its pruner, or its tokenizer."""
+    return module.tokenizer if hasattr(module, "tokenizer") else module.pruner
+
+
 class ExportPruner(L.Callback):
-    """Writes the pruner as a folder that `AutoPruner.from_pretrained` loads.
+    """Writes what is trained as a folder that `from_pretrained` loads.
 
     Args:
         folder: Where to.
-        monitor: The validation figure by which the best pruner is written, when it is reached; the higher the better.
-            None, or where validation never ran: the pruner at the end.
+        monitor: The validation figure by which the best state is written, when it is reached; the higher the better.
+            None, or where validation never ran: the state at the end.
     """
 
     def __init__(self, folder: str, monitor: str | None = "val/score") -> None:
@@ -62,15 +67,15 @@ class ExportPruner(L.Callback):
             self.export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what has not been measured, and say where the pruner lies."""
+        """Export what has not been measured, and say where it lies."""
         if self.best is None:
             self.export(trainer, pl_module)
-        rank_zero_info(f"pruner: {self.folder}")
+        rank_zero_info(f"{trained(pl_module).name}: {self.folder}")
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the folder, from the first process only."""
         if trainer.is_global_zero:
-            pl_module.pruner.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
+            trained(pl_module).save_pretrained(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure."""

@@ -1,8 +1,8 @@
-"""Train a pruner: `python -m trainers.fit --config configs/ppm_tiny.yaml [--trainer.max_steps=10] [--ckpt_path=last]`.
+"""Train a pruner or tokenizer: `python -m trainers.fit --config configs/ppm_tiny.yaml [--ckpt_path=last]`.
 
 LightningCLI without a subcommand: several `--config`s are merged, the later one wins; any key can be overridden;
-`--print_config` shows the result; `--ckpt_path` resumes. `--out` becomes a folder that `AutoPruner.from_pretrained`
-loads, with logs and checkpoints of the training in its subfolder `training`.
+`--print_config` shows the result; `--ckpt_path` resumes. `--out` becomes a folder that `from_pretrained` loads, with
+logs and checkpoints of the training in its subfolder `training`.
 """
 
 import shlex
@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import CSVLogger
 from modules.core.errors import PruneZooError
 
 from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, WholeCheckpoints
-from .data.modules import ItemDataModule
 from .errors import command
 from .run_record import RunRecord
 
@@ -65,7 +64,7 @@ class FitCLI(LightningCLI):
             folder=config.out,
             command=shlex.join(["python", "-m", "trainers.fit", *self.words]),
             recipe=self.parser.dump(config, skip_none=True),
-            vlm=str(config.model.init_args.vlm),
+            vlm=config.model.init_args.get("vlm"),
             data=f"{config.data.class_path.rsplit('.', 1)[-1]}({', '.join(named)})",
             seed=int(config.seed_everything),
         )
@@ -94,7 +93,7 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
     try:
         return (cli or FitCLI)(
             L.LightningModule,
-            ItemDataModule,
+            L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             run=False,

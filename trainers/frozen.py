@@ -21,6 +21,7 @@ from modules.host.run import run_pruned
 
 from .data.modules import GROUPS
 from .losses import answer_slots
+from .optimizer import adamw_cosine
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -107,20 +108,7 @@ class FrozenModule(L.LightningModule):
         weights = [p for p in self.pruner.parameters() if p.requires_grad]
         if not weights:
             raise PruneZooError(f"pruner '{self.pruner.name}' has nothing to train")
-        groups = [
-            {"params": [p for p in weights if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr)
-
-        def factor(step: int) -> float:
-            done = min(step / max(self.total_steps, 1), 1.0)
-            if done < self.warm_up:
-                return (done * self.total_steps + 1) / (self.warm_up * self.total_steps + 1)
-            return 0.5 * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_cosine(weights, self.lr, self.weight_decay, self.warm_up, self.total_steps)
 
 
 class AnswerTable(Metric):

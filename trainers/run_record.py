@@ -1,4 +1,4 @@
-"""Writes down how a pruner was trained, beside the pruner, so that its card can say it without anybody's memory."""
+"""Writes down how a pruner or tokenizer was trained, beside its weights, so that its card needs nobody's memory."""
 
 import json
 import time
@@ -9,22 +9,24 @@ from typing import Any
 import lightning as L
 import torch
 
+from .callbacks import trained
+
 RUN_FILE = "run.json"
 
 
 class RunRecord(L.Callback):
-    """Writes `run.json` into the pruner's folder after each validation and at the end.
+    """Writes `run.json` into the folder of what is trained after each validation and at the end.
 
     Args:
-        folder: The pruner's folder.
+        folder: Its folder.
         command: The command line.
         recipe: The whole configuration, as YAML text.
-        vlm: The frozen model, as it was named.
+        vlm: The frozen model, as it was named; None where there is none.
         data: What it was trained on, in a few words.
         seed: Of the run.
     """
 
-    def __init__(self, folder: str, command: str, recipe: str, vlm: str, data: str, seed: int) -> None:
+    def __init__(self, folder: str, command: str, recipe: str, vlm: str | None, data: str, seed: int) -> None:
         self.folder = Path(folder)
         self.facts = {"command": command, "vlm": vlm, "data": data, "seed": seed}
         self.recipe = recipe
@@ -54,8 +56,7 @@ class RunRecord(L.Callback):
         """Write the record, from the first process only."""
         if not trainer.is_global_zero:
             return
-        pruner: Any = pl_module.pruner
-        parameters = sum(p.numel() for p in pruner.parameters())
+        parameters = sum(p.numel() for p in trained(pl_module).parameters())
         gpu = torch.cuda.get_device_name() if pl_module.device.type == "cuda" else None
         record = {
             **self.facts,
