@@ -74,6 +74,14 @@ class PPM(Pruner):
 
     def score(self, inputs: PruneInputs) -> Tensor:
         """Scores (B, N), higher = keep."""
+        return self.rate(self.read(inputs))
+
+    def rate(self, x: Tensor) -> Tensor:
+        """Scores (B, N) float32 of what :meth:`read` gave."""
+        return self.head(self.norm(x)).squeeze(-1).float()
+
+    def read(self, inputs: PruneInputs) -> Tensor:
+        """Visual tokens (B, N, E) that know what they show, where they are, what is around them and what is asked."""
         c, dtype = self.config, self.head.weight.dtype
         if inputs.features.shape[-1] != c.width:
             raise PruneZooError(
@@ -92,7 +100,7 @@ class PPM(Pruner):
                 text = text_block(text, text_valid)
         for block in self.blocks:
             x = block(x, valid, text, text_valid)
-        return self.head(self.norm(x)).squeeze(-1).float()
+        return x
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """Tokens (B, ·, D) as (B, ·, E), from unit RMS: words are often far smaller than visual tokens."""

@@ -1,0 +1,196 @@
+"""Tail-drop latents: the rule of One-D-Piece (Miwa et al., 2025, arXiv 2501.10064) for the tokens of a frozen
+vision-language model.
+
+From the paper, where it is about coding pictures: learned queries make an ordered row of tokens, and in training the
+row is cut at a random length, so that its head carries most. Here the row is what the language model reads in place of
+its visual tokens, without quantisation, and ``keep`` is the length of the prefix: one checkpoint, every budget.
+
+All of the architecture is ours. The visual tokens are read as PPM reads them (with the prompt, unless told not to); a
+latent asks them twice, then points: it becomes a mean of the visual tokens as they are, weighed by how well each
+answers the latent's own query and by PPM's score of it, plus a correction. So the latents lie among the tokens that the
+language model knows. In training a small decoder rebuilds all visual tokens from the prefix.
+
+Latent j stands in the slot of an image token, its anchor, so that it has a position: the slots are visited in the order
+of their numbers' bits reversed, which spreads any prefix of them over the image. A prefix longer than the row has,
+after all latents, the image's own tokens in the slots that are visited next; all tokens of an image are its own.
+
+Letters: B images, N image tokens, K kept, J latents of the whole row, D width of the language model, E hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.contract import PruneInputs, PruneOutput, Pruner
+from ..core.errors import PruneZooError
+from ..core.plan import gather_rows, mask_to_index
+from ..core.registry import register_pruner
+from .ppm import PPM, CrossAttention, Norm, PPMConfig, SwiGLU, place_features
+
+
+@dataclass(frozen=True)
+class TailDropConfig(PPMConfig):
+    """Sizes of the latents and, inherited, of the PPM that reads for them."""
+
+    latents: int = 256  # J, length of the whole row
+    asks: int = 2  # blocks in which the latents ask the visual tokens and one another
+    rebuild: float = 0.1  # weight of the rebuilt visual tokens in training
+    stop_rule: bool = False  # holds a trained stop rule; `trainers.stop_rule` adds it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("latents", "asks"):
+            if getattr(self, name) < 1:
+                raise PruneZooError(f"tail_drop: {name} must be at least 1, got {getattr(self, name)}")
+        if self.rebuild < 0:
+            raise PruneZooError(f"tail_drop: rebuild must be at least 0, got {self.rebuild}")
+
+
+@dataclass(frozen=True)
+class TailDropOutput(PruneOutput):
+    """A prefix, and in training how badly the visual tokens are rebuilt from it."""
+
+    error: Tensor | None = None  # scalar: mean squared error, 1 where nothing but the mean token is known
+
+
+@register_pruner("tail_drop")
+class TailDrop(Pruner):
+    """An ordered row of latents, of which the language model reads a prefix."""
+
+    stage = "prompt"
+    config_class = TailDropConfig
+    config: TailDropConfig
+
+    def __init__(self, config: TailDropConfig | None = None, **overrides: Any) -> None:
+        super().__init__(config, **overrides)
+        c = self.config
+        shared = {name: getattr(c, name) for name in PPMConfig.__dataclass_fields__}
+        self.reader = PPM(PPMConfig(**shared))
+        self.queries = nn.Parameter(0.02 * torch.randn(c.latents, c.hidden))
+        self.asks = nn.ModuleList(Ask(c.hidden, c.heads) for _ in range(c.asks))
+        self.norm_query, self.norm_key = Norm(c.hidden), Norm(c.hidden)
+        self.query, self.key = (nn.Linear(c.hidden, c.hidden, bias=False) for _ in range(2))
+        nn.init.orthogonal_(self.query.weight)
+        with torch.no_grad():
+            self.key.weight.copy_(self.query.weight)
+        self.correct = nn.Linear(c.hidden, c.width)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+        self.rebuilder = Rebuilder(c) if c.rebuild else None
+        self.gain = nn.Linear(c.hidden, 1) if c.stop_rule else None
+
+    @classmethod
+    def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
+        """See the base class."""
+        return {**PPM.tiny_config(feature_dim, text_dim), "latents": 20}
+
+    def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """A prefix of ``keep`` latents of each image, in the order of their slots."""
+        features, valid = inputs.features, inputs.valid
+        # a latent sees none that comes after it, so those beyond the longest prefix need not be made
+        latents, _ = self.latents(inputs, min(int(keep.max()), self.config.latents))
+        if bool(latents.isnan().any()):
+            raise PruneZooError(f"pruner '{self.name}' made NaN: check its weights and the features it was given")
+        rank = visiting_order(valid)
+        index, kept = mask_to_index(rank < keep[:, None])
+        number = gather_rows(rank, index)
+        own = (number >= latents.shape[1]) | (keep == valid.sum(1))[:, None]
+        made = gather_rows(latents, number.clamp_max(latents.shape[1] - 1)).to(features.dtype)
+        made = torch.where(own[..., None], gather_rows(features, index), made)
+        error = None
+        if self.training and self.rebuilder is not None:
+            error = self.rebuilder(inputs, made, index, kept)
+        return TailDropOutput(index=index, valid=kept, features=made, error=error)
+
+    def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
+        """The error of rebuilding."""
+        assert isinstance(output, TailDropOutput)
+        return {} if output.error is None else {"rebuild": self.config.rebuild * output.error}
+
+    def latents(self, inputs: PruneInputs, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` of the row, J or fewer.
+
+        Returns:
+            The latents ``(B, count, D)`` as the language model reads them, and what they know ``(B, count, E)``.
+        """
+        c, valid = self.config, inputs.valid
+        x = self.reader.read(inputs)
+        # each query starts where its anchor lies
+        rank = visiting_order(valid)
+        slot = rank.argsort(1)[:, torch.arange(count, device=rank.device).clamp_max(rank.shape[1] - 1)]
+        places = self.reader.place(place_features(inputs.cells, valid, c.octaves).to(x.dtype))
+        query = self.queries[:count] + gather_rows(places, slot)
+        for ask in self.asks:
+            query = ask(query, x, valid)
+        weight = self.query(self.norm_query(query)) @ self.key(self.norm_key(x)).transpose(1, 2)  # (B, J, N)
+        weight = weight.float() * c.hidden**-0.5 + self.reader.rate(x)[:, None]
+        weight = weight.masked_fill(~valid[:, None], torch.finfo(torch.float32).min).softmax(-1)
+        tokens = inputs.features.masked_fill(~valid[..., None], 0)
+        mean = torch.einsum("bjn,bnd->bjd", weight, tokens.float())
+        return mean.to(tokens.dtype) + self.correct(self.norm_query(query)), query
+
+
+class Ask(nn.Module):
+    """The latents attend to the visual tokens and each to those before it, then SwiGLU; all residual."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ask = CrossAttention(hidden, heads)
+        self.norm = Norm(hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.feed = SwiGLU(hidden)
+
+    def forward(self, query: Tensor, x: Tensor, valid: Tensor) -> Tensor:
+        """Latents (B, J, E), tokens (B, N, E) and their validity: latents (B, J, E)."""
+        query = query + self.ask(query, x, valid)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(query)).chunk(3, -1))
+        before = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        query = query + self.out(before.transpose(1, 2).flatten(2))
+        return query + self.feed(query)
+
+
+class Rebuilder(nn.Module):
+    """Rebuilds all visual tokens from a prefix, by what stands where; used in training only."""
+
+    def __init__(self, config: TailDropConfig) -> None:
+        super().__init__()
+        c = config
+        self.octaves, self.width = c.octaves, c.width
+        self.enter = nn.Linear(c.width, c.hidden, bias=False)
+        self.place = nn.Linear(4 * c.octaves + 2, c.hidden)
+        self.look = CrossAttention(c.hidden, c.heads)
+        self.feed = SwiGLU(c.hidden)
+        self.out = nn.Linear(c.hidden, c.width)
+
+    def forward(self, inputs: PruneInputs, made: Tensor, index: Tensor, kept: Tensor) -> Tensor:
+        """The error, a scalar, of a prefix (B, K, D) in the slots (B, K), where ``kept`` (B, K)."""
+        target = F.rms_norm(inputs.features.detach().float(), (self.width,))
+        places = self.place(place_features(inputs.cells, inputs.valid, self.octaves).to(self.out.weight.dtype))
+        known = self.enter(F.rms_norm(made.to(places.dtype), (self.width,))) + gather_rows(places, index)
+        x = places + self.look(places, known, kept)
+        rebuilt = self.out(x + self.feed(x)).float()
+        real = inputs.valid[..., None].float()
+        mean = (target * real).sum((0, 1)) / real.sum()
+        error, spread = ((value - target).square() * real for value in (rebuilt, mean.expand_as(target)))
+        return error.sum() / spread.sum()
+
+
+def visiting_order(valid: Tensor) -> Tensor:
+    """When each slot is visited: slots in the order of their numbers' bits reversed, counted over the valid ones.
+
+    Args:
+        valid: (B, N) bool.
+
+    Returns:
+        (B, N) long: 0 for the first, and so on without gaps; padding comes after all valid slots.
+    """
+    number = valid.long().cumsum(1) - 1
+    bits = max(valid.shape[1] - 1, 1).bit_length()
+    reverse = sum(((number >> bit) & 1) << (bits - 1 - bit) for bit in range(bits))
+    assert isinstance(reverse, Tensor)
+    return reverse.masked_fill(~valid, 1 << bits).argsort(dim=1, stable=True).argsort(1)

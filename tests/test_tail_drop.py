@@ -1,0 +1,195 @@
+"""Tail-drop latents beyond the shared contract: order, anchors, prefixes, rebuilding, training."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_image
+from test_contract import make_inputs
+from test_fit import words, world  # noqa: F401
+
+from modules import AutoPruner, PruneZooError, encode, load_pruner
+from modules.host.run import run_pruned
+from modules.learned.ppm import PPM
+from modules.learned.tail_drop import TailDrop, visiting_order
+from trainers.tail_drop import start_reader
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "<s> USER: <image> what color is the ball ? ASSISTANT:"
+SIZES = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
+
+
+def made(seed: int = 0, **config) -> TailDrop:
+    """Latents far from where they start."""
+    torch.manual_seed(seed)
+    pruner = TailDrop(**{**SIZES, "latents": 12, **config}).eval()
+    for parameter in (pruner.correct.weight, pruner.queries):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return pruner
+
+
+# Anchors
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 36, 144, 576])
+def test_every_slot_is_visited_once_and_prefixes_are_spread(count):
+    order = visiting_order(torch.ones(1, count, dtype=torch.bool))[0]
+    assert sorted(order.tolist()) == list(range(count))
+    for length in (4, 16):
+        if count > 4 * length:
+            anchors = (order < length).nonzero()[:, 0]
+            gaps = torch.diff(anchors, prepend=torch.tensor([0]), append=torch.tensor([count]))
+            assert gaps.max() <= 2 * 2 ** torch.tensor(count / length).log2().ceil(), "no large hole"
+
+
+def test_padding_is_visited_last_and_changes_no_order():
+    alone = visiting_order(torch.ones(1, 21, dtype=torch.bool))[0]
+    valid = torch.arange(70)[None] < torch.tensor([[21], [70]])
+    padded = visiting_order(valid)
+    assert torch.equal(padded[0, :21], alone) and padded[0, 21:].min() == 21
+    assert sorted(padded[1].tolist()) == list(range(70))
+
+
+# Prefixes
+
+
+def test_a_longer_prefix_adds_latents_and_leaves_the_others():
+    pruner, inputs = made(), make_inputs()
+    seen: dict[int, torch.Tensor] = {}
+    for keep in range(1, 13):
+        output = pruner(inputs, keep)
+        slots = output.index[0, : output.count[0]].tolist()
+        tokens = dict(zip(slots, output.kept_features(inputs)[0], strict=False))
+        assert set(seen) < set(tokens) and len(tokens) == keep
+        for slot, token in seen.items():
+            torch.testing.assert_close(tokens[slot], token, rtol=1e-5, atol=1e-5)
+        assert all(not torch.allclose(token, inputs.features[0, slot]) for slot, token in tokens.items())
+        seen = tokens
+
+
+def test_beyond_the_row_come_the_image_s_own_tokens():
+    pruner, inputs = made(latents=5), make_inputs()
+    output = pruner(inputs, 15)
+    rank = visiting_order(inputs.valid)
+    own = 0
+    for row in range(3):
+        for slot, token in zip(output.index[row].tolist(), output.kept_features(inputs)[row], strict=True):
+            if rank[row, slot] >= 5:
+                assert torch.equal(token, inputs.features[row, slot])
+                own += 1
+            else:
+                assert not torch.allclose(token, inputs.features[row, slot])
+    assert own == 30
+
+
+def test_every_length_runs_on_a_model_and_the_last_is_the_bare_one(tiny_llava):
+    batch = tiny_llava.batch([PROMPT, PROMPT], [[make_image(0)], [make_image(1)]])
+    pruner = made(latents=30)
+    with torch.no_grad():
+        bare = tiny_llava.vlm(**batch).logits[:, -1]
+        encoded = encode(tiny_llava.vlm, batch, pruner.needs)
+        for keep in range(1, 37):
+            run = run_pruned(tiny_llava.vlm, encoded, pruner, keep)
+            assert run.tokens.tolist() == [keep, keep] and run.host.logits.isfinite().all()
+            assert torch.equal(run.host.logits[:, -1], bare) == (keep == 36)
+
+
+def test_the_prompt_matters_unless_blind():
+    inputs = make_inputs()
+    other = replace(inputs, text=inputs.text.flip(1) + 1)
+    aware, blind = made(), made(query_aware=False)
+    assert not torch.allclose(aware(inputs, 4).features, aware(other, 4).features)
+    assert torch.equal(blind(inputs, 4).features, blind(replace(inputs, text=None, text_valid=None), 4).features)
+
+
+def test_ragged_budgets_give_what_each_gives_alone():
+    pruner, inputs = made(), make_inputs()
+    together = pruner(inputs, torch.tensor([3, 20, 9]))
+    for row, keep in enumerate((3, 20, 9)):
+        alone = pruner(inputs, keep)
+        assert torch.equal(together.index[row, :keep], alone.index[row, :keep])
+        torch.testing.assert_close(together.features[row, :keep], alone.features[row, :keep])
+
+
+# Training
+
+
+def test_rebuilding_is_asked_for_in_training_only_and_can_be_learned():
+    pruner, inputs = made().train(), make_inputs()
+    assert made()(inputs, 6).error is None
+    optimizer = torch.optim.Adam(pruner.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(150):
+        output = pruner(inputs, 12)
+        (term,) = pruner.loss_terms(output).values()
+        assert term.item() == pytest.approx(0.1 * output.error.item())
+        optimizer.zero_grad()
+        term.backward()
+        optimizer.step()
+        errors.append(output.error.item())
+    assert errors[0] > 0.9 and errors[-1] < 0.5 * errors[0], "1 is the mean token"
+    pruner = made(rebuild=0.0).train()
+    assert pruner.loss_terms(pruner(inputs, 6)) == {}
+
+
+def test_the_reader_starts_from_a_trained_ppm(tmp_path):
+    torch.manual_seed(5)
+    ppm = PPM(**SIZES)
+    ppm.save_pretrained(tmp_path)
+    pruner, inputs = made(), make_inputs()
+    assert not torch.allclose(pruner.reader.score(inputs), ppm.score(inputs))
+    start_reader(pruner, str(tmp_path))
+    torch.testing.assert_close(pruner.reader.score(inputs), ppm.score(inputs))
+    with pytest.raises(PruneZooError, match="hidden=32"):
+        start_reader(made(hidden=32), str(tmp_path))
+
+
+def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_llava_folder, tmp_path):  # noqa: F811
+    """By the command line, on the recipe for LLaVA; then the exported folder prunes."""
+    given = words(world, tiny_llava_folder, tmp_path / "out")
+    arguments = [
+        f"--config={ROOT / 'configs' / 'tail_drop_llava.yaml'}",
+        *(f"--model.pruner.config.{key}={value}" for key, value in {**SIZES, "latents": 12}.items()),
+        "--model.reader=null",
+        "--model.lr=0.003",
+        *(word for word in given if "pruner" not in word and "--config" not in word),
+        "--trainer.max_steps=30",
+        "--trainer.val_check_interval=null",
+        "--trainer.check_val_every_n_epoch=2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainers.fit", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    pruner = AutoPruner.from_pretrained(tmp_path / "out")
+    assert pruner.name == "tail_drop" and not pruner.training
+    log = (tmp_path / "out/training/logs/version_0/metrics.csv").read_text()
+    assert "train/kl" in log and "train/rebuild" in log and "val/retention_0.028" in log
+    assert pruner(make_inputs(), 3).count.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"latents": 0}, "latents"), ({"rebuild": -1.0}, "rebuild"), ({"hidden": 18}, "hidden=18")]
+)
+def test_a_mistake_in_the_config_is_named(wrong, named):
+    with pytest.raises(PruneZooError, match=named):
+        made(**wrong)
+
+
+def test_the_recipes_build_what_they_say():
+    for size, parameters in (("tiny", 1_000_000), ("llava", 40_000_000)):
+        recipe = yaml.safe_load((ROOT / "configs" / f"tail_drop_{size}.yaml").read_text())
+        with torch.device("meta"):
+            pruner = TailDrop(**recipe["model"]["init_args"]["pruner"]["init_args"]["config"])
+        assert parameters / 2 < sum(p.numel() for p in pruner.parameters()) < parameters
+
+
+def test_saved_latents_load(tmp_path):
+    pruner = made()
+    loaded = load_pruner(pruner.save_pretrained(tmp_path))
+    inputs = make_inputs()
+    assert torch.equal(loaded(inputs, 5).features, pruner(inputs, 5).features)
