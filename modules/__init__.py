@@ -4,9 +4,11 @@ from .core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
 from .core.errors import PruneZooError
 from .core.registry import AutoPruner, build_pruner, list_pruners, load_pruner, register_pruner
 from .host import attach, encode, full_forward, gated_forward, pruned_forward
+from .tokenizers.one_d_piece import OneDPiece
 
 __all__ = [
     "AutoPruner",
+    "OneDPiece",
     "PruneInputs",
     "PruneOutput",
     "PruneZooError",

@@ -1,6 +1,7 @@
 """Losses as pure functions, each with its source.
 
-Letters: B samples, L sequence length, V vocabulary, S answer slots of the whole batch, N image tokens.
+Letters: B samples or pictures, C channels, L sequence length, V vocabulary, S answer slots of the whole batch, N image
+tokens.
 """
 
 import torch
@@ -107,6 +108,24 @@ def topk_hinge(scores: Tensor, guide: Tensor, valid: Tensor, keep: Tensor, margi
     weight = (guide[:, :, None] - guide[:, None, :]) * pairs
     hinge = F.relu(margin - (scores[:, :, None] - scores[:, None, :]).float())
     return (weight * hinge).sum() / weight.sum().clamp_min(TINY)
+
+
+def laplacian_l1(images: Tensor, targets: Tensor, levels: int = 4) -> Tensor:
+    """Mean L1 distance of Laplacian pyramids, summed over the levels (Bojanowski et al., arXiv 1707.05776).
+
+    It weighs edges of every size as much as areas. Halving is by means, doubling by repetition.
+
+    Args:
+        images: (B, C, H, W), sides divisible by 2^levels.
+        targets: Likewise.
+        levels: Bands that are compared, besides the small picture that is left.
+    """
+    rest, total = images - targets, images.new_zeros(())  # the pyramid is linear: one for the difference will do
+    for _ in range(levels):
+        smaller = F.avg_pool2d(rest, 2)
+        total = total + (rest - F.interpolate(smaller, scale_factor=2.0)).abs().mean()
+        rest = smaller
+    return total + rest.abs().mean()
 
 
 def _standardise(values: Tensor, valid: Tensor) -> Tensor:

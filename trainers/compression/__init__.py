@@ -1,0 +1,1 @@
+"""What `python -m trainers.codec` measures with: metrics, rival codecs, timing and figures."""

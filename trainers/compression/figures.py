@@ -1,0 +1,52 @@
+"""Curves of quality against bytes, and pictures painted from ever longer prefixes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from PIL import Image, ImageDraw
+
+from modules.tokenizers.one_d_piece import OneDPiece
+from trainers.data.photographs import Photographs
+
+from .measure import file_size
+from .quality import METRICS
+
+matplotlib.use("Agg")
+GAP, LABEL = 4, 14  # pixels
+
+
+def draw_curves(record: Mapping[str, Any], path: Path) -> None:
+    """One panel a metric, one line a codec, against bytes."""
+    figure, panels = pyplot.subplots(1, len(METRICS), figsize=(4 * len(METRICS), 3.6), layout="constrained")
+    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
+            points = [(r["bytes"], r[metric]) for r in record["rows"] if r["codec"] == codec and r[metric] is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=Path(codec).name)
+        panel.set(xscale="log", xlabel="bytes of the file", title=title)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_pictures(
+    tokenizer: OneDPiece, pictures: Photographs, which: Sequence[int], lengths: Sequence[int]
+) -> Image.Image:
+    """A row for each picture: painted from each length, and the picture itself."""
+    images = torch.stack([pictures[i] for i in which])
+    codes = tokenizer.encode(images)
+    columns = [tokenizer.decode(codes[:, :length]) for length in lengths] + [images]
+    titles = [f"{length}: {file_size(tokenizer, length)} bytes" for length in lengths] + ["photograph"]
+    step = pictures.size + GAP
+    sheet = Image.new("RGB", (len(columns) * step - GAP, len(which) * step - GAP + LABEL), "white")
+    for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
+        ImageDraw.Draw(sheet).text((x * step + 2, 1), title, fill="black")
+        for y, painted in enumerate(column):
+            pixels = (painted.permute(1, 2, 0) * 255).round().byte().numpy()
+            sheet.paste(Image.fromarray(pixels), (x * step, LABEL + y * step))
+    return sheet

@@ -1,0 +1,113 @@
+"""Tokenizers at several lengths beside JPEG and WebP within the same bytes, on held-out photographs.
+
+Letters: I pictures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modules.tokenizers import container
+from modules.tokenizers.one_d_piece import OneDPiece
+from trainers.data.photographs import Photographs, to_tensor
+from trainers.evaluation.statistics import interval
+
+from .quality import METRICS, Floats, quality
+from .rivals import attempts, best_within
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Figures:
+    """Quality of every picture at one length or within so many bytes; NaN where a codec cannot go so low."""
+
+    size: int  # bytes of a file, its header included
+    tokens: int | None  # of a tokenizer
+    values: dict[str, Floats] = field(default_factory=dict)  # by metric, (I,)
+
+
+def file_size(tokenizer: OneDPiece, length: int) -> int:
+    """Bytes of a file with so many codes."""
+    return container.HEADER.size + -(-length * tokenizer.config.bits // 8)
+
+
+def measure_tokenizer(
+    tokenizer: OneDPiece, pictures: Photographs, lengths: Sequence[int], advance: Callable[[], None]
+) -> list[Figures]:
+    """Every length, each picture encoded once."""
+    figures = [Figures(file_size(tokenizer, length), length) for length in lengths]
+    for start in range(0, len(pictures), 32):
+        images = torch.stack([pictures[i] for i in range(start, min(start + 32, len(pictures)))])
+        codes = tokenizer.encode(images)
+        for one, length in zip(figures, lengths, strict=True):
+            # as a file would give it: in 8 bits a channel
+            painted = (tokenizer.decode(codes[:, :length]) * 255).round() / 255
+            _append(one, quality(painted, images))
+        for _ in images:
+            advance()
+    return figures
+
+
+def measure_rival(
+    rival: str, pictures: Photographs, sizes: Sequence[int], advance: Callable[[], None]
+) -> list[Figures]:
+    """JPEG or WebP, for each size its best file that is no bigger."""
+    figures = [Figures(size, None) for size in sizes]
+    for i in range(len(pictures)):
+        image = pictures.picture(i)
+        found = attempts(rival, image)
+        for one in figures:
+            best = best_within(found, one.size)
+            nothing = {name: np.array([np.nan]) for name in METRICS}
+            _append(one, nothing if best is None else _compare(best.picture, image))
+        advance()
+    return figures
+
+
+def rows_of(codec: str, figures: Sequence[Figures]) -> list[Row]:
+    """`{codec, tokens, bytes, fits, psnr, ssim, ms_ssim, vif}`: means over the pictures.
+
+    `fits` is the share of the pictures that the codec can bring into so many bytes; the means are None unless it is 1,
+    since those that fit are the easy ones.
+    """
+    rows = []
+    for one in figures:
+        fits = float(np.isfinite(one.values["psnr"]).mean())
+        means = {name: _number(values.mean()) if fits == 1 else None for name, values in one.values.items()}
+        rows.append({"codec": codec, "tokens": one.tokens, "bytes": one.size, "fits": fits, **means})
+    return rows
+
+
+def paired_of(name: str, own: Sequence[Figures], rivals: Mapping[str, Sequence[Figures]], seed: int = 0) -> list[Row]:
+    """`{codec, rival, tokens, bytes, metric, difference, ci}`: over the same pictures, 95 % bootstrap intervals."""
+    rows = []
+    rng = np.random.default_rng(seed)
+    items = len(own[0].values["psnr"])
+    draws = rng.integers(items, size=(2000, items))
+    for rival, figures in rivals.items():
+        for one, other in zip(own, figures, strict=True):
+            for metric in METRICS:
+                difference = one.values[metric] - other.values[metric]
+                if np.isfinite(difference).all():
+                    row = {"codec": name, "rival": rival, "tokens": one.tokens, "bytes": one.size, "metric": metric}
+                    low, high = interval(difference[draws].mean(1))
+                    rows.append({**row, "difference": _number(difference.mean()), "ci": [_number(low), _number(high)]})
+    return rows
+
+
+def _append(figures: Figures, found: Mapping[str, Floats]) -> None:
+    for name, values in found.items():
+        figures.values[name] = np.concatenate([figures.values.get(name, np.empty(0)), values])
+
+
+def _compare(picture: Image.Image, image: Image.Image) -> dict[str, Floats]:
+    return quality(to_tensor(picture)[None], to_tensor(image)[None])
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 5)

@@ -1,0 +1,77 @@
+"""Pictures a second of encoding and decoding, as ratios against the same ViT's bare forward."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules.tokenizers.one_d_piece import OneDPiece
+
+Row = dict[str, Any]
+
+
+def bare_vit(tokenizer: OneDPiece, images: Tensor) -> Tensor:
+    """The encoder's transformer over class token and patches alone: no queries, no codes."""
+    encoder = tokenizer.encoder
+    patches = encoder.patch_embed(images.to(tokenizer.latent_tokens.dtype)).flatten(2).transpose(1, 2)
+    x = torch.cat([encoder.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+    x = encoder.ln_pre(x + encoder.positional_embedding)
+    for layer in encoder.transformer:
+        x = layer(x)
+    return encoder.ln_post(x)
+
+
+@torch.no_grad()
+def measure_speed(tokenizer: OneDPiece, images: Tensor, lengths: tuple[int, ...], repeats: int, name: str) -> list[Row]:
+    """`{dtype, part, tokens, per_second, ratio, spread}`, timed in turns with the bare ViT.
+
+    Args:
+        tokenizer: In eval mode, on the device and in the type that are timed.
+        images: ``(B, 3, S, S)``.
+        lengths: Tokens that decoding reads.
+        repeats: Pairs of a case and the bare ViT; medians over them, and the interquartile range of the ratio.
+        name: Of the type.
+    """
+    codes = tokenizer.encode(images)
+    cases: list[tuple[str, int | None, Callable[[], Tensor]]] = [
+        ("encode", tokenizer.config.tokens, lambda: tokenizer.encode(images))
+    ]
+    cases += [("decode", k, lambda k=k: tokenizer.decode(codes[:, :k])) for k in lengths]  # type: ignore[misc]
+    rows = []
+    everything = []
+    for part, tokens, case in cases:
+        pairs = []
+        for turn in range(repeats + 1):
+            both = (lambda: bare_vit(tokenizer, images), case)
+            seconds = [_seconds(run, images.device) for run in (both if turn % 2 else both[::-1])]
+            pairs.append(seconds if turn % 2 else seconds[::-1])
+        bare, own = np.array(pairs[1:]).T  # the first pair warms up
+        everything.append(bare)
+        rows.append(_row(name, part, tokens, len(images), own, bare / own))
+    bare = np.concatenate(everything)
+    return [_row(name, "bare ViT", None, len(images), bare, np.ones(1)), *rows]
+
+
+def _row(name: str, part: str, tokens: int | None, batch: int, seconds: np.ndarray, ratio: np.ndarray) -> Row:
+    low, high = np.quantile(ratio, [0.25, 0.75])
+    return {
+        "dtype": name,
+        "part": part,
+        "tokens": tokens,
+        "per_second": round(float(batch / np.median(seconds)), 2),
+        "ratio": round(float(np.median(ratio)), 4),
+        "spread": round(float(high - low), 4),
+    }
+
+
+def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
