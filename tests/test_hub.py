@@ -80,6 +80,10 @@ def test_files_and_types(folder, sample_method):
     assert load_pruner(half).head.weight.dtype == torch.bfloat16
 
 
+def test_all_files_may_be_read_by_whom_the_system_lets(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_weights_that_do_not_fit_are_refused(folder):
     edit_weights(folder, lambda s: s.pop("head.bias"))
     refused(folder, "model.safetensors", "'head.bias' is missing")

@@ -6,7 +6,7 @@ from conftest import make_image, make_llava
 from layer_oracle import Watch, masked
 from test_layers import LONG, SHORT, _no_rotation
 
-from modules import PruneZooError, build_pruner, encode, full_forward
+from modules import PruneZooError, attach, build_pruner, encode, full_forward
 from modules.host import encode_needs, run_pruned
 
 
@@ -104,3 +104,12 @@ def test_feathers_counts_follow_from_one_share():
         build_pruner("feather", layers=(1, 2, 3))
     with pytest.raises(PruneZooError, match="stride=0"):
         build_pruner("feather", stride=0)
+
+
+@pytest.mark.parametrize("name", ["feather", "pyramiddrop"])
+def test_a_decoder_too_shallow_for_the_usual_layers_is_refused(name, tiny_llava):
+    batch = tiny_llava.batch(["<s> USER: <image> what ? ASSISTANT:"], [[make_image(1)]])
+    assert tiny_llava.vlm.config.text_config.num_hidden_layers == 2
+    refused = pytest.raises(PruneZooError, match=rf"^{name}: .*decoder of 2.*set layers$")
+    with refused, attach(tiny_llava.vlm, name, keep=4):
+        tiny_llava.vlm(**batch)

@@ -8,6 +8,7 @@ method expects is refused with one line.
 import json
 import os
 import re
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +102,7 @@ def save(module: "Configured", folder: str | Path) -> Path:
                 part.save(Path(scratch, name))
             files = file_names(module)
             for file in files:
+                shutil.copymode(Path(scratch, CONFIG_FILE), Path(scratch, file))  # safetensors: for its owner alone
                 with Path(scratch, file).open("rb") as written:
                     os.fsync(written.fileno())
             for file in files:

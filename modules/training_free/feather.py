@@ -51,6 +51,8 @@ class Feather(Pruner):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """The configured layers, or those at 1/4 and 1/2 of the depth."""
+        if self.config.layers is None and depth < 4:
+            raise PruneZooError(f"feather: no layer at 1/4 of a decoder of {depth} has one before it: set layers")
         return self.config.layers or (depth // 4, depth // 2)
 
     def schedule(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 
 
@@ -37,6 +38,8 @@ class PyramidDrop(Pruner):
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """The configured layers, or those at the quarters of the depth."""
+        if self.config.layers is None and depth < 4:
+            raise PruneZooError(f"pyramiddrop: a decoder of {depth} layers has no quarters: set layers")
         return self.config.layers or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
 
     def score(self, inputs: PruneInputs) -> Tensor:
