@@ -14,7 +14,8 @@ from modules import PruneZooError, attach, build_pruner, encode, load_pruner, pr
 from modules.core.contract import PruneOutput
 from modules.core.plan import mask_to_index
 from trainers.fit import main
-from trainers.policy_gradient import PolicyModule, distinct_share, warm_up_policy
+from trainers.policy_gradient import PolicyModule, distinct_share
+from trainers.warm_start import start_from
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PPM = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
@@ -152,9 +153,9 @@ def test_the_warm_start_is_checked_and_left_alone(module, world):
     assert all(torch.equal(before[name], weight) for name, weight in module.reference.state_dict().items())
     assert not any(name.startswith("reference") for name in module.state_dict())
     with pytest.raises(PruneZooError, match=r"other sizes than model.pruner: blocks=2 \(there 1\)"):
-        warm_up_policy(build_pruner("policy", **{**PPM, "blocks": 2}), str(world / "ppm"))
+        start_from(build_pruner("policy", **{**PPM, "blocks": 2}), str(world / "ppm"))
     with pytest.raises(PruneZooError, match="'uniform': a policy starts from"):
-        warm_up_policy(build_pruner("policy", **PPM), "uniform")
+        start_from(build_pruner("policy", **PPM), "uniform")
 
 
 def test_a_collapsed_policy_is_told(module, recwarn):

@@ -21,6 +21,7 @@ from .data.modules import GROUPS
 from .frozen import Dtype, FrozenModule
 from .guides import attention_guide, relevance
 from .losses import answer_slots, cross_entropy, distillation_kl, guide_kl, guide_mse, topk_hinge
+from .warm_start import start_from
 
 GUIDE_LOSSES = {"mse": guide_mse, "kl": guide_kl}
 
@@ -32,6 +33,7 @@ class DistillModule(FrozenModule):
         vlm: Folder or Hub id of a `transformers` image-text-to-text model. It stays frozen and out of the checkpoints.
         pruner: The pruner to train.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
+        warm_start: Folder or Hub id of a trained PPM whose weights it starts from; None: from scratch.
         guide: Whose map the scores learn: the frozen model's gradient `relevance`, or the `attention` of one layer.
         guide_layer: Layer of the attention guide, from 0.
         guide_loss: `mse` (the paper's first stage) or `kl` (scores as logits over the tokens).
@@ -53,6 +55,7 @@ class DistillModule(FrozenModule):
         vlm: str,
         pruner: Pruner,
         vlm_dtype: Dtype = "auto",
+        warm_start: str | None = None,
         guide: Literal["relevance", "attention"] = "relevance",
         guide_layer: int = 16,
         guide_loss: Literal["mse", "kl"] = "kl",
@@ -75,6 +78,8 @@ class DistillModule(FrozenModule):
         if temperature <= 0.0:
             raise PruneZooError(f"temperature must be above 0, got {temperature}")
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
+        if warm_start is not None:
+            start_from(pruner, warm_start)
         self.pruner.gate_temperature = temperature
         self.guide, self.guide_layer, self.guide_loss = guide, guide_layer, GUIDE_LOSSES[guide_loss]
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight

@@ -12,7 +12,6 @@ Letters: B samples of one image each, N image tokens, G subsets drawn for each s
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +20,15 @@ from torch import Tensor
 
 from modules.core.contract import PruneInputs, budget
 from modules.core.errors import PruneZooError
-from modules.core.registry import load_pruner
 from modules.core.subsets import draw_subsets, log_probability, pick_entropy, pick_kl, subset_mask
 from modules.host import Encoded, encode, full_forward
 from modules.host.group import group_forward
 from modules.learned.policy import KeepPolicy
-from modules.learned.ppm import PPM
 
 from .data.modules import GROUPS
 from .frozen import Dtype, FrozenModule
 from .losses import answer_slots
+from .warm_start import start_from
 
 COLLAPSED = 0.1
 """Share of distinct subsets in a group below which the policy counts as collapsed: nothing is left to compare."""
@@ -63,6 +61,8 @@ class PolicyModule(FrozenModule):
             exp(-curriculum * t² * i), where t runs from 0 to 1 over the training. 0: evenly throughout.
         answer_weight: Weight of the reward log p(reference answer), mean over its tokens, in nats.
         agreement_weight: Weight of the reward -KL(full model ‖ pruned), mean over the answer slots, in nats.
+        spread_floor: Added to the spread of a group's rewards, in nats, before they are divided by it, so that a sample
+            that is answered alike from every subset does not count as much as one where the choice decides.
         kl_weight: Weight of KL(policy ‖ warm start).
         entropy_weight: Weight of the bonus on the policy's entropy.
         passes: Updates on the same draws. 1 is strictly on-policy; more takes the clipped surrogate of PPO.
@@ -88,6 +88,7 @@ class PolicyModule(FrozenModule):
         curriculum: float = 2.0,
         answer_weight: float = 1.0,
         agreement_weight: float = 0.0,
+        spread_floor: float = 0.2,
         kl_weight: float = 0.02,
         entropy_weight: float = 0.0,
         passes: int = 1,
@@ -105,15 +106,17 @@ class PolicyModule(FrozenModule):
             raise PruneZooError(f"budgets must be ascending shares in (0, 1], got {list(budgets)}")
         if answer_weight < 0 or agreement_weight < 0 or answer_weight + agreement_weight == 0:
             raise PruneZooError("a reward is needed: set answer_weight or agreement_weight above 0")
+        if spread_floor <= 0:
+            raise PruneZooError(f"spread_floor must be above 0, got {spread_floor}: a group may have no spread at all")
         if not 0 < clip < 1:
             raise PruneZooError(f"clip must lie in (0, 1), got {clip}")
-        warm_up_policy(pruner, warm_start)
+        start_from(pruner, warm_start)
         # not a submodule: the warm start is neither trained nor saved
         self.__dict__["reference"] = copy.deepcopy(pruner).eval().requires_grad_(False)
         self.automatic_optimization = False  # several updates may come of one batch
         self.draws, self.budgets, self.curriculum = draws, budgets, curriculum
         self.answer_weight, self.agreement_weight = answer_weight, agreement_weight
-        self.kl_weight, self.entropy_weight = kl_weight, entropy_weight
+        self.spread_floor, self.kl_weight, self.entropy_weight = spread_floor, kl_weight, entropy_weight
         self.passes, self.clip, self.gradient_clip = passes, clip, gradient_clip
         self.alike = 0  # updates in a row whose subsets were hardly distinct
 
@@ -148,7 +151,7 @@ class PolicyModule(FrozenModule):
         mask = subset_mask(order, drawn)
         reward = self.reward(encoded, mask)
         spread = reward.std(0, keepdim=True)
-        advantage = (reward - reward.mean(0, keepdim=True)) / (spread + 1e-4)
+        advantage = (reward - reward.mean(0, keepdim=True)) / (spread + self.spread_floor)
         self.watch(reward, spread, mask, scores, inputs.valid)
         return Rollout(inputs, order, drawn, log_probability(scores, inputs.valid, order, drawn), advantage)
 
@@ -222,22 +225,6 @@ class PolicyModule(FrozenModule):
                 f"{WATCHED} updates; raise entropy_weight, kl_weight or the pruner's temperature. The best policy so "
                 "far is kept."
             )
-
-
-def warm_up_policy(policy: KeepPolicy, source: str) -> None:
-    """Give the policy the weights of a trained PPM or policy of the same sizes.
-
-    Raises:
-        PruneZooError: Another method, or another size; the message names the fields.
-    """
-    start = load_pruner(source)
-    if not isinstance(start, PPM):
-        raise PruneZooError(f"warm_start {source} is a '{start.name}': a policy starts from a 'ppm' or a 'policy'")
-    theirs, ours = start.config.to_dict(), policy.config.to_dict()
-    unlike = [f"{k}={ours[k]} (there {v})" for k, v in theirs.items() if k != "temperature" and ours[k] != v]
-    if unlike:
-        raise PruneZooError(f"warm_start {Path(source)} has other sizes than model.pruner: {', '.join(unlike)}")
-    policy.load_state_dict(start.state_dict(), strict=True)
 
 
 def distinct_share(mask: Tensor) -> Tensor:
