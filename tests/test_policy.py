@@ -154,7 +154,7 @@ def test_the_warm_start_is_checked_and_left_alone(module, world):
     assert not any(name.startswith("reference") for name in module.state_dict())
     with pytest.raises(PruneZooError, match=r"other sizes than model.pruner: blocks=2 \(there 1\)"):
         start_from(build_pruner("policy", **{**PPM, "blocks": 2}), str(world / "ppm"))
-    with pytest.raises(PruneZooError, match="'uniform': a policy starts from"):
+    with pytest.raises(PruneZooError, match="'uniform': a warm start is from"):
         start_from(build_pruner("policy", **PPM), "uniform")
 
 

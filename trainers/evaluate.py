@@ -45,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--vlm", required=True, help="local folder or Hub id of an image-text-to-text model")
     p.add_argument("--pruner", nargs="+", default=[], help="registry names, folders, Hub ids, diagnostics")
-    p.add_argument("--keep", nargs="+", default=["1/3", "2/9", "1/9", "1/18"], help="tokens (64) or shares (1/9, 0.25)")
+    p.add_argument(
+        "--keep",
+        nargs="+",
+        default=["1/3", "2/9", "1/9", "1/18"],
+        help="tokens (64), shares (1/9, 0.25), or what a pruner sets itself (auto, auto:64)",
+    )
     p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
     p.add_argument(
         "--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes, e.g. root=…"

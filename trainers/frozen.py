@@ -36,7 +36,7 @@ class FrozenModule(L.LightningModule):
         lr: Peak learning rate.
         warm_up: Share of the steps in which it rises from 0; from there it falls to 0 by a cosine.
         weight_decay: Of the matrices; vectors have none.
-        measure: Shares of the tokens that validation keeps, by hard selection.
+        measure: Shares of the tokens that validation keeps, by hard selection; or "auto", "auto:64".
     """
 
     vlm: Any
@@ -49,7 +49,7 @@ class FrozenModule(L.LightningModule):
         lr: float,
         warm_up: float,
         weight_decay: float,
-        measure: tuple[float, ...],
+        measure: tuple[float | str, ...],
     ) -> None:
         super().__init__()
         if not 0.0 <= warm_up < 1.0:
@@ -77,8 +77,10 @@ class FrozenModule(L.LightningModule):
         teacher, tokens, sample = answer_slots(full.logits, full.labels)
         rows = [judge(teacher, teacher, tokens, sample, len(groups))]
         for share in self.measure:
-            short = run_pruned(self.vlm, encoded, self.pruner, share).host
-            logits = answer_slots(short.logits, short.labels)[0]
+            run = run_pruned(self.vlm, encoded, self.pruner, share)
+            if isinstance(share, str):
+                self.log(f"val/tokens_{share}", run.tokens.mean(), batch_size=len(run.tokens), sync_dist=True)
+            logits = answer_slots(run.host.logits, run.host.labels)[0]
             rows.append(judge(logits, teacher, tokens, sample, len(groups)))
         self.table.update(groups, torch.stack(rows, dim=1))
 
@@ -88,18 +90,19 @@ class FrozenModule(L.LightningModule):
         self.table.reset()
         accuracy, agreement, kl = table.nanmean(0).unbind(-1)
         values = {"val/full": accuracy[0]}
-        for row, share in enumerate(self.measure, start=1):
-            values[f"val/accuracy_{share:.3f}"] = accuracy[row]
-            values[f"val/agreement_{share:.3f}"] = agreement[row]
-            values[f"val/kl_{share:.3f}"] = kl[row]
+        labels = [share if isinstance(share, str) else f"{share:.3f}" for share in self.measure]
+        for row, label in enumerate(labels, start=1):
+            values[f"val/accuracy_{label}"] = accuracy[row]
+            values[f"val/agreement_{label}"] = agreement[row]
+            values[f"val/kl_{label}"] = kl[row]
             for group, name in enumerate(self.groups):
-                values[f"val/{name}_{share:.3f}"] = table[group, row, 0]
-            values[f"val/retention_{share:.3f}"] = 100 * accuracy[row] / accuracy[0]
+                values[f"val/{name}_{label}"] = table[group, row, 0]
+            values[f"val/retention_{label}"] = 100 * accuracy[row] / accuracy[0]
         values["val/score"] = accuracy[1:].mean()
         self.log_dict(values, sync_dist=True)  # equal on all processes already; this says so
         kept = ", ".join(
-            f"{100 * right / accuracy[0]:.1f} % at {share:.3f}"
-            for right, share in zip(accuracy[1:].tolist(), self.measure, strict=True)
+            f"{100 * right / accuracy[0]:.1f} % at {label}"
+            for right, label in zip(accuracy[1:].tolist(), labels, strict=True)
         )
         rank_zero_info(f"step {self.global_step}: full model {accuracy[0]:.3f}, of which {kept} of the tokens")
 

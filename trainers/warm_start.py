@@ -21,7 +21,7 @@ def start_from(pruner: Pruner, source: str) -> None:
     start = load_pruner(source)
     for what, it in (("model.pruner", pruner), (f"warm_start {source}", start)):
         if not isinstance(it, PPM):
-            raise PruneZooError(f"{what} is a '{it.name}': only a 'ppm' or a 'policy' starts from another one's weights")
+            raise PruneZooError(f"{what} is a '{it.name}': a warm start is from a 'ppm' or 'policy' to one of these")
     theirs, ours = start.config.to_dict(), pruner.config.to_dict()
     unlike = [f"{k}={ours[k]} (there {v})" for k, v in theirs.items() if k != "temperature" and ours[k] != v]
     if unlike:

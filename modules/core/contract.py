@@ -27,6 +27,7 @@ The base class does budgets, validity, order, checks and gates. Tests, commands 
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,7 +41,9 @@ from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
 from .plan import gather_rows, mask_to_index
 
-Keep = int | float | Tensor
+Keep = int | float | str | Tensor
+AUTO = re.compile(r"auto(?::([1-9]\d*))?")
+"""How a budget is written that the pruner sets itself: `auto`, or `auto:64` for 64 tokens in the mean over images."""
 
 
 @dataclass(frozen=True)
@@ -252,18 +255,21 @@ class Pruner(Configured):
             inputs: What is known of the images.
             keep: An ``int`` is tokens per image, clamped to what the image has; a ``float`` in (0, 1] is a share of
                 them, rounded, at least one; a ``(B,)`` integer tensor is tokens of each image, clamped likewise.
-                So 1.0 is all and 1 is one token.
+                So 1.0 is all and 1 is one token. "auto" leaves it to the pruner, image by image, and so does "auto:64",
+                where the mean over images should be 64 tokens; for pruners that set budgets (:meth:`choose_budget`).
 
         Raises:
             PruneZooError: ``keep`` is outside its range, a score is NaN, or the method broke the contract.
         """
+        self.check_keep(keep)
         weight = next((p for p in self.parameters() if p.is_floating_point()), None)
         if weight is not None:  # a pruner works in the type of its own weights, whatever the host's
             inputs = inputs.to(weight.dtype)
-        counts = budget(keep, inputs.valid.sum(1))
         if inputs.valid.numel() == 0:  # a batch of text
             nothing, scores = inputs.valid, inputs.features.new_zeros(inputs.valid.shape)
             return PruneOutput(nothing.long(), nothing, scores=scores, gates=scores if self.training else None)
+        asked: Keep = self.choose_budget(inputs, auto_mean(keep)) if isinstance(keep, str) else keep
+        counts = budget(asked, inputs.valid.sum(1))
         output = self.reduce(inputs, counts)
         if self.exact and not torch.equal(output.count, counts):
             raise PruneZooError(
@@ -271,14 +277,44 @@ class Pruner(Configured):
             )
         return output
 
+    @property
+    def sets_budgets(self) -> bool:
+        """Whether ``keep="auto"`` works: the class overrides :meth:`choose_budget`."""
+        return type(self).choose_budget is not Pruner.choose_budget
+
+    def choose_budget(self, inputs: PruneInputs, mean: float | None) -> Tensor:
+        """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt stage only.
+
+        Args:
+            inputs: As in :meth:`forward`.
+            mean: Tokens wanted in the mean over images like those that the pruner was made for; None: its own choice.
+
+        Returns:
+            ``(B,)`` long, at least 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sets no budgets")
+
+    def check_keep(self, keep: Keep) -> None:
+        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
+        check_keep(keep)
+        if isinstance(keep, str) and not self.sets_budgets:
+            raise PruneZooError(
+                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
+            )
+
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
         """Losses of the method's own, by name, each a weighted scalar; none by default."""
         return {}
 
 
 def check_keep(keep: Keep) -> None:
-    """Raise PruneZooError unless ``keep`` is an int >= 1, a float in (0, 1], or a tensor of integers."""
-    if isinstance(keep, Tensor):
+    """Raise PruneZooError unless ``keep`` is an int >= 1, a float in (0, 1], "auto", "auto:N", or (B,) integers."""
+    if isinstance(keep, str):
+        if not AUTO.fullmatch(keep):
+            raise PruneZooError(
+                f"keep='{keep}' is none: tokens (int), a share (float), 'auto' or, for a mean, 'auto:64'"
+            )
+    elif isinstance(keep, Tensor):
         if keep.is_floating_point() or keep.dtype == torch.bool or keep.dim() != 1:
             raise PruneZooError(f"keep as a tensor must be (B,) integers, got {keep.dtype} {tuple(keep.shape)}")
     elif isinstance(keep, bool) or not isinstance(keep, int | float):
@@ -290,17 +326,25 @@ def check_keep(keep: Keep) -> None:
         raise PruneZooError(f"keep={keep} is out of range: a float is a share in (0, 1]; for tokens write an int")
 
 
+def auto_mean(keep: str) -> float | None:
+    """The mean that "auto:64" asks for, in tokens; None for "auto"."""
+    mean = keep.partition(":")[2]
+    return float(mean) if mean else None
+
+
 def budget(keep: Keep, available: Tensor) -> Tensor:
     """Tokens to keep of each image.
 
     Args:
-        keep: As in :meth:`Pruner.forward`.
+        keep: As in :meth:`Pruner.forward`, but for "auto", which only a pruner can tell.
         available: ``(B,)`` long, tokens that each image has.
 
     Returns:
         ``(B,)`` long, at least 1 and at most ``available`` (0 where there are none).
     """
     check_keep(keep)
+    if isinstance(keep, str):
+        raise PruneZooError(f"keep='{keep}' is for one pruner of the prompt stage: here give tokens or a share")
     if isinstance(keep, Tensor):
         if keep.shape != available.shape:
             raise PruneZooError(f"keep has {keep.shape[0]} entries for {available.shape[0]} images")

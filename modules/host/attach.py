@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..core.contract import Keep, Pruner, check_keep
+from ..core.contract import Keep, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
 from .encoded import Encoded, encode
@@ -82,7 +82,7 @@ class Attachment:
         check_positions(positions)
         parts = [part for pruner, keep in zip(pruners, keeps, strict=True) for part in pruner.parts(keep)]
         for pruner, keep in parts:
-            check_keep(keep)
+            pruner.check_keep(keep)
             check_signals(pruner.needs)
             if pruner.stage == "vision":
                 check_vision_stage(family.tower(), pruner)
@@ -327,6 +327,7 @@ def attach(
             one of each at most. They are moved to the model's device and run in eval mode.
         keep: Tokens per image (int), or a share of them (float in (0, 1]); one for each pruner where there are several.
             A share is of the tokens that the stage finds. In the layer stage it is what the last of its layers leaves.
+            "auto", and "auto:64" for a mean of 64 over images, are for a pruner that sets budgets itself.
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
 
     Returns:

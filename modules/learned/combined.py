@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import Keep, PruneInputs, PruneOutput, Pruner, PrunerConfig, check_keep
+from ..core.contract import Keep, PruneInputs, PruneOutput, Pruner, PrunerConfig
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.registry import build_pruner, pruner_class, register_pruner
@@ -88,7 +88,8 @@ class Combined(Pruner):
 
     def parts(self, keep: Keep) -> list[tuple[Pruner, Keep]]:
         """See the base class."""
-        check_keep(keep)
+        self.check_keep(keep)
+        assert not isinstance(keep, str)  # it sets no budgets
         parts: list[tuple[Pruner, Keep]] = []
         found = 1.0  # share of the image's tokens that the part finds; a float is a share of these
         for member, share in zip(self._ordered(), self.config.shares, strict=True):

@@ -47,7 +47,7 @@ class Case:
     name: str
     keep: str
     pruner: Pruner | None = None
-    amount: int | float = 1.0
+    amount: int | float | str = 1.0
     pairs: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)
     tokens: float = 0.0
     work: Work = field(default_factory=lambda: Work(0, 0, 0))

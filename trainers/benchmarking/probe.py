@@ -105,7 +105,7 @@ def probed(vlm: Any, count: bool) -> Iterator[Marks]:
 
 @torch.no_grad()
 def timed_request(
-    vlm: Any, request: Request, pruner: Pruner | None, keep: int | float, decode: int, count: bool = False
+    vlm: Any, request: Request, pruner: Pruner | None, keep: int | float | str, decode: int, count: bool = False
 ) -> Reading:
     """Run one request from raw pictures to the last token, and time its parts.
 

@@ -1,4 +1,5 @@
-"""Token budgets as people write them: `64` is 64 tokens for each image, `1/9` or `0.111` is a share of its tokens.
+"""Token budgets as people write them: `64` is 64 tokens for each image, `1/9` or `0.111` is a share of its tokens;
+`auto` is what a pruner that sets budgets thinks right for each, `auto:64` likewise with 64 in the mean over images.
 
 What a budget bounds is what the last stage of a method leaves. A method that prunes between decoder layers reads more
 in the layers before; for a comparison at equal cost :func:`keep_for_mean` finds what its last stage has to leave.
@@ -12,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from modules.core.contract import Keep, Pruner, budget
+from modules.core.contract import AUTO, Keep, Pruner, budget
 from modules.core.errors import PruneZooError
 from modules.host.layer_prompt import Cut, layer_mean
 
@@ -23,20 +24,22 @@ class Budget:
 
     Attributes:
         label: as it was written; this is what tables and JSON rows show.
-        keep: int = tokens for each image, at least 1; float in (0, 1] = share of the image's tokens.
+        keep: int = tokens for each image, at least 1; float in (0, 1] = share of the image's tokens; str = auto.
     """
 
     label: str
-    keep: int | float
+    keep: int | float | str
 
 
 def parse_budget(text: str) -> Budget:
-    """Read one budget: an integer, a fraction such as `1/9`, or a decimal share.
+    """Read one budget: an integer, a fraction such as `1/9`, a decimal share, `auto` or `auto:64`.
 
     Raises:
         PruneZooError: not a number, below one token, or a share outside (0, 1].
     """
     label = text.strip()
+    if AUTO.fullmatch(label):
+        return Budget(label, label)
     keep: int | float
     try:
         if "/" in label:
@@ -45,7 +48,7 @@ def parse_budget(text: str) -> Budget:
             keep = int(label) if label.lstrip("+-").isdigit() else float(label)
     except (ValueError, ZeroDivisionError):
         raise PruneZooError(
-            f"--keep {text!r} is not a budget: write tokens (64), a fraction (1/9) or a share (0.25)"
+            f"--keep {text!r} is not a budget: write tokens (64), a fraction (1/9), a share (0.25) or auto"
         ) from None
     if isinstance(keep, int) and keep < 1:
         raise PruneZooError(

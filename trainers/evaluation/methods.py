@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.core.contract import Keep, PruneInputs, Pruner
+from modules.core.contract import Keep, PruneInputs, Pruner, auto_mean
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, load_pruner
 from modules.host import Encoded
@@ -74,8 +74,15 @@ class Method(ABC):
     def pruner(self, view: View, replica: int = 0) -> Pruner:
         """The pruner to run on a batch."""
 
-    def amount(self, view: View, keep: int | float) -> Keep:
-        """What it is told to keep at a budget."""
+    def amount(self, view: View, keep: int | float | str) -> Keep:
+        """What it is told to keep at a budget; where that is `auto:64` and it sets no budgets, 64 of every image."""
+        if isinstance(keep, str):
+            mean = auto_mean(keep)
+            if mean is None:
+                raise PruneZooError(
+                    f"--keep {keep}: '{self.name}' sets no budgets; auto:64 gives it the same mean as those who do"
+                )
+            return int(mean)
         return keep
 
 
@@ -99,11 +106,14 @@ class PrunerMethod(Method):
         """The one with this seed."""
         return self.pruners[replica]
 
-    def amount(self, view: View, keep: int | float) -> Keep:
+    def amount(self, view: View, keep: int | float | str) -> Keep:
         """The budget, or what makes it the mean over the layers."""
-        if self.depth is None:
+        if isinstance(keep, str) and self.pruners[0].sets_budgets:
             return keep
-        return keep_for_mean(self.pruners[0], keep, view.inputs.valid.sum(1), self.depth)
+        amount = super().amount(view, keep)
+        if self.depth is None:
+            return amount
+        return keep_for_mean(self.pruners[0], amount, view.inputs.valid.sum(1), self.depth)
 
 
 class GivenScores(Pruner):
