@@ -31,7 +31,8 @@ class TailDropModule(FrozenModule):
         vlm: Folder or Hub id of a `transformers` image-text-to-text model. It stays frozen and out of the checkpoints.
         pruner: The latents to train.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
-        reader: Folder or Hub id of a trained PPM of the same sizes, whose weights the reader starts from; None: anew.
+        reader: Folder or Hub id of a trained PPM of the same sizes, which the latents read with; it stays as it is, for
+            no gradient tells how to order tokens. None: a new one, which learns from what the latents lean towards.
         lengths_a_step: Prefixes that each step reads.
         longest: Longest prefix that is drawn, as a share in (0, 1] of the image's tokens. Lengths are drawn even on a
             log scale, from one token.
@@ -61,7 +62,7 @@ class TailDropModule(FrozenModule):
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
         self.lengths_a_step, self.longest = lengths_a_step, longest
         if reader is not None:
-            start_reader(pruner, reader)
+            adopt_reader(pruner, reader)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Answer with all tokens, then with several prefixes."""
@@ -84,8 +85,8 @@ class TailDropModule(FrozenModule):
         return loss
 
 
-def start_reader(pruner: TailDrop, source: str) -> None:
-    """Give the reader the weights of a trained PPM.
+def adopt_reader(pruner: TailDrop, source: str) -> None:
+    """Give the reader the weights of a trained PPM, and keep them from training.
 
     Raises:
         PruneZooError: It is of other sizes.
@@ -94,3 +95,4 @@ def start_reader(pruner: TailDrop, source: str) -> None:
     if ppm.config != pruner.reader.config:
         raise PruneZooError(f"reader='{source}' has {ppm.config}, the latents ask for {pruner.reader.config}")
     pruner.reader.load_state_dict(ppm.state_dict())
+    pruner.reader.requires_grad_(False)

@@ -5,14 +5,15 @@ From the paper, where it is about coding pictures: learned queries make an order
 row is cut at a random length, so that its head carries most. Here the row is what the language model reads in place of
 its visual tokens, without quantisation, and ``keep`` is the length of the prefix: one checkpoint, every budget.
 
-All of the architecture is ours. The visual tokens are read as PPM reads them (with the prompt, unless told not to); a
-latent asks them twice, then points: it becomes a mean of the visual tokens as they are, weighed by how well each
-answers the latent's own query and by PPM's score of it, plus a correction. So the latents lie among the tokens that the
-language model knows. In training a small decoder rebuilds all visual tokens from the prefix.
+All of the architecture is ours. The visual tokens are read as PPM reads them (with the prompt, unless told not to), and
+PPM's scores order them: latent j stands on the token that comes j-th, in that token's slot. It starts as that token,
+asks all visual tokens twice, and those before it in the row, for what the row still lacks, then leans towards a mean of
+the visual tokens, weighed by how well each answers the latent's own query and by its score, and adds a correction. So
+untrained latents are the best tokens by the reader's scores, and trained ones lie among the tokens that the language
+model knows. In training a small decoder rebuilds all visual tokens from the prefix.
 
-Latent j stands in the slot of an image token, its anchor, so that it has a position: the slots are visited in the order
-of their numbers' bits reversed, which spreads any prefix of them over the image. A prefix longer than the row has,
-after all latents, the image's own tokens in the slots that are visited next; all tokens of an image are its own.
+A prefix longer than the row has, after all latents, the image's own tokens that come next; all tokens of an image are
+its own.
 
 Letters: B images, N image tokens, K kept, J latents of the whole row, D width of the language model, E hidden width.
 """
@@ -35,7 +36,7 @@ from .ppm import PPM, CrossAttention, Norm, PPMConfig, SwiGLU, place_features
 class TailDropConfig(PPMConfig):
     """Sizes of the latents and, inherited, of the PPM that reads for them."""
 
-    latents: int = 256  # J, length of the whole row
+    latents: int = 256  # J, length of the whole row; tokens beyond it are the image's own
     asks: int = 2  # blocks in which the latents ask the visual tokens and one another
     rebuild: float = 0.1  # weight of the rebuilt visual tokens in training
     stop_rule: bool = False  # holds a trained stop rule; `trainers.stop_rule` adds it
@@ -76,9 +77,11 @@ class TailDrop(Pruner):
         nn.init.orthogonal_(self.query.weight)
         with torch.no_grad():
             self.key.weight.copy_(self.query.weight)
-        self.correct = nn.Linear(c.hidden, c.width)
-        nn.init.zeros_(self.correct.weight)
-        nn.init.zeros_(self.correct.bias)
+        self.lean, self.correct = nn.Linear(c.hidden, 1), nn.Linear(c.hidden, c.width)
+        for layer in (self.lean, self.correct):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.lean.bias, -3.0)
         self.rebuilder = Rebuilder(c) if c.rebuild else None
         self.gain = nn.Linear(c.hidden, 1) if c.stop_rule else None
 
@@ -91,14 +94,13 @@ class TailDrop(Pruner):
         """A prefix of ``keep`` latents of each image, in the order of their slots."""
         features, valid = inputs.features, inputs.valid
         # a latent sees none that comes after it, so those beyond the longest prefix need not be made
-        latents, _ = self.latents(inputs, min(int(keep.max()), self.config.latents))
+        latents, _, rank = self.latents(inputs, min(int(keep.max()), self.config.latents))
         if bool(latents.isnan().any()):
             raise PruneZooError(f"pruner '{self.name}' made NaN: check its weights and the features it was given")
-        rank = visiting_order(valid)
         index, kept = mask_to_index(rank < keep[:, None])
         number = gather_rows(rank, index)
         own = (number >= latents.shape[1]) | (keep == valid.sum(1))[:, None]
-        made = gather_rows(latents, number.clamp_max(latents.shape[1] - 1)).to(features.dtype)
+        made = gather_rows(latents, number.clamp_max(latents.shape[1] - 1))
         made = torch.where(own[..., None], gather_rows(features, index), made)
         error = None
         if self.training and self.rebuilder is not None:
@@ -110,27 +112,30 @@ class TailDrop(Pruner):
         assert isinstance(output, TailDropOutput)
         return {} if output.error is None else {"rebuild": self.config.rebuild * output.error}
 
-    def latents(self, inputs: PruneInputs, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` of the row, J or fewer.
+    def latents(self, inputs: PruneInputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first ``count`` of the row, at most J and at most N.
 
         Returns:
-            The latents ``(B, count, D)`` as the language model reads them, and what they know ``(B, count, E)``.
+            The latents ``(B, count, D)`` as the language model reads them; what they know ``(B, count, E)``; the place
+            ``(B, N)`` long of each slot in the row, from 0, padding last.
         """
-        c, valid = self.config, inputs.valid
+        valid = inputs.valid
         x = self.reader.read(inputs)
-        # each query starts where its anchor lies
-        rank = visiting_order(valid)
-        slot = rank.argsort(1)[:, torch.arange(count, device=rank.device).clamp_max(rank.shape[1] - 1)]
-        places = self.reader.place(place_features(inputs.cells, valid, c.octaves).to(x.dtype))
-        query = self.queries[:count] + gather_rows(places, slot)
+        scores = self.reader.rate(x)
+        order = scores.detach().masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        anchors = order[:, :count]
+        query = self.queries[:count] + gather_rows(x, anchors)
         for ask in self.asks:
             query = ask(query, x, valid)
-        weight = self.query(self.norm_query(query)) @ self.key(self.norm_key(x)).transpose(1, 2)  # (B, J, N)
-        weight = weight.float() * c.hidden**-0.5 + self.reader.rate(x)[:, None]
+        known = self.norm_query(query)
+        weight = self.query(known) @ self.key(self.norm_key(x)).transpose(1, 2)  # (B, J, N)
+        weight = weight.float() * self.config.hidden**-0.5 + scores[:, None]
         weight = weight.masked_fill(~valid[:, None], torch.finfo(torch.float32).min).softmax(-1)
-        tokens = inputs.features.masked_fill(~valid[..., None], 0)
-        mean = torch.einsum("bjn,bnd->bjd", weight, tokens.float())
-        return mean.to(tokens.dtype) + self.correct(self.norm_query(query)), query
+        tokens = inputs.features.masked_fill(~valid[..., None], 0).float()
+        own = gather_rows(tokens, anchors)
+        mean = torch.einsum("bjn,bnd->bjd", weight, tokens)
+        made = own + self.lean(known).sigmoid().float() * (mean - own) + self.correct(known).float()
+        return made.to(inputs.features.dtype), known, order.argsort(1)
 
 
 class Ask(nn.Module):
@@ -179,18 +184,3 @@ class Rebuilder(nn.Module):
         error, spread = ((value - target).square() * real for value in (rebuilt, mean.expand_as(target)))
         return error.sum() / spread.sum()
 
-
-def visiting_order(valid: Tensor) -> Tensor:
-    """When each slot is visited: slots in the order of their numbers' bits reversed, counted over the valid ones.
-
-    Args:
-        valid: (B, N) bool.
-
-    Returns:
-        (B, N) long: 0 for the first, and so on without gaps; padding comes after all valid slots.
-    """
-    number = valid.long().cumsum(1) - 1
-    bits = max(valid.shape[1] - 1, 1).bit_length()
-    reverse = sum(((number >> bit) & 1) << (bits - 1 - bit) for bit in range(bits))
-    assert isinstance(reverse, Tensor)
-    return reverse.masked_fill(~valid, 1 << bits).argsort(dim=1, stable=True).argsort(1)
