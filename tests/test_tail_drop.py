@@ -1,4 +1,4 @@
-"""Tail-drop latents beyond the shared contract: order, anchors, prefixes, rebuilding, training."""
+"""Tail-drop latents beyond the shared contract: order, prefixes, rebuilding, training."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ from test_fit import words, world  # noqa: F401
 from modules import AutoPruner, PruneZooError, encode, load_pruner
 from modules.host.run import run_pruned
 from modules.learned.ppm import PPM
-from modules.learned.tail_drop import TailDrop, visiting_order
-from trainers.tail_drop import start_reader
+from modules.learned.tail_drop import TailDrop
+from trainers.tail_drop import adopt_reader
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "<s> USER: <image> what color is the ball ? ASSISTANT:"
@@ -32,29 +32,18 @@ def made(seed: int = 0, **config) -> TailDrop:
     return pruner
 
 
-# Anchors
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 36, 144, 576])
-def test_every_slot_is_visited_once_and_prefixes_are_spread(count):
-    order = visiting_order(torch.ones(1, count, dtype=torch.bool))[0]
-    assert sorted(order.tolist()) == list(range(count))
-    for length in (4, 16):
-        if count > 4 * length:
-            anchors = (order < length).nonzero()[:, 0]
-            gaps = torch.diff(anchors, prepend=torch.tensor([0]), append=torch.tensor([count]))
-            assert gaps.max() <= 2 * 2 ** torch.tensor(count / length).log2().ceil(), "no large hole"
-
-
-def test_padding_is_visited_last_and_changes_no_order():
-    alone = visiting_order(torch.ones(1, 21, dtype=torch.bool))[0]
-    valid = torch.arange(70)[None] < torch.tensor([[21], [70]])
-    padded = visiting_order(valid)
-    assert torch.equal(padded[0, :21], alone) and padded[0, 21:].min() == 21
-    assert sorted(padded[1].tolist()) == list(range(70))
-
-
 # Prefixes
+
+
+def test_untrained_latents_are_the_best_tokens_of_the_reader():
+    torch.manual_seed(0)
+    pruner, inputs = TailDrop(**SIZES, latents=12).eval(), make_inputs()
+    pruner.lean.bias.data.fill_(-torch.inf)  # towards the mean
+    for keep in (1, 5, 15):
+        alone, made_anew = pruner.reader(inputs, keep), pruner(inputs, keep)
+        assert torch.equal(made_anew.index, alone.index)
+        kept = made_anew.valid
+        torch.testing.assert_close(made_anew.features[kept], alone.kept_features(inputs)[kept])
 
 
 def test_a_longer_prefix_adds_latents_and_leaves_the_others():
@@ -74,15 +63,12 @@ def test_a_longer_prefix_adds_latents_and_leaves_the_others():
 def test_beyond_the_row_come_the_image_s_own_tokens():
     pruner, inputs = made(latents=5), make_inputs()
     output = pruner(inputs, 15)
-    rank = visiting_order(inputs.valid)
+    rank = pruner.latents(inputs, 5)[2]
     own = 0
     for row in range(3):
         for slot, token in zip(output.index[row].tolist(), output.kept_features(inputs)[row], strict=True):
-            if rank[row, slot] >= 5:
-                assert torch.equal(token, inputs.features[row, slot])
-                own += 1
-            else:
-                assert not torch.allclose(token, inputs.features[row, slot])
+            assert torch.equal(token, inputs.features[row, slot]) == (rank[row, slot] >= 5)
+            own += int(rank[row, slot] >= 5)
     assert own == 30
 
 
@@ -136,16 +122,23 @@ def test_rebuilding_is_asked_for_in_training_only_and_can_be_learned():
     assert pruner.loss_terms(pruner(inputs, 6)) == {}
 
 
-def test_the_reader_starts_from_a_trained_ppm(tmp_path):
+def test_the_reader_is_a_trained_ppm_that_stays_as_it_is(tmp_path):
     torch.manual_seed(5)
     ppm = PPM(**SIZES)
     ppm.save_pretrained(tmp_path)
     pruner, inputs = made(), make_inputs()
     assert not torch.allclose(pruner.reader.score(inputs), ppm.score(inputs))
-    start_reader(pruner, str(tmp_path))
+    adopt_reader(pruner, str(tmp_path))
     torch.testing.assert_close(pruner.reader.score(inputs), ppm.score(inputs))
+    assert not any(weight.requires_grad for weight in pruner.reader.parameters())
     with pytest.raises(PruneZooError, match="hidden=32"):
-        start_reader(made(hidden=32), str(tmp_path))
+        adopt_reader(made(hidden=32), str(tmp_path))
+
+
+def test_a_reader_that_is_new_learns_what_to_lean_towards():
+    pruner, inputs = made().train(), make_inputs()
+    pruner(inputs, 6).features.square().sum().backward()
+    assert pruner.reader.head.weight.grad.abs().sum() > 0
 
 
 def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_llava_folder, tmp_path):  # noqa: F811

@@ -183,4 +183,3 @@ class Rebuilder(nn.Module):
         mean = (target * real).sum((0, 1)) / real.sum()
         error, spread = ((value - target).square() * real for value in (rebuilt, mean.expand_as(target)))
         return error.sum() / spread.sum()
-
