@@ -7,12 +7,11 @@ import signal
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modules import AutoPruner, Pruner, PrunerConfig, PruneZooError, load_pruner, register_pruner
-from modules.core import hub, registry
+from modules.core import registry
 from modules.training_free.fastervlm import FasterVLM
 
 
@@ -129,35 +128,6 @@ def test_names_that_are_nothing(tmp_path):
         load_pruner(tmp_path / "absent")
     assert load_pruner("fastervlm").name == "fastervlm"
     refused("sample_linear", "'sample_linear' is a learned method")
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (LocalEntryNotFoundError("offline"), "cannot be reached"),
-        (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "Hub repository that you can read"),
-        (EntryNotFoundError.__new__(EntryNotFoundError), "config.json is missing in the Hub repository 'org/name'"),
-        (ConnectionError("reset\nby peer"), "cannot download config.json of 'org/name': reset"),
-    ],
-)
-def test_hub_errors_are_one_line(monkeypatch, error, words):
-    def download(*_args, **_options):
-        raise error
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    refused("org/name", words)
-
-
-def test_hub_ids_are_downloaded_file_by_file(monkeypatch, folder):
-    asked = []
-
-    def download(repo, filename, revision=None, **_options):
-        asked.append((repo, filename, revision))
-        return str(folder / filename)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert AutoPruner.from_pretrained("org/name", revision="v1").config.width == 6
-    assert set(asked) == {("org/name", "config.json", "v1"), ("org/name", "model.safetensors", "v1")}
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, sample_method):

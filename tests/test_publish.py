@@ -1,21 +1,24 @@
 """Cards and publishing: every number comes from a measurement of the very weights that are published."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_llava
+from hub_server import TOKEN, Failure, FakeHub
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import _http
 from test_evaluate_statistics import measurement
 
+from modules import AutoPruner, attach
+from modules.core.base_model import BaseModel
 from modules.core.errors import PruneZooError
-from modules.core.registry import build_pruner
+from modules.core.registry import build_pruner, list_pruners
 from trainers import cards, publish
-from trainers.cards import weights_digest, write_card
-from trainers.evaluation.record import build_record, write_record
+from trainers.cards import SHIPPED, render_card, weights_digest, write_card
+from trainers.evaluation.record import build_record, read_record, write_record
 from trainers.evaluation.scores import Measurement
 from trainers.run_record import RunRecord
 
@@ -66,7 +69,8 @@ def test_the_card_says_what_was_measured(published):
     assert card.data.library_name == "prunezoo"
     assert card.data.base_model == "org/llava"
     assert card.data.base_model_relation == "adapter"
-    assert {"visual-token-pruning", "ppm", "arxiv:2508.17243"} <= set(card.data.tags)
+    assert {"visual-token-pruning", "ppm", "16-tokens", "arxiv:2508.17243"} <= set(card.data.tags)
+    assert card.data.datasets == ["scenes"]
     results = {(r.dataset_config, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results}
     assert results["mean", "retention", "retention, keep 1/9"] == 100
     assert results["count", "accuracy", "accuracy, keep 1/9"] == 1
@@ -76,6 +80,8 @@ def test_the_card_says_what_was_measured(published):
     assert lines[header + 2] == "| 1/9 | 16.0 | 100.0 (100.0–100.0) | 100.0 (100.0–100.0) | 100.0 (100.0–100.0) |"
     (rival,) = (line for line in lines if line.startswith("| bad |"))
     assert rival.startswith("| bad | 75.0, +25.0 (+")
+    assert "Evidence: paper, in part reconstructed." in lines
+    assert "| 1/9 | 64 |" in card.text and "random:llava-120m" in card.text  # speed, of the method
     assert "30 steps in 1.5 minutes on CPU" in card.text
     assert "python -m trainers.fit --config c.yaml" in card.text
     assert 'AutoPruner.from_pretrained("ppm-test")' in card.text
@@ -88,7 +94,7 @@ def test_what_no_pruner_can_know_stands_apart(checkpoint):
     write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint), rival="relevance"))
     text = (checkpoint / "README.md").read_text()
     assert "| rival |" not in text
-    diagnostic, line, row = [at for at in text.splitlines() if at.startswith("|")][-3:]
+    diagnostic, line, row = [at for at in text.splitlines() if at.startswith("|")][-6:-3]  # a table, before speed
     assert diagnostic.startswith("| diagnostic |") and set(line) == {"|", "-"}
     assert row.startswith("| relevance | 75.0, +25.0 (+")
 
@@ -97,6 +103,32 @@ def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
     write_record(record_of(str(checkpoint), weights_digest(checkpoint)), tmp_path / "e.json")
     assert cards.main([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
     assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in SHIPPED.glob("*/run.json") if (p.parent / "README.md").is_file())
+)
+def test_every_shipped_card_is_what_was_measured(folder):
+    """Rendered anew from the records in the folder, it is the card that ships, letter by letter."""
+    stored = json.loads((folder / "config.json").read_text())
+    if stored["method"] not in list_pruners():
+        pytest.skip("no pruner: its card is another's")
+    card = str(render_card(folder, read_record(folder / "metrics.json")))
+    assert card == (folder / "README.md").read_text(encoding="utf-8"), f"run `python -m trainers.cards {folder}`"
+    assert card == (cards.CARDS / f"{folder.name}.md").read_text(encoding="utf-8")
+    assert (folder / "kept.webp").is_file()
+    assert stored["base_model"]["name"] == "checkpoints/tiny-llava"
+
+
+def test_a_record_of_before_the_oracle_scale_still_makes_a_card(checkpoint, tmp_path, capsys):
+    record = record_of(str(checkpoint), weights_digest(checkpoint))
+    del record["oracle_scale"], record["layers"]
+    write_record(record, tmp_path / "old.json")
+    assert cards.main([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
+    first = (checkpoint / "README.md").read_text()
+    assert "as one who knew the answers would choose" not in first
+    assert cards.main([str(checkpoint)]) == 0  # anew, from its own metrics
+    assert (checkpoint / "README.md").read_text() == first
 
 
 @pytest.mark.parametrize(
@@ -125,8 +157,8 @@ def test_a_dry_run_shows_the_files_and_uploads_nothing(published, capsys, monkey
     assert "dry run: nothing was uploaded" in out
 
 
-def spoil_card(folder: Path) -> None:
-    (folder / "README.md").write_text("# a card without metadata\n")
+def spoil_metrics(folder: Path) -> None:
+    (folder / "metrics.json").write_text("{}")
 
 
 def spoil_weights(folder: Path) -> None:
@@ -141,9 +173,8 @@ def spoil_tensor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "repo", "message"),
     [
-        (lambda folder: (folder / "README.md").unlink(), "org/name", "README.md is missing; write it with"),
         (lambda folder: (folder / "metrics.json").unlink(), "org/name", "metrics.json is missing; write it with"),
-        (spoil_card, "org/name", "README.md"),
+        (spoil_metrics, "org/name", "not an evaluation"),
         (spoil_weights, "org/name", "measured with other weights"),
         (spoil_tensor, "org/name", "model.safetensors"),
         (lambda folder: None, "name", "write ORG/NAME"),
@@ -160,78 +191,198 @@ def test_what_is_not_whole_or_not_measured_is_refused(published, capsys, spoil, 
     assert message in line
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files needs; keeps what it is sent."""
-
-    commits: list[list[dict]]
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])) if self.headers["Content-Length"] else b""
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        host = f"http://{self.headers['Host']}"
-        answer: dict = {}
-        if self.path.endswith("/repos/create"):
-            answer = {"url": f"{host}/org/ppm-test", "name": "org/ppm-test"}
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif "/commit/" in self.path:
-            type(self).commits.append([json.loads(line) for line in body.splitlines()])
-            answer = {"commitOid": "0" * 40, "commitUrl": f"{host}/org/ppm-test/commit/0", "success": True}
-        payload = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub on this machine; gives its handler class."""
-    Hub.commits = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(publish, "HfApi", lambda **options: _api(endpoint, **options))
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, a token that it takes, and a cache that is empty."""
+    server = FakeHub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield Hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(publish, "PAUSE", 0.01)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    yield server
+    server.close()
 
 
-def _api(endpoint: str, **options):
-    from huggingface_hub import HfApi
+def publish_it(folder: Path, capsys, name: str = "org/ppm-test", *options: str) -> str:
+    assert publish.main([str(folder), name, *options]) == 0
+    return " ".join(capsys.readouterr().out.split())
 
-    return HfApi(endpoint=endpoint, token="hf_test", **options)
+
+def refused(folder: Path, capsys, name: str = "org/ppm-test") -> str:
+    with pytest.raises(SystemExit) as caught:
+        publish.main([str(folder), name])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]  # the client may log its own tries before
 
 
-def test_upload_sends_the_files_in_one_commit(published, hub, capsys):
+def test_publish_then_load_by_name(published, hub, capsys, monkeypatch):
+    """One commit with what belongs to it, a tag; the same again is nothing; what is loaded is what was published."""
     (published / "training").mkdir()
-    (published / "training" / "last.ckpt").write_text("private")
-    assert publish.main([str(published), "org/ppm-test"]) == 0
-    assert "published: http://127.0.0.1:" in capsys.readouterr().out
-    (commit,) = hub.commits
-    sent = {entry["value"]["path"] for entry in commit if entry["key"] == "file"}
-    assert sent == {"config.json", "model.safetensors", "README.md", "metrics.json", "run.json"}
-    assert commit[0]["value"]["summary"] == "Upload ppm"
+    (published / "training" / "last.ckpt").write_text("nobody's business")
+    assert f"published: {hub.endpoint}/org/ppm-test (revision v1)" in publish_it(
+        published, capsys, "org/ppm-test", "--private"
+    )
+    repo = hub.repos["org/ppm-test"]
+    assert repo.private and len(repo.commits) == 2  # the first is the Hub's own
+    sent = repo.commits[-1]
+    assert sent.files.keys() - {".gitattributes"} == {
+        *("config.json", "model.safetensors", "README.md", "metrics.json", "run.json")
+    }
+    assert sent.large == {"model.safetensors"} and sent.summary == "Upload ppm"
+    assert 'AutoPruner.from_pretrained("org/ppm-test")' in sent.files["README.md"].decode()
+
+    assert "unchanged, nothing was uploaded" in publish_it(published, capsys)
+    assert len(repo.commits) == 2 and list(repo.tags) == ["v1"]
+
+    before = (published / "model.safetensors").read_bytes()
+    spoil_weights(published)
+    write_card(published, record_of(str(published), weights_digest(published)))
+    assert "(revision v2)" in publish_it(published, capsys)
+    assert [len(repo.commits), list(repo.tags)] == [3, ["v1", "v2"]]
+    assert repo.commits[-1].files["model.safetensors"] != before
+
+    newest, first = (
+        AutoPruner.from_pretrained("org/ppm-test"),
+        AutoPruner.from_pretrained("org/ppm-test", revision="v1"),
+    )
+    assert not torch.equal(newest.head.weight, first.head.weight)
+    assert torch.equal(newest.head.weight, AutoPruner.from_pretrained(published).head.weight)
+
+    hub.requests.clear()  # what is in the cache is not downloaded again
+    assert torch.equal(AutoPruner.from_pretrained("org/ppm-test").head.weight, newest.head.weight)
+    assert hub.requests and not [request for request in hub.requests if request.startswith("GET")]
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(AutoPruner.from_pretrained("org/ppm-test", revision="v1").head.weight, first.head.weight)
+    assert not hub.requests
+    with pytest.raises(PruneZooError, match="is not in the cache, and only the cache may be asked"):
+        AutoPruner.from_pretrained("org/other")
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_line(published, hub, monkeypatch, capsys):
-    monkeypatch.setattr(publish, "HfApi", lambda **options: _api("http://127.0.0.1:9", **options))
-    with pytest.raises(SystemExit):
-        publish.main([str(published), "org/ppm-test"])
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: org/ppm-test: not uploaded;")
+def test_what_the_hub_cannot_give(published, hub, capsys, tmp_path):
+    publish_it(published, capsys, "org/ppm-test", "--private")
+    loads = {
+        ("org/ppm-test", "v9"): "has no revision 'v9'",
+        ("org/nothing", None): "neither a folder here nor a Hub repository that you can read",
+    }
+    for (name, revision), words in loads.items():
+        with pytest.raises(PruneZooError, match=words):
+            AutoPruner.from_pretrained(name, revision)
+    with pytest.raises(PruneZooError, match="that you can read"):
+        AutoPruner.from_pretrained("org/ppm-test", token=False)
+    hub.add("org/bert", {"config.json": b"{}"})
+    with pytest.raises(PruneZooError, match="key 'config' is missing"):
+        AutoPruner.from_pretrained("org/bert")
+    hub.add("org/empty", {})
+    with pytest.raises(PruneZooError, match="is missing in the Hub repository 'org/empty'"):
+        AutoPruner.from_pretrained("org/empty")
+    AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "elsewhere")
+    assert AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "elsewhere", local_files_only=True)
+    with pytest.raises(PruneZooError, match="not in the cache"):
+        AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "third", local_files_only=True)
+
+
+def test_all_files_are_of_one_commit(published, hub, capsys):
+    """A push between the download of the config and that of the weights changes nothing of what is loaded."""
+    publish_it(published, capsys)
+    first = hub.repos["org/ppm-test"].commits[-1]
+    pushed = []
+    handler = hub.server.RequestHandlerClass
+    resolve = handler.resolve
+
+    def push_after(self, commit, file):
+        resolve(self, commit, file)
+        if file == "config.json" and self.command == "GET" and not pushed:
+            pushed.append(hub.commit("org/ppm-test", "other", {**first.files, "model.safetensors": b"other"}, set()))
+
+    handler.resolve = push_after
+    assert torch.equal(
+        AutoPruner.from_pretrained("org/ppm-test").head.weight, AutoPruner.from_pretrained(published).head.weight
+    )
+    assert pushed
+
+
+@pytest.mark.parametrize(
+    "request_", ["POST /api/repos/create", "GET /api/models", "/preupload/", "PUT /upload", "/commit/", "/tag/"]
+)
+@pytest.mark.parametrize("status", [503, None])
+def test_what_fails_once_is_tried_again(published, hub, capsys, request_, status):
+    """A busy server, or a line that breaks, at every step: in the end there is one commit, and one tag."""
+    hub.failures.append(Failure(request_, status))
+    assert "(revision v1)" in publish_it(published, capsys)
+    assert hub.failures[0].times == 0
+    assert [c.summary for c in hub.repos["org/ppm-test"].commits] == ["initial commit", "Upload ppm"]
+    assert hub.repos["org/ppm-test"].tags == {"v1": hub.repos["org/ppm-test"].commits[-1].oid}
+
+
+@pytest.mark.parametrize("request_", ["PUT /upload", "/commit/"])
+def test_a_cut_upload_leaves_nothing_half_done(published, hub, capsys, request_):
+    hub.failures.append(Failure(request_, None, times=100))
+    assert refused(published, capsys).startswith("error: org/ppm-test: not uploaded;")
+    assert len(hub.repos["org/ppm-test"].commits) == 1 and not hub.repos["org/ppm-test"].tags
+    hub.failures.clear()
+    assert "published:" in publish_it(published, capsys)
+
+
+def test_a_tag_that_was_not_reached_is_made_up_for(published, hub, capsys):
+    hub.failures.append(Failure("/tag/", 500, times=100))
+    assert "not uploaded; " in refused(published, capsys)
+    hub.failures.clear()
+    assert "unchanged, nothing was uploaded" in publish_it(published, capsys)
+    assert list(hub.repos["org/ppm-test"].tags) == ["v1"]
+
+
+def test_refusals_of_the_hub_are_one_line(published, hub, capsys, monkeypatch):
+    assert "is the organisation yours?" in refused(published, capsys, "others/ppm-test")
+    hub.add("org/bert", {"config.json": b"{}", "pytorch_model.bin": b"?"})
+    assert "org/bert is taken: it holds something that is no pruner; choose another name" in refused(
+        published, capsys, "org/bert"
+    )
+    other = published.with_name("m3-test")
+    build_pruner("m3", width=32, hidden=16, heads=2).save_pretrained(other)
+    hub.add("org/m3", {name: (other / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    assert "org/m3 is taken: it holds a pruner of the method 'm3'" in refused(published, capsys, "org/m3")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "check the token: `hf auth login`, or HF_TOKEN" in refused(published, capsys)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert refused(published, capsys).startswith("error: org/ppm-test: not uploaded;")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refused(published, capsys)
+
+
+def test_a_pruner_of_another_model_is_refused_unless_told(tmp_path):
+    """Both are named, with what differs; told so, it runs where the widths allow."""
+    vlm, other = make_llava(), make_llava()
+    other.config.text_config.hidden_size = 64
+    alike = make_llava(seed=1)  # other weights, the same build
+    pruner = build_pruner("ppm", **CONFIG)
+    pruner.base_model = BaseModel.describe(vlm)
+    pruner.base_model = BaseModel(**{**pruner.base_model.to_dict(), "name": "org/llava"})
+    folder = pruner.save_pretrained(tmp_path / "p")
+    assert AutoPruner.from_pretrained(folder, vlm=alike).base_model == pruner.base_model
+    other.name_or_path = "org/wide-llava"
+    message = "this 'ppm' was trained for org/llava, not for org/wide-llava: width 32 and 64; take .* any_model=True"
+    with pytest.raises(PruneZooError, match=message):
+        AutoPruner.from_pretrained(folder, vlm=other)
+    with pytest.raises(PruneZooError, match=message):
+        attach(other, folder, keep=4)
+    deeper = make_llava(num_hidden_layers=3)
+    with pytest.raises(PruneZooError, match="decoder layers 2 and 3"):
+        attach(deeper, folder, keep=4)
+    with attach(deeper, AutoPruner.from_pretrained(folder, vlm=deeper, any_model=True), keep=4):
+        pass
+    for change, words in (({"width": "32"}, "no right width"), ({"tower": None}, "no right tower")):
+        stored = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**stored, "base_model": {**stored["base_model"], **change}}))
+        with pytest.raises(PruneZooError, match=words):
+            AutoPruner.from_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(stored))
 
 
 def test_the_run_record_is_written_beside_the_pruner(tmp_path):

@@ -4,11 +4,11 @@
 
 writes `README.md` (the card) and `metrics.json` (the numbers behind it) into the folder and, for what ships in
 `checkpoints/`, a copy of the card into `hub_cards/`. For the frozen model's own folder it is the instrument's card.
+Without `--json` the card is rendered anew from the folder's own `metrics.json`; `--picture` draws what is kept.
 """
 
 import argparse
 import hashlib
-import inspect
 import json
 import re
 import sys
@@ -19,21 +19,31 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
 from modules.core.hub import file_names
 from modules.core.registry import load_pruner
 
+from .about import about
+from .benchmarking.measure import BARE
+from .benchmarking.tables import COLUMNS, ratio, settings_of
+from .data.suite import load_suite
 from .errors import command
+from .evaluation.budgets import parse_budgets
+from .evaluation.examples import Example, pick_items, show_examples
 from .evaluation.loading import load_vlm
+from .evaluation.methods import build_method
 from .evaluation.record import MEAN, Row, read_record, select, write_record
 from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
+from .evaluation.sheet import draw_sheet
 from .evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
 from .run_record import RUN_FILE
 
 ROOT = Path(__file__).parent.parent
 CARDS, SHIPPED = ROOT / "hub_cards", ROOT / "checkpoints"
+PICTURES = 3
+"""Pictures of the suite, each of another group, that a card shows."""
 CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safetensors"
+SPEED_FILE, PICTURE_FILE = "speed.json", "kept.webp"
 
 
 def weights_digest(folder: str | Path) -> str | None:
@@ -67,32 +77,40 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     paired = [row for row in record["paired"] if row["pruner"] == name]
     kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
     header = {key: record[key] for key in kept if key in record}
-    oracle_scale = [row for row in record["oracle_scale"] if row["pruner"] == name]
-    layers = [row for row in record.get("layers", ()) if row["pruner"] == name]  # not in older records
-    parts = {"rows": record["rows"], "paired": paired, "oracle_scale": oracle_scale, "layers": layers}
+    parts: dict[str, Any] = {"rows": record["rows"], "paired": paired}
+    for key in ("oracle_scale", "layers"):  # which records of before they were measured have not
+        if key in record:
+            parts[key] = [row for row in record[key] if row["pruner"] == name]
     return {**header, "pruner": name, "weights": {name: digest}, **parts}
 
 
-def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
+def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = None) -> ModelCard:
     """The card of the pruner in a folder.
 
     Args:
         folder: what `save_pretrained` wrote, with the training's `run.json` where there is one.
         metrics: what `metrics_of` picked.
+        repo: its Hub id, where it is rendered for the Hub.
     """
     pruner = load_pruner(folder)
     run_path = folder / RUN_FILE
     run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else None
     vlm = metrics["vlm"]
-    about, papers = about_method(pruner)
+    method = about(type(pruner))
     is_local = Path(vlm).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", vlm)
+    budgets = budget_table(metrics)
     data = ModelCardData(
         license="apache-2.0",
         library_name="prunezoo",
         pipeline_tag="image-text-to-text",
         base_model=None if is_local else vlm,
         base_model_relation=None if is_local else "adapter",
-        tags=["prunezoo", "visual-token-pruning", "token-reduction", pruner.name, *(f"arxiv:{p}" for p in papers)],
+        datasets=datasets_of(run),
+        tags=[
+            *("prunezoo", "visual-token-pruning", "token-reduction", pruner.name),
+            *(f"{float(line['tokens'].split()[0]):g}-tokens" for line in budgets),
+            *(f"arxiv:{paper}" for paper in method.papers),
+        ],
         model_name=folder.resolve().name,
         eval_results=eval_results(metrics),
     )
@@ -102,27 +120,53 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
         .render(
             card_data=data.to_yaml(),
             name=folder.resolve().name,
-            folder=shown_path(folder),
+            source=repo or shown_path(folder),
             method=pruner.name,
-            about=about,
-            papers=papers,
+            about=method.text,
+            evidence=method.evidence,
+            papers=method.papers,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
             query_aware=getattr(pruner.config, "query_aware", None),
+            base_model=pruner.base_model,
+            picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
             run=run,
             metrics=metrics,
             full=_mean(metrics, FULL, ALL_TOKENS),
             blind=_mean(metrics, NONE, NO_TOKENS),
-            budgets=budget_table(metrics),
+            budgets=budgets,
             rivals=rival_table(metrics, diagnostics=False),
             diagnostics=rival_table(metrics, diagnostics=True),
             weakest=weakest(metrics),
             layers=layer_table(metrics),
-            oracle_scale=next((row for row in metrics["oracle_scale"] if row["group"] == MEAN), None),
+            oracle_scale=next((row for row in metrics.get("oracle_scale", ()) if row["group"] == MEAN), None),
+            speed=speed_of(folder, pruner.name),
             parts=[name for name in file_names(pruner) if "/" in name],
             minutes=f"{run['seconds'] / 60:.1f}" if run else None,
         )
     )
     return ModelCard(text)
+
+
+def datasets_of(run: Mapping[str, Any] | None) -> list[str] | None:
+    """What it was trained on, by the names in the run record, `LlavaDataModule(mix665k.json, images)`."""
+    match = re.search(r"\((.+)\)", run["data"]) if run else None
+    return [Path(name).stem for name in match[1].split(", ")][:1] if match else None
+
+
+def speed_of(folder: Path, method: str) -> dict[str, Any] | None:
+    """What `trainers.benchmark` measured: of this pruner, in its folder, or else of its method, in `hub_cards/`."""
+    path = folder / SPEED_FILE if (folder / SPEED_FILE).is_file() else CARDS / SPEED_FILE
+    record = json.loads(path.read_text(encoding="utf-8"))
+    lines = []
+    for (batch, length), cases in settings_of(record["rows"]):
+        for (name, keep), parts in cases.items():
+            if name != BARE and Path(name).name in (method, folder.resolve().name):
+                cells = {COLUMNS[part]: ratio(parts[part]) for part in COLUMNS if part in parts}
+                own = f"{1000 * parts['pruner']['median_s']:.1f}" if "pruner" in parts else "–"
+                tokens = f"{next(iter(parts.values()))['tokens']:g}"
+                line = {"batch": batch, "length": length, "keep": keep, "tokens": tokens, "cells": cells, "own": own}
+                lines.append(line)
+    return {"lines": lines, "own": path.parent == folder, **record} if lines else None
 
 
 def templates() -> Environment:
@@ -132,15 +176,6 @@ def templates() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         autoescape=False,  # noqa: S701
-    )
-
-
-def about_method(pruner: Pruner) -> tuple[str, list[str]]:
-    """What the method's file says of itself in its first paragraphs, and the arXiv numbers that it names."""
-    text = inspect.getdoc(sys.modules[type(pruner).__module__]) or ""
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-    return "\n\n".join(p for p in paragraphs if not p.startswith("Letters")), sorted(
-        set(re.findall(r"\b\d{4}\.\d{5}\b", text))
     )
 
 
@@ -259,29 +294,41 @@ def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
     return ModelCard(text)
 
 
-def write_card(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+def write_card(folder: Path, record: Mapping[str, Any], examples: Sequence[Example] = ()) -> list[Path]:
     """Write card and metrics into the folder, and a copy of a shipped model's card into `hub_cards/`.
 
     Args:
         folder: of a pruner, or of the frozen model itself.
         record: what `trainers.evaluate` measured.
+        examples: what the pruner keeps of a few pictures, for the card's own; none: that picture stays as it is.
 
     Returns:
         The files that were written.
     """
+    paths = [folder / CARD_FILE]
     if folder.resolve() == Path(record["vlm"]).resolve():
         metrics, card = dict(record), render_frozen_card(folder, record)
     else:
         metrics = metrics_of(folder, record)
+        if examples:
+            draw_sheet(examples, metrics["pruner"]).save(folder / PICTURE_FILE, quality=90)
         card = render_card(folder, metrics)
     text = str(card)
-    paths = [folder / CARD_FILE]
     if folder.resolve().parent == SHIPPED:
         paths.append(CARDS / f"{folder.resolve().name}.md")
     for path in paths:
         path.write_text(text, encoding="utf-8")
     write_record(metrics, folder / METRICS_FILE)
     return [*paths, folder / METRICS_FILE]
+
+
+def card_examples(folder: Path, record: Mapping[str, Any]) -> list[Example]:
+    """What the pruner in a folder keeps of the first pictures of the suite that it was measured on."""
+    metrics = metrics_of(folder, record)
+    vlm, processor = load_vlm(metrics["vlm"])
+    items = pick_items(load_suite(metrics["suite"], metrics["split"]), 1)[:PICTURES]
+    method = build_method(metrics["pruner"])
+    return show_examples(vlm, processor, items, [method], parse_budgets(budgets_of(metrics)))
 
 
 def _mean(metrics: Mapping[str, Any], pruner: str, keep: str) -> Row:
@@ -300,12 +347,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the card of a checkpoint folder."""
     p = argparse.ArgumentParser(prog="python -m trainers.cards", description="Write a pruner's model card.")
     p.add_argument("folder", type=Path, help="the pruner's folder")
-    p.add_argument("--json", type=Path, required=True, help="what `trainers.evaluate --json` wrote")
+    p.add_argument("--json", type=Path, help="what `trainers.evaluate --json` wrote; by default the folder's own")
+    p.add_argument("--picture", action="store_true", help="draw the picture of kept tokens anew")
     args = p.parse_args(argv)
-    for path in write_card(args.folder, read_record(args.json)):
+    record = read_record(args.json or args.folder / METRICS_FILE)
+    examples = card_examples(args.folder, record) if args.picture else ()
+    for path in write_card(args.folder, record, examples):
         print(path)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

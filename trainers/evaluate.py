@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from modules.core.base_model import check_base_model
 from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
 
-from .cards import weights_digest, write_card
+from .cards import PICTURES, weights_digest, write_card
 from .data.suite import SPLITS, load_suite
 from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", type=Path, help="write a page with curves and pictures into this folder")
     p.add_argument("--examples", type=int, default=2, help="pictures of each group in the report")
     p.add_argument("--card", type=Path, help="write the model card of this checkpoint folder from what is measured")
+    p.add_argument("--any-model", action="store_true", help="take pruners that were trained for another model too")
     p.add_argument("--seed", type=int, default=0, help="moves only what is random in a method")
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--device", help="by default a GPU if there is one")
@@ -116,6 +118,9 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
+    for method in methods:
+        if isinstance(method, PrunerMethod) and not args.any_model:
+            check_base_model(method.name, method.pruners[0].base_model, vlm)
     weights = {method.name: weights_digest(method.name.partition("?")[0]) for method in methods}
     journal = None
     if args.json:
@@ -168,7 +173,10 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         examples = show_examples(vlm, processor, items, named, budgets) if items and named else []
         console.print(f"report: {write_report(record, examples, args.report)}")
     if args.card:
-        console.print(f"card: {write_card(args.card, record)[0]}")
+        own = [method for method in methods if Path(method.name).resolve() == args.card.resolve()]
+        items = pick_items(suite, 1)[:PICTURES]
+        pictures = show_examples(vlm, processor, items, own, budgets) if own else []
+        console.print(f"card: {write_card(args.card, record, pictures)[0]}")
     if journal:
         journal.remove()
     return record

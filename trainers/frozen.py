@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import AutoModelForImageTextToText
 
+from modules.core.base_model import BaseModel
 from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
 from modules.host import encode, full_forward
@@ -57,6 +58,7 @@ class FrozenModule(L.LightningModule):
         # not a submodule: so the frozen model is in no checkpoint, no optimizer and no call of train()
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
         self.pruner = pruner
+        self.pruner.base_model = BaseModel.describe(self.vlm)
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
 
     def setup(self, stage: str) -> None:

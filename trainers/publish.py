@@ -1,36 +1,50 @@
 """Publish a trained pruner on the Hugging Face Hub: `python -m trainers.publish CHECKPOINT_DIR ORG/NAME [--dry-run]`.
 
-Only what loads strictly and carries a measured card is uploaded, and only the files that belong to it.
+Only what loads strictly and was measured with these very weights is uploaded, with its card rendered anew, and only the
+files that belong to it: in one commit, which gets the next tag (`v1`, `v2`, …). The same content is not uploaded twice.
 """
 
 import argparse
+import hashlib
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
 from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
-from modules.core.hub import file_names
+from modules.core.hub import CONFIG_FILE, Source, file_names, read_method
 from modules.core.registry import load_pruner
 
-from .cards import CARD_FILE, METRICS_FILE, weights_digest
+from .cards import CARD_FILE, METRICS_FILE, PICTURE_FILE, SPEED_FILE, render_card, weights_digest
 from .errors import command, one_line
 from .evaluation.record import read_record
 from .run_record import RUN_FILE
 
-REQUIRED = (CARD_FILE, METRICS_FILE)
-OPTIONAL = (RUN_FILE,)
+OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE)
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""
 HOW = "write it with `python -m trainers.evaluate … --card {folder}`"
+TRIES, PAUSE = 3, 1.0
+"""How often it is tried where the Hub fails to serve, and the seconds before the second time; they double."""
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,24 +54,38 @@ class Package:
     Attributes:
         folder: the checkpoint folder.
         repo: ORG/NAME.
-        files: names of the files, relative to the folder.
+        files: contents of the files, by their names in the repository.
         pruner: the pruner, loaded strictly.
         card: the metadata of its card.
     """
 
     folder: Path
     repo: str
-    files: tuple[str, ...]
+    files: dict[str, bytes]
     pruner: Pruner
     card: ModelCardData
 
 
+@dataclass(frozen=True)
+class Published:
+    """Where it is.
+
+    Attributes:
+        address: of the repository.
+        tag: the version.
+        is_new: it was uploaded now; False: it was there already.
+    """
+
+    address: str
+    tag: str
+    is_new: bool
+
+
 def check(folder: Path, repo: str) -> Package:
-    """Make sure that a folder may be published.
+    """Make sure that a folder may be published, and render its card.
 
     Raises:
-        PruneZooError: a bad name, a missing file, weights that do not load strictly, or a card that is not measured, or
-            not on these weights.
+        PruneZooError: a bad name, a missing file, weights that do not load strictly, or not those that were measured.
     """
     try:
         validate_repo_id(repo)
@@ -69,20 +97,18 @@ def check(folder: Path, repo: str) -> Package:
         raise PruneZooError(f"{folder}: no such folder")
     pruner = load_pruner(folder)
     how = HOW.format(folder=folder)
-    for name in REQUIRED:
-        if not (folder / name).is_file():
-            raise PruneZooError(f"{folder}: {name} is missing; {how}")
-    try:
-        card = ModelCard.load(folder / CARD_FILE).data
-    except ValueError as error:
-        raise PruneZooError(f"{folder / CARD_FILE}: not a model card ({one_line(error)}); {how}") from None
-    assert isinstance(card, ModelCardData)
-    if not card.eval_results or not card.license or card.library_name != "prunezoo":
-        raise PruneZooError(f"{folder / CARD_FILE}: a card without results, licence or library name; {how}")
-    if weights_digest(folder) not in read_record(folder / METRICS_FILE).get("weights", {}).values():
+    if not (folder / METRICS_FILE).is_file():
+        raise PruneZooError(f"{folder}: {METRICS_FILE} is missing; {how}")
+    metrics = read_record(folder / METRICS_FILE)
+    if weights_digest(folder) not in metrics.get("weights", {}).values():
         raise PruneZooError(f"{folder / METRICS_FILE}: measured with other weights than lie there now; {how}")
-    files = (*file_names(pruner), *REQUIRED, *(name for name in OPTIONAL if (folder / name).is_file()))
-    return Package(folder, repo, files, pruner, card)
+    if "pruner" not in metrics:
+        raise PruneZooError(f"{folder / METRICS_FILE}: not what a card rests on; {how}")
+    card = render_card(folder, metrics, repo)
+    names = (*file_names(pruner), METRICS_FILE, *(name for name in OPTIONAL if (folder / name).is_file()))
+    files = {name: (folder / name).read_bytes() for name in names} | {CARD_FILE: str(card).encode()}
+    assert isinstance(card.data, ModelCardData)
+    return Package(folder, repo, files, pruner, card.data)
 
 
 def show(package: Package, console: Console) -> None:
@@ -90,8 +116,8 @@ def show(package: Package, console: Console) -> None:
     table = Table(title=f"{package.folder} → {package.repo}", title_justify="left")
     table.add_column("file")
     table.add_column("bytes", justify="right")
-    for name in package.files:
-        table.add_row(name, f"{(package.folder / name).stat().st_size:,}")
+    for name, content in package.files.items():
+        table.add_row(name, f"{len(content):,}")
     console.print(table)
     parameters = sum(p.numel() for p in package.pruner.parameters())
     results = package.card.eval_results or []
@@ -104,31 +130,96 @@ def show(package: Package, console: Console) -> None:
         console.print(f"left here: {', '.join(left)}")
 
 
-def upload(package: Package, private: bool) -> str:
-    """Create the repository if need be, and upload in one commit.
-
-    Returns:
-        Where it is.
+def upload(package: Package, private: bool) -> Published:
+    """Bring the repository to this content, in one commit, and tag it; nothing where both are so already.
 
     Raises:
-        PruneZooError: the Hub cannot be reached, or refuses.
+        PruneZooError: the Hub cannot be reached, or refuses, or the name holds something else.
     """
     api = HfApi(library_name="prunezoo")
     try:
-        api.create_repo(package.repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=package.repo,
-            folder_path=package.folder,
-            allow_patterns=list(package.files),
-            commit_message=f"Upload {package.pruner.name}",
-        )
+        # all of it, from looking at what is there: a commit may have arrived though its answer did not
+        return patiently(lambda: _upload(api, package, private))
     except LocalTokenNotFoundError:
         raise PruneZooError("no Hub token: run `hf auth login`, or set HF_TOKEN") from None
     except OfflineModeIsEnabled:
         raise PruneZooError("HF_HUB_OFFLINE is set: unset it to publish") from None
-    except (HTTP_ERROR, ValueError, OSError) as error:
-        raise PruneZooError(f"{package.repo}: not uploaded; {one_line(error)}") from None
-    return f"{api.endpoint}/{package.repo}"
+    except PruneZooError:
+        raise
+    except (HTTP_ERROR, RuntimeError, ValueError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = {401: "; check the token: `hf auth login`, or HF_TOKEN", 403: "; is the organisation yours?"}
+        why = one_line(
+            cast(Exception, error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else error
+        )
+        raise PruneZooError(f"{package.repo}: not uploaded; {why}{remedy.get(status or 0, '')}") from None
+
+
+def _upload(api: HfApi, package: Package, private: bool) -> Published:
+    repo = package.repo
+    try:
+        info = api.model_info(repo, files_metadata=True)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, private=private, exist_ok=True)
+        info = api.model_info(repo, files_metadata=True)
+    refuse_another(api, info, package)
+    changed = changed_files(info, package.files)
+    head = info.sha
+    if changed:
+        # on top of what was looked at: somebody else's push in between is refused, not overwritten
+        operations = [CommitOperationAdd(name, package.files[name]) for name in changed]
+        message = f"Upload {package.pruner.name}"
+        head = api.create_commit(repo, operations, commit_message=message, parent_commit=info.sha).oid
+    refs = api.list_repo_refs(repo)
+    tag = next((ref.name for ref in refs.tags if ref.target_commit == head), None)
+    if tag is None:
+        numbers = [int(ref.name[1:]) for ref in refs.tags if re.fullmatch(r"v\d+", ref.name)]
+        tag = f"v{max(numbers, default=0) + 1}"
+        api.create_tag(repo, tag=tag, revision=head)
+    return Published(f"{api.endpoint}/{repo}", tag, bool(changed))
+
+
+def refuse_another(api: HfApi, info: ModelInfo, package: Package) -> None:
+    """Refuse a repository that holds anything but an earlier version of this pruner."""
+    names = {file.rfilename for file in info.siblings or ()} - {".gitattributes", CARD_FILE}
+    if not names:
+        return
+    try:
+        method = read_method(Source(package.repo, info.sha, token=api.token)) if CONFIG_FILE in names else None
+    except PruneZooError:
+        method = None
+    if method != package.pruner.name:
+        held = f"a pruner of the method '{method}'" if method else "something that is no pruner"
+        raise PruneZooError(f"{package.repo} is taken: it holds {held}; choose another name")
+
+
+def changed_files(info: ModelInfo, files: dict[str, bytes]) -> list[str]:
+    """Names of the files that the repository has not, or has otherwise, by their hashes."""
+    there = {file.rfilename: file for file in info.siblings or ()}
+    changed = []
+    for name, content in files.items():
+        remote = there.get(name)
+        if remote is not None and remote.lfs is not None:
+            is_same = remote.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        else:  # git's own hash, of which the Hub makes its blob ids
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+            is_same = remote is not None and remote.blob_id == git
+        if not is_same:
+            changed.append(name)
+    return changed
+
+
+def patiently(call: Callable[[], R]) -> R:
+    """Call again where the Hub failed to serve (5xx) or the line broke, as its client does for some calls."""
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except HTTP_ERROR as error:
+            response = getattr(error, "response", None)
+            if attempt == TRIES - 1 or (response is not None and response.status_code < 500):
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
 
 
 @command
@@ -146,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         console.print("dry run: nothing was uploaded")
     else:
-        console.print(f"published: {upload(package, args.private)}")
+        published = upload(package, args.private)
+        word = "published" if published.is_new else "unchanged, nothing was uploaded"
+        console.print(f"{word}: {published.address} (revision {published.tag})", soft_wrap=True)
     return 0
 
 

@@ -32,11 +32,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from .base_model import BaseModel
 from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
 from .plan import gather_rows, mask_to_index
@@ -123,18 +125,37 @@ class PrunerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        """Build from a mapping; an unknown key is an error that names it, the nearest known key, and ``where``."""
+        """Build from a mapping; an unknown key, or a value of another type, is an error that names it and ``where``."""
         known = [f.name for f in fields(cls)]
-        for key in values:
+        hints = get_type_hints(cls)
+        for key, value in values.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
                 raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
+            if not _fits(value, hints[key]):
+                kind = getattr(hints[key], "__name__", hints[key]) if get_origin(hints[key]) is None else hints[key]
+                raise PruneZooError(f"{where}config key '{key}' of {cls.__name__} must be {kind}, got {value!r:.60}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return isinstance(value, str | int) and value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, args[0]) for one in value)
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return type(value) in kinds and math.isfinite(value) and abs(value) < 2**63
+    return hint is Any or isinstance(value, origin or hint)
 
 
 class Configured(nn.Module):
@@ -144,6 +165,7 @@ class Configured(nn.Module):
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
 
     config: PrunerConfig
+    base_model: BaseModel | None = None  # the frozen model that it was trained for, where it was for one
 
     def __init__(self, config: PrunerConfig | Mapping[str, Any] | None = None, **overrides: Any) -> None:
         """Take a config, a mapping or nothing, then single fields over it; unknown keys are refused."""
@@ -158,11 +180,17 @@ class Configured(nn.Module):
         return save(self, folder)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method."""
-        from .hub import load
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, **options: Any) -> Self:
+        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method.
 
-        return load(cls, source, revision)
+        Args:
+            source: A folder written by :meth:`save_pretrained`, or a Hub id.
+            revision: Branch, tag or commit, for a Hub id.
+            options: The other fields of :class:`hub.Source`: ``cache_dir``, ``token``, ``local_files_only``, …
+        """
+        from .hub import Source, load
+
+        return load(cls, Source(source, revision, **options))
 
 
 class Pruner(Configured):

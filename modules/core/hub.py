@@ -1,8 +1,11 @@
 """Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
-``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``; ``model.safetensors`` is the weights. A
-:class:`Part` of a pruner has a folder of its own beside them. Nothing is ever unpickled. What is not exactly what the
-method expects is refused with one line.
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``, and ``"base_model"`` where it was
+trained for one; ``model.safetensors`` is the weights. A :class:`Part` of a pruner has a folder of its own beside them.
+
+A folder may come from anybody. Nothing in it is ever unpickled or run, and what is not exactly what the method expects
+is refused with one line. The module is built without memory first and held against the header of its weights, so a
+config that asks for more than the file holds costs nothing.
 """
 
 import json
@@ -10,22 +13,28 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
+from .base_model import BaseModel
 from .errors import PruneZooError
 
 if TYPE_CHECKING:
@@ -34,7 +43,22 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_KEYS = {"method", "prunezoo_version", "config", "dtype"}
+BASE_MODEL = "base_model"  # a key that only what was trained for some model has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADER_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of tensors, as the header of a safetensors file names them."""
+MOST_CONFIG_BYTES = 1 << 20
 
 P = TypeVar("P", bound="Configured")
 
@@ -54,6 +78,72 @@ class Part(nn.Module):
     def load(self, folder: Path) -> None:
         """Read them, strictly: PruneZooError for what is missing, misshapen or NaN."""
         raise NotImplementedError
+
+
+class Source:
+    """A folder, or a repository of the Hub, of which all files are read at one commit.
+
+    Args:
+        name: Folder, or Hub id such as ``org/name``.
+        revision: Branch, tag or commit of a Hub id; by default its main branch.
+        cache_dir: Where downloads are kept; by default where all Hugging Face libraries keep them.
+        token: For a private or gated repository; True: the one of ``hf auth login``, False: none.
+        local_files_only: Take what was downloaded before and ask nobody; HF_HUB_OFFLINE=1 does the same.
+        force_download: Download even what is in the cache.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        revision: str | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        self.name, self.revision = name, revision
+        self.options: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+
+    def file(self, filename: str) -> Path:
+        """The local path of one file, downloaded where needed.
+
+        Raises:
+            PruneZooError: There is no such folder, repository, revision or file, or the Hub cannot be reached.
+        """
+        name, folder = self.name, Path(self.name)
+        if folder.is_dir():
+            if not (folder / filename).is_file():
+                raise PruneZooError(f"{folder}: {filename} is missing; give a folder written by save_pretrained")
+            return folder / filename
+        if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise PruneZooError(f"'{name}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'")
+        try:
+            path = Path(
+                hf_hub_download(name, filename, revision=self.revision, library_name="prunezoo", **self.options)
+            )
+        except LocalEntryNotFoundError as error:
+            offline = constants.HF_HUB_OFFLINE or self.options["local_files_only"]
+            why = "only the cache may be asked" if offline else "the Hub cannot be reached"
+            raise PruneZooError(f"'{name}' is no folder here, {filename} is not in the cache, and {why}") from error
+        except RevisionNotFoundError as error:
+            raise PruneZooError(f"the Hub repository '{name}' has no revision '{self.revision}'") from error
+        except EntryNotFoundError as error:
+            raise PruneZooError(f"{filename} is missing in the Hub repository '{name}'; is it a pruner?") from error
+        except GatedRepoError as error:
+            raise PruneZooError(f"'{name}' is gated: ask for access on its page, then `hf auth login`") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise PruneZooError(f"'{name}' is neither a folder here nor a Hub repository that you can read") from error
+        except Exception as error:  # whatever the network stack raises: the user needs the name and one line
+            raise PruneZooError(f"cannot download {filename} of '{name}': {str(error).splitlines()[0]}") from error
+        # in the cache a file lies under its commit, where all others must come from too, though a push came between
+        self.revision = path.parents[filename.count("/")].name
+        return path
 
 
 def parts_of(module: "Configured") -> dict[str, Part]:
@@ -92,6 +182,8 @@ def save(module: "Configured", folder: str | Path) -> Path:
         "config": module.config.to_dict(),
         "dtype": floats.pop() if floats else "float32",
     }
+    if module.base_model is not None:
+        config[BASE_MODEL] = module.base_model.to_dict()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -119,47 +211,91 @@ def file_names(module: "Configured") -> tuple[str, ...]:
     return (*parts, WEIGHTS_FILE, CONFIG_FILE)
 
 
-def read_method(source: str | Path, revision: str | None = None) -> str:
+def read_method(source: Source) -> str:
     """The method that a folder or a Hub repository was saved from."""
-    return str(_read_config(_locate(source, CONFIG_FILE, revision))["method"])
+    return str(_read_config(source.file(CONFIG_FILE))["method"])
 
 
-def load(cls: type[P], source: str | Path, revision: str | None = None) -> P:
+def read_base_model(source: Source) -> BaseModel | None:
+    """The model that it was trained for; None where for none in particular."""
+    path = source.file(CONFIG_FILE)
+    stored = _read_config(path)
+    return BaseModel.from_dict(stored[BASE_MODEL], where=f"{path}: ") if BASE_MODEL in stored else None
+
+
+def load(cls: type[P], source: Source) -> P:
     """A pruner or tokenizer of class ``cls``, in eval mode and in its saved type, from a folder or a Hub id.
 
     Raises:
         PruneZooError: Another method, an unknown config key, a missing, extra, misshapen or NaN tensor, a broken file.
     """
-    path = _locate(source, CONFIG_FILE, revision)
+    path = source.file(CONFIG_FILE)
     stored = _read_config(path)
     if stored["method"] != cls.name:
         raise PruneZooError(f"{path}: method is '{stored['method']}', not '{cls.name}'; use AutoPruner.from_pretrained")
     if stored["dtype"] not in DTYPES:
         raise PruneZooError(f"{path}: unknown dtype '{stored['dtype']}'; known: {', '.join(DTYPES)}")
-    module = cls(cls.config_class.from_dict(stored["config"], where=f"{path}: "))
-    module.to(DTYPES[stored["dtype"]])
-    _load_weights(module, _locate(source, WEIGHTS_FILE, revision))
+    config = cls.config_class.from_dict(stored["config"], where=f"{path}: ")
+    weights = source.file(WEIGHTS_FILE)
+    header = read_header(weights)
+    try:
+        with torch.device("meta"), _no_more_than(len(header)):
+            module = cls(config).to(DTYPES[stored["dtype"]])
+    except PruneZooError as error:
+        raise PruneZooError(f"{path}: {error}") from error
+    except Exception as error:  # a config that no check of the method's foresaw
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PruneZooError(f"{path}: no '{cls.name}' can be built of this config ({reason})") from error
+    _check_header(module, header, weights)
+    # strict already, but for the parts, which are read apart; the tensors read take the place of those without memory
+    module.load_state_dict(read_tensors(weights), strict=False, assign=True)
+    if BASE_MODEL in stored:
+        module.base_model = BaseModel.from_dict(stored[BASE_MODEL], where=f"{path}: ")
     for name, part in parts_of(module).items():
-        paths = [_locate(source, f"{name}/{file}", revision) for file in part.files]
+        paths = [source.file(f"{name}/{file}") for file in part.files]
         part.load(paths[0].parent)
     return module.eval()
 
 
-def _load_weights(module: "Configured", path: Path) -> None:
-    """Fill every tensor of the module from a safetensors file that holds exactly these."""
-    stored = read_tensors(path)
-    expected = _own_state(module)
-    for name in sorted(expected.keys() - stored.keys()):
-        raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{module.name}' checkpoint")
-    for name in sorted(stored.keys() - expected.keys()):
-        raise PruneZooError(f"{path}: unexpected tensor '{name}'; written by another version?")
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
+@contextmanager
+def _no_more_than(tensors: int) -> Iterator[None]:
+    """Refuse to build a module that registers far more than these tensors: a config may ask for a million layers."""
+    most = {"parameters": 2 * tensors + 16, "buffers": 2 * tensors + 16, "modules": 16 * tensors + 256}
+    seen = dict.fromkeys(most, 0)
+
+    def count(kind: str) -> None:
+        seen[kind] += 1
+        if seen[kind] > most[kind]:
             raise PruneZooError(
-                f"{path}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for "
+                f"the config asks for far more {kind} than the {tensors} tensors of {WEIGHTS_FILE} are; "
+                "they do not belong together"
+            )
+
+    with ExitStack() as stack:
+        for handle in (
+            registration.register_module_parameter_registration_hook(lambda *_: count("parameters")),
+            registration.register_module_buffer_registration_hook(lambda *_: count("buffers")),
+            registration.register_module_module_registration_hook(lambda *_: count("modules")),
+        ):
+            stack.callback(handle.remove)
+        yield
+
+
+def _check_header(module: "Configured", header: dict[str, tuple[tuple[int, ...], str]], path: Path) -> None:
+    """Refuse a file that does not hold exactly the tensors of this module."""
+    expected = _own_state(module)
+    for name in sorted(expected.keys() - header.keys()):
+        raise PruneZooError(f"{path}: tensor '{name}' is missing; the file is not a whole '{module.name}' checkpoint")
+    for name in sorted(header.keys() - expected.keys()):
+        raise PruneZooError(f"{path}: unexpected tensor '{name}'; written by another version?")
+    for name, (shape, dtype) in header.items():
+        if shape != tuple(expected[name].shape):
+            raise PruneZooError(
+                f"{path}: tensor '{name}' has shape {shape}, the config asks for "
                 f"{tuple(expected[name].shape)}; {CONFIG_FILE} and {WEIGHTS_FILE} do not belong together"
             )
-    module.load_state_dict(stored, strict=False)  # strict already, but for the parts, which are read apart
+        if HEADER_DTYPES.get(dtype) != expected[name].dtype:
+            raise PruneZooError(f"{path}: tensor '{name}' is {dtype}, the config asks for {expected[name].dtype}")
 
 
 def _own_state(module: "Configured") -> dict[str, Tensor]:
@@ -168,54 +304,56 @@ def _own_state(module: "Configured") -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(parts)}
 
 
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor of a safetensors file, without reading them; PruneZooError if it is none."""
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
         PruneZooError: It cannot be read, or a tensor holds NaN.
     """
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
+    with _open(path) as file:
+        # cloned: what is mapped from a file changes with it
+        stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     for name, tensor in stored.items():
         if bool(tensor.isnan().any()):
             raise PruneZooError(f"{path}: tensor '{name}' holds NaN; train or download it again")
     return stored
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """``config.json``, its keys checked."""
     try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise PruneZooError(f"{path}: larger than any config; download it again")
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, PruneZooError):
+            raise
         raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
     keys = set(stored) if isinstance(stored, dict) else set()
     for key in sorted(CONFIG_KEYS - keys):
         raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of prunezoo")
-    for key in sorted(keys - CONFIG_KEYS):
-        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(CONFIG_KEYS))}")
+    for key in sorted(keys - CONFIG_KEYS - {BASE_MODEL}):
+        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted({*CONFIG_KEYS, BASE_MODEL}))}")
+    for key in sorted(CONFIG_KEYS - {"config"}):
+        if not isinstance(stored[key], str):
+            raise PruneZooError(f"{path}: key '{key}' must be a string, got {stored[key]!r:.60}")
     if not isinstance(stored["config"], dict):
         raise PruneZooError(f"{path}: key 'config' must be an object of config fields")
     return stored
-
-
-def _locate(source: str | Path, filename: str, revision: str | None) -> Path:
-    """The local path of one file of a folder or of a Hub repository, downloaded where needed."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / filename).is_file():
-            raise PruneZooError(f"{folder}: {filename} is missing; give a folder written by save_pretrained")
-        return folder / filename
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise PruneZooError(f"'{source}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'")
-    try:
-        return Path(hf_hub_download(source, filename, revision=revision, library_name="prunezoo"))
-    except LocalEntryNotFoundError as error:
-        raise PruneZooError(f"'{source}' is no folder here and the Hub cannot be reached for {filename}") from error
-    except EntryNotFoundError as error:
-        raise PruneZooError(f"{filename} is missing in the Hub repository '{source}'; is it a pruner?") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise PruneZooError(f"'{source}' is neither a folder here nor a Hub repository that you can read") from error
-    except Exception as error:  # whatever the network stack raises: the user needs the name and one line
-        raise PruneZooError(f"cannot download {filename} of '{source}': {str(error).splitlines()[0]}") from error

@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .base_model import check_base_model
 from .contract import Pruner, PrunerConfig
 from .errors import PruneZooError
-from .hub import load, read_method
+from .hub import Source, load, read_method
 from .signals import parse_signal
 
 METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
@@ -73,16 +74,23 @@ def build_pruner(name: str, **config: Any) -> Pruner:
     return pruner_class(name)(**config)
 
 
-def load_pruner(source: str | Path, revision: str | None = None) -> Pruner:
+def load_pruner(
+    source: str | Path, revision: str | None = None, *, vlm: Any = None, any_model: bool = False, **options: Any
+) -> Pruner:
     """A ready pruner, in eval mode.
 
     Args:
         source: A registry name of a method without weights (``divprune``), a folder written by ``save_pretrained``,
             or a Hub id (``org/ppm-llava-1.5-7b``).
         revision: Branch, tag or commit, for a Hub id.
+        vlm: The model it is for: refuses, here and now, a pruner that was trained for a model of another build. Without
+            it `attach` does.
+        any_model: Forget which model it was trained for, so that it goes with any that its widths allow.
+        options: For a Hub id, as `transformers` takes them: ``cache_dir``, ``token``, ``local_files_only``,
+            ``force_download``; see :class:`hub.Source`.
 
     Raises:
-        PruneZooError: Nothing of that name, or what is there is not whole.
+        PruneZooError: Nothing of that name, what is there is not whole, or it is of another model than ``vlm``.
     """
     if str(source) in list_pruners():
         try:
@@ -92,13 +100,21 @@ def load_pruner(source: str | Path, revision: str | None = None) -> Pruner:
         if any(True for _ in pruner.parameters()):
             raise PruneZooError(f"'{source}' is a learned method: give the folder or Hub id of a trained checkpoint")
         return pruner.eval()
-    return load(pruner_class(read_method(source, revision)), source, revision)
+    place = Source(source, revision, **options)
+    pruner = load(pruner_class(read_method(place)), place)
+    if any_model:
+        pruner.base_model = None
+    if vlm is not None:
+        check_base_model(pruner.name, pruner.base_model, vlm)
+    return pruner
 
 
 class AutoPruner:
     """Loads any pruner; the method is read from what it loads."""
 
     @staticmethod
-    def from_pretrained(source: str | Path, revision: str | None = None) -> Pruner:
+    def from_pretrained(
+        source: str | Path, revision: str | None = None, *, vlm: Any = None, any_model: bool = False, **options: Any
+    ) -> Pruner:
         """See :func:`load_pruner`."""
-        return load_pruner(source, revision)
+        return load_pruner(source, revision, vlm=vlm, any_model=any_model, **options)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..core.base_model import check_base_model
 from ..core.contract import Keep, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
@@ -80,6 +81,8 @@ class Attachment:
         family = find_family(vlm)
         vlm, self.depth = family.vlm, family.decoder().depth  # without what PEFT or torch.compile put around it
         check_positions(positions)
+        for pruner in pruners:
+            check_base_model(pruner.name, pruner.base_model, vlm)
         parts = [part for pruner, keep in zip(pruners, keeps, strict=True) for part in pruner.parts(keep)]
         for pruner, keep in parts:
             pruner.check_keep(keep)
@@ -334,7 +337,8 @@ def attach(
         A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds.
 
     Raises:
-        PruneZooError: Unsupported family or stage, ``keep`` out of range, unknown ``positions``.
+        PruneZooError: Unsupported family or stage, a pruner of another model, ``keep`` out of range, unknown
+            ``positions``.
     """
     if isinstance(pruner, Pruner | str | Path):
         pruner, keep = [pruner], [keep]  # type: ignore[list-item]

@@ -254,6 +254,7 @@ def load_variant(name: str) -> Pruner:
         variant.load_state_dict(pruner.state_dict())
     except RuntimeError:
         raise PruneZooError(f"--pruner {name}: the weights depend on {', '.join(fields)}, train it so") from None
+    variant.base_model = pruner.base_model
     return variant
 
 
