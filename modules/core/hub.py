@@ -336,16 +336,19 @@ def _open(path: Path) -> Iterator[Any]:
         raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
 
 
+def read_json(path: Path) -> Any:
+    """A small JSON file; PruneZooError if it is none."""
+    try:
+        if path.stat().st_size <= MOST_CONFIG_BYTES:
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
+    raise PruneZooError(f"{path}: larger than any config; download it again")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """``config.json``, its keys checked."""
-    try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise PruneZooError(f"{path}: larger than any config; download it again")
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, PruneZooError):
-            raise
-        raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
+    stored = read_json(path)
     keys = set(stored) if isinstance(stored, dict) else set()
     for key in sorted(CONFIG_KEYS - keys):
         raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of prunezoo")

@@ -8,7 +8,6 @@ Saved in PEFT's own format (``adapter_config.json``, ``adapter_model.safetensors
 called in the whole vision-language model: ``PeftModel.from_pretrained(vlm, folder)`` reads it without this library.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import PruneZooError
-from ..core.hub import Part, read_tensors
+from ..core.hub import Part, read_json, read_tensors
 from .families import find_family
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -161,10 +160,10 @@ class Lora(Part):
         import_peft()  # said now, not when the model runs
         path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         wanted = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "use_rslora": False, "use_dora": False}
+        config = read_json(path)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
             stored = {key: config[key] for key in wanted}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise PruneZooError(f"{path}: not a LoRA config of PEFT ({error}); download it again") from error
         for key, value in wanted.items():
             if stored[key] != value:
@@ -182,6 +181,8 @@ class Lora(Part):
                 raise PruneZooError(
                     f"{weights_path}: tensor '{key}' has shape {tuple(tensor.shape)}, not rank {self.rank}"
                 )
+            if not tensor.is_floating_point():
+                raise PruneZooError(f"{weights_path}: tensor '{key}' is {tensor.dtype}, no weight; download it again")
             pairs.setdefault(match[1], {})[match[2]] = tensor
         for name, pair in pairs.items():
             if len(pair) < 2:
