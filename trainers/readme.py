@@ -2,12 +2,12 @@
 
     python -m trainers.readme     write them anew
 
-No number and no "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes, and
-`speed` from hub_cards/speed.json, which `make speed` writes.
+No number and no "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes, `speed`
+from hub_cards/speed.json, which `make speed` writes, and `measured` from the records beside the shipped modules.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,60 @@ from modules.core.errors import PruneZooError
 
 from .benchmarking.tables import speed_section
 from .errors import command
+from .evaluation.summary import read_records, summary_section
 from .support import support_section
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
-    "support": (ROOT / "tests" / "support.json", support_section),
-    "speed": (ROOT / "hub_cards" / "speed.json", speed_section),
-}
-"""By name: the file that a section is made from, and what makes it."""
+CHECKPOINTS = ROOT / "checkpoints"
+"""Of what is shipped. Only pruners stand in the table: those whose record names them."""
+
+
+def support() -> str:
+    """What works on which family."""
+    return support_section(_read(ROOT / "tests" / "support.json", "support"))
+
+
+def measured() -> str:
+    """Retention of the shipped modules and of their rivals."""
+    return summary_section(read_records(shipped_pruners()))
+
+
+def speed() -> str:
+    """What pruning saves in time."""
+    return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"))
+
+
+def shipped_pruners() -> list[Path]:
+    """Folders in checkpoints/ whose record is of a pruner."""
+    found = sorted(path.parent for path in CHECKPOINTS.glob("*/metrics.json"))
+    return [folder for folder in found if "pruner" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))]
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": speed}
+"""What makes a section, by name."""
 
 
 def rendered(text: str) -> str:
     """A README with all its sections made anew.
 
     Raises:
-        PruneZooError: a section has no place in it, or its file is not there.
+        PruneZooError: a section has no place in it, or what it is made from is not there.
     """
-    for name, (path, render) in SECTIONS.items():
+    for name, render in SECTIONS.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         if begin not in text or end not in text:
             raise PruneZooError(f"README.md: no place for '{name}': write '{begin.strip()}' and '{end}' there")
-        try:
-            section = render(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise PruneZooError(f"{path.name}: {error.strerror}; `make {name}` writes it") from None
         before, rest = text.split(begin, 1)
-        text = before + begin + section + rest[rest.index(end) :]
+        text = before + begin + render() + rest[rest.index(end) :]
     return text
+
+
+def _read(path: Path, target: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PruneZooError(f"{path.name}: {error.strerror}; `make {target}` writes it") from None
 
 
 @command
