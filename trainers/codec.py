@@ -4,17 +4,20 @@
     python -m trainers.codec decompress IN OUT --tokenizer checkpoints/one-d-piece-tiny
     python -m trainers.codec measure --tokenizer F [F2 …] --images PHOTOGRAPHS [--json F] [--report DIR]
     python -m trainers.codec speed --tokenizer F [--json F]
+    python -m trainers.codec card F --quality JSON --speed JSON --photographs "what they are"
 
 `measure` paints held-out photographs from prefixes of their rows, beside JPEG and WebP within the same bytes, headers
-included.
+included. `card` writes the tokenizer's model card from what `measure` and `speed` wrote.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -26,8 +29,16 @@ from modules.core.errors import PruneZooError
 from modules.tokenizers.one_d_piece import OneDPiece
 
 from .cards import weights_digest
+from .compression.card import write_card
 from .compression.figures import draw_curves, draw_pictures
-from .compression.measure import file_size, measure_rival, measure_tokenizer, paired_of, rows_of
+from .compression.measure import (
+    file_size,
+    measure_rival,
+    measure_tokenizer,
+    paired_of,
+    rows_of,
+    shown_lengths,
+)
 from .compression.quality import METRICS
 from .compression.rivals import RIVALS
 from .compression.speed import measure_speed
@@ -35,10 +46,10 @@ from .data.photographs import Photographs, photographs
 from .data.suite import SPLITS
 from .errors import command
 from .evaluation.record import versions, write_record
+from .run_record import RUN_FILE
 
-SHOWN = (1, 4, 16, 64, 256)  # lengths of the picture that `measure` draws
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PICTURES = 6  # rows of it
+PICTURES = 6  # rows of the sheet that `measure` draws
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--repeats", type=int, default=10)
     speed.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     speed.add_argument("--json", type=Path, help="write all numbers here")
+    card = commands.add_parser("card", help="the model card, from what was measured")
+    card.add_argument("folder", type=Path, help="the tokenizer's folder")
+    card.add_argument("--quality", type=Path, required=True, help="what `measure --json` wrote")
+    card.add_argument("--speed", type=Path, required=True, help="what `speed --json` wrote")
+    card.add_argument("--photographs", required=True, help="what it was trained and measured on, in a few words")
     return p
 
 
@@ -125,6 +141,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
         "n": len(paths),
         "image_size": first.config.image_size,
         "weights": {name: weights_digest(name) for name in own},
+        "trained": {name: training_of(name) for name in own},
         "versions": versions(),
         "rows": [row for codec, figures in {**own, **rivals}.items() for row in rows_of(codec, figures)],
         "paired": paired_of(name, own[name], {**{other: own[other] for other in others}, **rivals}),
@@ -135,9 +152,17 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         draw_curves(record, args.report / "curves.png")
-        shown = [length for length in SHOWN if length <= first.config.tokens]
         which = range(0, len(pictures), max(len(pictures) // PICTURES, 1))[:PICTURES]
-        draw_pictures(first, pictures, which, shown).save(args.report / "pictures.png")
+        draw_pictures(first, [pictures[i] for i in which], shown_lengths(first)).save(args.report / "pictures.png")
+
+
+def training_of(source: str) -> dict[str, Any] | None:
+    """Command and steps of the training of a tokenizer in a folder, where they were recorded."""
+    path = Path(source) / RUN_FILE
+    if not path.is_file():
+        return None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    return {key: run[key] for key in ("command", "steps")}
 
 
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -145,15 +170,30 @@ def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     tokenizer = load(args.tokenizer).to(args.device)
     side = tokenizer.config.image_size
     images = torch.rand(args.batch, 3, side, side, device=args.device)
-    lengths = tuple(k for k in SHOWN if k <= tokenizer.config.tokens)
+    lengths = shown_lengths(tokenizer)
     rows = []
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         rows += measure_speed(tokenizer.to(dtype), images, lengths, args.repeats, name)
     print_rows(rows, list(rows[0]))
     if args.json:
-        facts = {"device": args.device, "threads": torch.get_num_threads(), "batch": args.batch, "image_size": side}
+        facts = {"weights": weights_digest(args.tokenizer), "device": args.device}
+        facts |= {"threads": torch.get_num_threads(), "batch": args.batch, "image_size": side}
         head = {"command": shlex.join(["python", "-m", "trainers.codec", *words]), **facts, "versions": versions()}
         write_record({**head, "rows": rows}, args.json)
+
+
+def card(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """The model card."""
+    for path in write_card(args.folder, read_json(args.quality), read_json(args.speed), args.photographs):
+        print(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `measure` or `speed` wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruneZooError(f"{path}: not a measurement that can be read ({error})") from None
 
 
 @contextmanager
@@ -178,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
-    {"compress": compress, "decompress": decompress, "measure": measure, "speed": speed}[args.command](args, words)
+    {run.__name__: run for run in (compress, decompress, measure, speed, card)}[args.command](args, words)
     return 0
 
 

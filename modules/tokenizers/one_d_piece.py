@@ -252,10 +252,11 @@ class Decoder(nn.Module):
         if c.head == "codes":
             self.ffn = nn.Sequential(nn.Linear(c.width, 2 * c.width), nn.Tanh(), nn.Linear(2 * c.width, CODES))
         else:
-            self.ffn = nn.Sequential(nn.Linear(c.width, 3 * c.patch**2))
+            pixels = nn.Linear(c.width, 3 * c.patch**2)
             with torch.no_grad():  # nearly grey at first, or the first steps unlearn the codes to be rid of the noise
-                self.ffn[0].weight *= 0.1
-                self.ffn[0].bias.zero_()
+                pixels.weight *= 0.1
+                pixels.bias.zero_()
+            self.ffn = nn.Sequential(pixels)
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
             nn.init.dirac_(self.conv_out.weight)
             self.conv_out.bias = nn.Parameter(torch.full((3,), 0.5))

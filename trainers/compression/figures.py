@@ -8,9 +8,9 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from modules.tokenizers.one_d_piece import OneDPiece
-from trainers.data.photographs import Photographs
 
 from .measure import file_size
 from .quality import METRICS
@@ -34,16 +34,14 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_pictures(
-    tokenizer: OneDPiece, pictures: Photographs, which: Sequence[int], lengths: Sequence[int]
-) -> Image.Image:
-    """A row for each picture: painted from each length, and the picture itself."""
-    images = torch.stack([pictures[i] for i in which])
+def draw_pictures(tokenizer: OneDPiece, squares: Sequence[Tensor], lengths: Sequence[int]) -> Image.Image:
+    """A row for each picture ``(3, S, S)``: painted from each length, and the picture itself."""
+    images = torch.stack(list(squares))
     codes = tokenizer.encode(images)
     columns = [tokenizer.decode(codes[:, :length]) for length in lengths] + [images]
     titles = [f"{length}: {file_size(tokenizer, length)} bytes" for length in lengths] + ["photograph"]
-    step = pictures.size + GAP
-    sheet = Image.new("RGB", (len(columns) * step - GAP, len(which) * step - GAP + LABEL), "white")
+    step = images.shape[-1] + GAP
+    sheet = Image.new("RGB", (len(columns) * step - GAP, len(images) * step - GAP + LABEL), "white")
     for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
         ImageDraw.Draw(sheet).text((x * step + 2, 1), title, fill="black")
         for y, painted in enumerate(column):

@@ -19,6 +19,8 @@ from trainers.evaluation.statistics import interval
 from .quality import METRICS, Floats, quality
 from .rivals import attempts, best_within
 
+SHOWN = (1, 4, 16, 64, 256)  # lengths that are drawn and timed
+
 Row = dict[str, Any]
 
 
@@ -34,6 +36,11 @@ class Figures:
 def file_size(tokenizer: OneDPiece, length: int) -> int:
     """Bytes of a file with so many codes."""
     return container.HEADER.size + -(-length * tokenizer.config.bits // 8)
+
+
+def shown_lengths(tokenizer: OneDPiece) -> list[int]:
+    """Those of 1, 4, 16, 64 and 256 that the tokenizer has."""
+    return [length for length in SHOWN if length <= tokenizer.config.tokens]
 
 
 def measure_tokenizer(

@@ -1,7 +1,7 @@
 """Pictures a second of encoding and decoding, as ratios against the same ViT's bare forward."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def bare_vit(tokenizer: OneDPiece, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_speed(tokenizer: OneDPiece, images: Tensor, lengths: tuple[int, ...], repeats: int, name: str) -> list[Row]:
+def measure_speed(tokenizer: OneDPiece, images: Tensor, lengths: Sequence[int], repeats: int, name: str) -> list[Row]:
     """`{dtype, part, tokens, per_second, ratio, spread}`, timed in turns with the bare ViT.
 
     Args:
