@@ -36,6 +36,7 @@ class TailDropModule(FrozenModule):
         lengths_a_step: Prefixes that each step reads.
         longest: Longest prefix that is drawn, as a share in (0, 1] of the image's tokens. Lengths are drawn even on a
             log scale, from one token.
+        drop: Whether they are drawn at all; False: always the longest, to see what the rule is good for.
         lr: Peak learning rate.
         warm_up: Share of the steps in which it rises from 0; from there it falls to 0 by a cosine.
         weight_decay: Of the matrices; vectors have none.
@@ -52,6 +53,7 @@ class TailDropModule(FrozenModule):
         reader: str | None = None,
         lengths_a_step: int = 1,
         longest: float = 1.0,
+        drop: bool = True,
         lr: float = 1e-3,
         warm_up: float = 0.05,
         weight_decay: float = 0.01,
@@ -60,7 +62,7 @@ class TailDropModule(FrozenModule):
         if lengths_a_step < 1 or not 0.0 < longest <= 1.0:
             raise PruneZooError(f"lengths_a_step={lengths_a_step} must be at least 1, longest={longest} in (0, 1]")
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
-        self.lengths_a_step, self.longest = lengths_a_step, longest
+        self.lengths_a_step, self.longest, self.drop = lengths_a_step, longest, drop
         if reader is not None:
             adopt_reader(pruner, reader)
 
@@ -73,14 +75,15 @@ class TailDropModule(FrozenModule):
             teacher = answer_slots(full.logits, full.labels)[0]  # (S, V)
         most = math.log(max(self.longest * encoded.inputs.valid.shape[1], 1.0))
         terms: list[Tensor] = []
-        for share in torch.rand(self.lengths_a_step).tolist():
+        shares = torch.rand(self.lengths_a_step).tolist() if self.drop else [1.0]
+        for share in shares:
             run = run_pruned(self.vlm, encoded, self.pruner, round(math.exp(share * most)))
             kl = distillation_kl(answer_slots(run.host.logits, run.host.labels)[0], teacher)
             own = self.pruner.loss_terms(run.output)
             terms += [kl, *own.values()]
             logged = {f"train/{name}": term.detach() for name, term in {"kl": kl, **own}.items()}
             self.log_dict(logged, batch_size=len(teacher))
-        loss = torch.stack(terms).sum() / self.lengths_a_step
+        loss = torch.stack(terms).sum() / len(shares)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(teacher))
         return loss
 

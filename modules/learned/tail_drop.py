@@ -12,10 +12,15 @@ the visual tokens, weighed by how well each answers the latent's own query and b
 untrained latents are the best tokens by the reader's scores, and trained ones lie among the tokens that the language
 model knows. In training a small decoder rebuilds all visual tokens from the prefix.
 
+Ours too is the stop rule, which `trainers.stop_rule` adds: what the last latent of a prefix knows tells how badly the
+language model would answer from it, and an image keeps the shortest prefix for which that is within a tolerance. A
+latent knows only of those before it, so an image's length does not depend on how far the row was made.
+
 A prefix longer than the row has, after all latents, the image's own tokens that come next; all tokens of an image are
 its own.
 
-Letters: B images, N image tokens, K kept, J latents of the whole row, D width of the language model, E hidden width.
+Letters: B images, N image tokens, K kept, J latents of the whole row, S prefixes among which a stop rule chooses, I
+images that it is calibrated on, D width of the language model, E hidden width.
 """
 
 from dataclasses import dataclass
@@ -39,7 +44,8 @@ class TailDropConfig(PPMConfig):
     latents: int = 256  # J, length of the whole row; tokens beyond it are the image's own
     asks: int = 2  # blocks in which the latents ask the visual tokens and one another
     rebuild: float = 0.1  # weight of the rebuilt visual tokens in training
-    stop_rule: bool = False  # holds a trained stop rule; `trainers.stop_rule` adds it
+    stops: tuple[int, ...] = ()  # lengths among which a trained stop rule chooses, ascending; none: it has no rule
+    tolerance: float = 0.02  # loss in nats that keep="auto" accepts
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +54,13 @@ class TailDropConfig(PPMConfig):
                 raise PruneZooError(f"tail_drop: {name} must be at least 1, got {getattr(self, name)}")
         if self.rebuild < 0:
             raise PruneZooError(f"tail_drop: rebuild must be at least 0, got {self.rebuild}")
+        stops = list(self.stops)
+        if stops != sorted(set(stops)) or len(stops) == 1 or not all(1 <= stop <= self.latents for stop in stops):
+            raise PruneZooError(
+                f"tail_drop: stops must be two or more ascending lengths from 1 to latents={self.latents}, got {stops}"
+            )
+        if self.tolerance <= 0:
+            raise PruneZooError(f"tail_drop: tolerance must be above 0, got {self.tolerance}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ class TailDrop(Pruner):
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.lean.bias, -3.0)
         self.rebuilder = Rebuilder(c) if c.rebuild else None
-        self.gain = nn.Linear(c.hidden, 1) if c.stop_rule else None
+        self.stop = StopRule(c.hidden, c.stops) if c.stops else None
 
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
@@ -106,6 +119,24 @@ class TailDrop(Pruner):
         if self.training and self.rebuilder is not None:
             error = self.rebuilder(inputs, made, index, kept)
         return TailDropOutput(index=index, valid=kept, features=made, error=error)
+
+    @property
+    def sets_budgets(self) -> bool:
+        """Whether it has a stop rule."""
+        return self.stop is not None
+
+    def choose_budget(self, inputs: PruneInputs, mean: float | None) -> Tensor:
+        """The shortest prefix of each image that is expected to be good enough, ``(B,)``."""
+        assert self.stop is not None  # sets_budgets
+        tolerance = self.config.tolerance if mean is None else self.stop.tolerance_of(mean)
+        lengths = self.stop.lengths(self.stop(self.known(inputs)), tolerance)
+        return lengths.minimum(inputs.valid.sum(1))
+
+    def known(self, inputs: PruneInputs) -> Tensor:
+        """What the last latents of the prefixes know among which the stop rule chooses, ``(B, S, E)``."""
+        stops = torch.tensor(self.config.stops, device=inputs.valid.device)
+        known = self.latents(inputs, min(int(stops.max()), inputs.valid.shape[1]))[1]
+        return known[:, (stops - 1).clamp_max(known.shape[1] - 1)]
 
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
         """The error of rebuilding."""
@@ -183,3 +214,54 @@ class Rebuilder(nn.Module):
         mean = (target * real).sum((0, 1)) / real.sum()
         error, spread = ((value - target).square() * real for value in (rebuilt, mean.expand_as(target)))
         return error.sum() / spread.sum()
+
+
+class StopRule(nn.Module):
+    """Tells from what the last latent of a prefix knows how much the language model loses by reading no more.
+
+    Args:
+        hidden: E.
+        stops: Lengths of the S prefixes among which it chooses, ascending.
+    """
+
+    def __init__(self, hidden: int, stops: tuple[int, ...]) -> None:
+        super().__init__()
+        self.see, self.tell = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.stops = stops
+        self.tolerances: Tensor
+        self.means: Tensor
+        # the mean length to which each tolerance leads; until it is calibrated, the longest
+        self.register_buffer("tolerances", torch.logspace(-4, 1, 256))
+        self.register_buffer("means", torch.full((256,), float(stops[-1])))
+
+    def forward(self, known: Tensor) -> Tensor:
+        """Expected losses (B, S) in nats, float32, above 0, from what the S latents know (B, S, E)."""
+        return self.tell(F.silu(self.see(known)))[..., 0].float().exp()
+
+    def choose(self, losses: Tensor, tolerance: float) -> Tensor:
+        """Which prefix ``(B,)`` long is the shortest whose loss, of (B, S), is within the tolerance, else the last."""
+        enough = losses <= tolerance
+        enough[:, -1] = True
+        return enough.int().argmax(1)  # the first of those that are equal
+
+    def lengths(self, losses: Tensor, tolerance: float) -> Tensor:
+        """The length ``(B,)`` long of the prefix that is chosen."""
+        return torch.tensor(self.stops, device=losses.device)[self.choose(losses, tolerance)]
+
+    def tolerance_of(self, mean: float) -> float:
+        """The tolerance that leads to a mean length in tokens, between the rows of the table; its ends bound it."""
+        means, tolerances = self.means.float().flip(0).contiguous(), self.tolerances.float().flip(0).log()
+        above = int(torch.searchsorted(means, mean).clamp(1, len(means) - 1))
+        low, high = means[above - 1], means[above]
+        part = ((mean - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+        return float(tolerances[above - 1].lerp(tolerances[above], part).exp())
+
+    @torch.no_grad()
+    def calibrate(self, losses: Tensor) -> None:
+        """Fill the table.
+
+        Args:
+            losses: (I, S) expected for images like those to come; not those that it has learned from.
+        """
+        for row, tolerance in enumerate(self.tolerances.float().tolist()):
+            self.means[row] = self.lengths(losses, tolerance).double().mean()

@@ -1,0 +1,258 @@
+"""Learn when a prefix of tail-drop latents is long enough, and write the rule into the checkpoint.
+
+    python -m trainers.stop_rule --config configs/tail_drop_tiny.yaml --pruner checkpoints/tail-drop-tiny
+
+For items of the recipe's training data the loss at every length is computed once and kept on disk: KL(full model ‖
+prefix) in nats, mean over the answer. The rule learns to expect it from what each prefix's last latent knows; nothing
+else is trained. Held-out items then say to which mean length each tolerance leads, for `keep="auto:16"`. Stopped, the
+command goes on where it was; run again, it learns a rule anew.
+
+Letters: I items, S lengths, E hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import AutoProcessor
+
+from modules.core.errors import PruneZooError
+from modules.core.registry import load_pruner
+from modules.host import encode, full_forward
+from modules.host.run import run_pruned
+from modules.learned.tail_drop import StopRule, TailDrop
+
+from .data.conversation import ConversationCollator
+from .data.shards import Advance, Compute, ShardedCache, fill
+from .data.suite import Item
+from .errors import command
+from .evaluation.loading import default_device
+from .fit import FitCLI, build
+from .frozen import judge, load_frozen
+from .losses import answer_slots
+from .optimizer import adamw_cosine
+from .teacher import dtype_of, fingerprint, sample_of
+
+STOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
+
+
+@dataclass(frozen=True)
+class LossWorker:
+    """Opens model and latents in some process, to compute losses there.
+
+    Attributes:
+        vlm: folder or Hub id.
+        dtype: that the model is held in, as `float32`.
+        pruner: folder of the latents, whose rule, if there is one, does not matter.
+        stops: the lengths.
+        items: the questions, one image each.
+        batch_size: items of a forward pass.
+        max_length: longest sequence in tokens; see ConversationCollator.
+    """
+
+    vlm: str
+    dtype: str
+    pruner: str
+    stops: tuple[int, ...]
+    items: Sequence[Item]
+    batch_size: int
+    max_length: int | None = None
+
+    def __call__(self, number: int) -> Compute:
+        """Load them; several processes spread over the GPUs that there are."""
+        device = default_device()
+        if device == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+        vlm = load_frozen(self.vlm, self.dtype).to(device)
+        return self.on(vlm, with_stops(load_latents(self.pruner), self.stops).to(device))
+
+    def on(self, vlm: Any, pruner: TailDrop) -> Compute:
+        """The same with what is loaded."""
+        collate = ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
+        return lambda numbers, advance: self.compute(vlm, pruner, collate, numbers, advance)
+
+    @torch.no_grad()
+    def compute(
+        self, vlm: Any, pruner: TailDrop, collate: ConversationCollator, numbers: range, advance: Advance
+    ) -> dict[str, Tensor]:
+        """Read each item with all tokens and with every prefix.
+
+        Returns:
+            item (I,) long; loss (I, S) float32; right (I, 1 + S) bool, whether the answer is the reference's, with all
+            tokens first; known (I, S, E), see TailDrop.known.
+        """
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for first in range(numbers.start, numbers.stop, self.batch_size):
+            batch = range(first, min(first + self.batch_size, numbers.stop))
+            encoded = encode(vlm, collate([self.items[number] for number in batch]), pruner.needs)
+            full = full_forward(vlm, encoded)
+            teacher, tokens, sample = answer_slots(full.logits, full.labels)
+            judged = [judge(teacher, teacher, tokens, sample, len(batch))]
+            for stop in self.stops:
+                host = run_pruned(vlm, encoded, pruner, stop).host
+                judged.append(judge(answer_slots(host.logits, host.labels)[0], teacher, tokens, sample, len(batch)))
+            table = torch.stack(judged, dim=1)  # (B, 1 + S, 3)
+            known = pruner.known(encoded.inputs.to(pruner.queries.dtype))
+            parts.append((table[:, 1:, 2].clamp_min(0), table[..., 0] > 0, known))
+            advance(len(batch))
+        loss, right, known = (torch.cat(values) for values in zip(*parts, strict=True))
+        return {"item": torch.tensor(list(numbers)), "loss": loss, "right": right, "known": known}
+
+
+def load_latents(source: str) -> TailDrop:
+    """Trained tail-drop latents.
+
+    Raises:
+        PruneZooError: Another method.
+    """
+    pruner = load_pruner(source)
+    if not isinstance(pruner, TailDrop):
+        raise PruneZooError(f"--pruner {source}: a stop rule is for 'tail_drop', this is '{pruner.name}'")
+    return pruner
+
+
+def with_stops(pruner: TailDrop, stops: tuple[int, ...], **settings: Any) -> TailDrop:
+    """The same latents in eval mode with a new, untrained rule, or with none; and with other settings in the config."""
+    made = TailDrop(replace(pruner.config, stops=stops, **settings)).to(pruner.queries.dtype)
+    made.load_state_dict({k: v for k, v in pruner.state_dict().items() if not k.startswith("stop.")}, strict=False)
+    made.base_model = pruner.base_model
+    return made.eval()
+
+
+def losses_of(worker: LossWorker, folder: Path, processes: int = 1, shard_items: int = 256) -> dict[str, Tensor]:
+    """What LossWorker computes of all its items, from the disk as far as it lies there.
+
+    Raises:
+        PruneZooError: In the folder lies something of another model, other latents or other items.
+    """
+    vlm, pruner = load_frozen(worker.vlm, worker.dtype), load_latents(worker.pruner)
+    facts = {
+        "vlm": fingerprint(vlm),
+        "vlm_dtype": dtype_of(vlm),
+        "pruner": fingerprint(with_stops(pruner, ())),
+        "stops": worker.stops,
+        "data": sample_of(worker.items),
+        "max_length": worker.max_length,
+    }
+    cache = ShardedCache(folder, facts, len(worker.items), shard_items, "run the same command again")
+    device = default_device()
+    here = worker.on(vlm.to(device), with_stops(pruner, worker.stops).to(device))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(f"losses, {folder}"), *columns) as progress:
+        task = progress.add_task("", total=cache.items)
+        fill(cache, (lambda _: here) if processes == 1 else worker, processes, lambda n: progress.advance(task, n))
+    shards = list(cache.read())
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def deviance(expected: Tensor, losses: Tensor) -> Tensor:
+    """Mean of expected - losses * log(expected): Poisson's deviance, up to what does not depend on the expectation.
+
+    However skewed the losses are, it is least where what is expected is their mean, given what is known.
+
+    Args:
+        expected: Any shape, above 0.
+        losses: Likewise, at least 0.
+    """
+    return (expected - losses * expected.log()).mean()
+
+
+def explained(expected: Tensor, losses: Tensor, usual: Tensor) -> float:
+    """Share of the deviance that a rule explains: 1 all of it, 0 as much as the lengths' usual losses do.
+
+    Args:
+        expected: (I, S).
+        losses: (I, S).
+        usual: (S,) mean losses, of other items.
+    """
+    best, plain = deviance(losses.clamp_min(1e-9), losses), deviance(usual.expand_as(losses), losses)
+    return float((plain - deviance(expected, losses)) / (plain - best))
+
+
+def learn(rule: StopRule, known: Tensor, losses: Tensor, steps: int, lr: float = 3e-3, batch: int = 256) -> None:
+    """Train a rule, in place.
+
+    Args:
+        rule: In float32.
+        known: (I, S, E).
+        losses: (I, S).
+        steps: Of AdamW.
+        lr: Its peak learning rate.
+        batch: Items of a step.
+    """
+    with torch.no_grad():
+        rule.tell.bias.copy_(losses.mean().clamp_min(1e-6).log())
+    setup = adamw_cosine(list(rule.parameters()), lr, 0.05, 0.05, steps)
+    optimizer, scheduler = setup["optimizer"], setup["lr_scheduler"]["scheduler"]
+    for _ in range(steps):
+        some = torch.randint(len(known), (batch,))
+        optimizer.zero_grad()
+        deviance(rule(known[some]), losses[some]).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+class StopCLI(FitCLI):
+    """Makes nothing of a recipe but its data module, and takes what the rule needs."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add that."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--pruner", type=str, required=True, help="folder of the trained latents")
+        parser.add_argument("--stops", type=list[int], default=list(STOPS), help="lengths to choose among")
+        parser.add_argument("--tolerance", type=float, default=0.02, help="nats that keep='auto' accepts")
+        parser.add_argument("--train_items", type=int, default=3072, help="to learn from")
+        parser.add_argument("--steps", type=int, default=1000, help="of the rule's optimizer")
+        parser.add_argument("--cache", type=str, default="runs/stop_rule", help="folder for the losses")
+        parser.add_argument("--processes", type=int, default=1, help="that compute losses")
+
+    def instantiate_classes(self) -> None:
+        """Not the rest."""
+        self.datamodule = instantiate_class((), self.config.data.as_dict())
+
+
+@command
+def main(args: list[str] | None = None) -> None:
+    """Learn a rule, and write it into the checkpoint."""
+    cli, console = build(args, StopCLI), Console()
+    config, model, data = cli.config, cli.config.model.init_args, cli.datamodule
+    latents = load_latents(config.pruner)
+    stops = tuple(config.stops)
+    if not stops:
+        raise PruneZooError("stops: name two or more lengths for the rule to choose among")
+    replace(latents.config, stops=stops, tolerance=config.tolerance)  # refuses at once what is out of range
+    tables = []
+    for split in ("train", "validation"):
+        items = data.items(split)
+        if split == "train":
+            items = Subset(items, range(min(config.train_items, len(items))))
+        worker = LossWorker(model.vlm, model.vlm_dtype, config.pruner, stops, items, data.batch_size, data.max_length)
+        tables.append(losses_of(worker, Path(config.cache) / split, config.processes))
+    train, held_out = tables
+    torch.manual_seed(config.seed_everything)
+    pruner = with_stops(latents, stops, tolerance=config.tolerance)
+    assert pruner.stop is not None
+    pruner.stop.float()
+    learn(pruner.stop, train["known"].float(), train["loss"], config.steps)
+    pruner.to(latents.queries.dtype)
+    expected = pruner.stop(held_out["known"]).detach()
+    pruner.stop.calibrate(expected)
+    share = explained(expected, held_out["loss"], train["loss"].mean(0))
+    lengths = pruner.stop.lengths(expected, config.tolerance).double()
+    pruner.save_pretrained(config.pruner)
+    console.print(
+        f"{config.pruner}: on {len(expected)} held-out items the rule explains {share:.0%} of the deviance between "
+        f"items; keep='auto' keeps {lengths.mean():.1f} tokens in the mean, from {lengths.min():.0f} to "
+        f"{lengths.max():.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
