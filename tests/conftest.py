@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -21,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from trainers.callbacks import ExportPruner
 
 IMAGE_SIZE, PATCH = 24, 4  # 6 x 6 = 36 image tokens
 WORDS = ["what", "color", "is", "the", "ball", "box", "left", "right", "red", "blue", "yes", "no", "1", "2", "3", "?"]
@@ -153,3 +156,25 @@ class StopAt(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Losses(L.Callback):
+    """Writes the loss of every step and process: a line each, of its number and the loss in full."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        with (self.folder / f"losses.{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.global_step} {float(loss)!r}\n")
+
+
+class ExportOther(L.Callback):
+    """At the end, takes the weights of another run's checkpoint, and exports them."""
+
+    def __init__(self, checkpoint: str, folder: str) -> None:
+        self.checkpoint, self.folder = checkpoint, folder
+
+    def on_fit_end(self, trainer, pl_module):
+        trainer.strategy.load_model_state_dict(torch.load(self.checkpoint, weights_only=False))
+        ExportPruner(self.folder).export(trainer, pl_module)

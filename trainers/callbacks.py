@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from modules.core.errors import PruneZooError
 
+from .strategies import exportable
+
 
 class SeedSteps(L.Callback):
     """Seeds each step from (seed, step, rank) alone, so that a resumed run draws what the unbroken one would have.
@@ -66,16 +68,20 @@ class ExportPruner(L.Callback):
             self.best = score
             self.export(trainer, pl_module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what has not been measured, and say where it lies."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export what has not been measured."""
         if self.best is None:
             self.export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where it lies."""
         rank_zero_info(f"{trained(pl_module).name}: {self.folder}")
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the folder, from the first process only."""
-        if trainer.is_global_zero:
-            trained(pl_module).save_pretrained(self.folder)
+        """Write the folder, from the first process only; where weights are shared out, all must call it."""
+        with exportable(trainer.strategy, trained(pl_module)) as whole:
+            if trainer.is_global_zero:
+                whole.save_pretrained(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure."""

@@ -114,9 +114,9 @@ class DistillModule(FrozenModule):
         if end_to_end:
             student = gated_forward(self.vlm, encoded, output.gates)
             logits, tokens, _ = answer_slots(student.logits, student.labels)
-            terms["kl"] = self.kl_weight * distillation_kl(logits, teacher)
+            terms["kl"] = self.kl_weight * self.evenly(distillation_kl(logits, teacher), len(tokens))
             if self.answer_weight:
-                terms["answer"] = self.answer_weight * cross_entropy(logits, tokens)
+                terms["answer"] = self.answer_weight * self.evenly(cross_entropy(logits, tokens), len(tokens))
         return self.add_up(terms, len(keep))
 
     def add_up(self, terms: dict[str, Tensor], samples: int) -> Tensor:

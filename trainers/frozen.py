@@ -23,6 +23,7 @@ from modules.host.run import run_pruned
 from .data.modules import GROUPS
 from .losses import answer_slots
 from .optimizer import adamw_cosine
+from .strategies import shard_trained, share_out
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -57,6 +58,7 @@ class FrozenModule(L.LightningModule):
             raise PruneZooError(f"warm_up={warm_up} must lie in [0, 1)")
         # not a submodule: so the frozen model is in no checkpoint, no optimizer and no call of train()
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
+        self.shared_out = False
         self.pruner = pruner
         self.pruner.base_model = BaseModel.describe(self.vlm)
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
@@ -64,12 +66,17 @@ class FrozenModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Move the frozen model to where training happens, and lay out the table that validation fills."""
         device = self.trainer.strategy.root_device  # this module itself is moved only later
-        self.vlm.to(device)
+        if not self.shared_out:
+            self.__dict__["shares"], self.shared_out = share_out(self.trainer.strategy, self.vlm), True
         self.groups: tuple[str, ...] = self.trainer.datamodule.groups  # type: ignore[attr-defined]
         self.table = AnswerTable(len(self.groups), 1 + len(self.measure)).to(device)
         self.total_steps = self.trainer.estimated_stepping_batches
         if stage == "fit" and not math.isfinite(self.total_steps):
             raise PruneZooError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+
+    def configure_model(self) -> None:
+        """Share the pruner out, where the strategy leaves that to the module."""
+        shard_trained(self.trainer.strategy, self.pruner)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Answer with all tokens and with each budget's tokens, really dropped."""
@@ -107,6 +114,11 @@ class FrozenModule(L.LightningModule):
             for right, label in zip(accuracy[1:].tolist(), labels, strict=True)
         )
         rank_zero_info(f"step {self.global_step}: full model {accuracy[0]:.3f}, of which {kept} of the tokens")
+
+    def evenly(self, mean: Tensor, count: int) -> Tensor:
+        """A mean over ``count`` things of this process, such that its mean over processes is that over all things."""
+        counts = torch.tensor(float(count), device=mean.device)
+        return mean * (count / self.trainer.strategy.reduce(counts, reduce_op="mean"))
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine."""

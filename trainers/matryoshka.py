@@ -79,6 +79,7 @@ class MatryoshkaModule(FrozenModule):
             loss = self.kl_weight * distillation_kl(logits, teacher)
             if self.answer_weight:
                 loss = loss + self.answer_weight * cross_entropy(logits, tokens)
+            loss = self.evenly(loss, len(tokens))
             self.log(f"train/loss_{self.scales[place]}", loss.detach(), batch_size=len(teacher))
             losses.append(loss)
         mean = torch.stack(losses).mean()

@@ -56,7 +56,7 @@ class RunRecord(L.Callback):
         """Write the record, from the first process only."""
         if not trainer.is_global_zero:
             return
-        parameters = sum(p.numel() for p in trained(pl_module).parameters())
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained(pl_module).parameters())  # ZeRO-3 empties p
         gpu = torch.cuda.get_device_name() if pl_module.device.type == "cuda" else None
         record = {
             **self.facts,
