@@ -178,3 +178,19 @@ class ExportOther(L.Callback):
     def on_fit_end(self, trainer, pl_module):
         trainer.strategy.load_model_state_dict(torch.load(self.checkpoint, weights_only=False))
         ExportPruner(self.folder).export(trainer, pl_module)
+
+
+class SpoilAt(L.Callback):
+    """Makes a weight NaN for one forward pass, that of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.old = step, None
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            weight = next(pl_module.pruner.parameters())
+            self.old = weight.detach().clone()
+            weight.data.fill_(torch.nan)
+
+    def on_exception(self, trainer, pl_module, exception):
+        next(pl_module.pruner.parameters()).data.copy_(self.old)

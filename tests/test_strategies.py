@@ -1,13 +1,11 @@
 """Two processes on CPUs, under every strategy of `configs/strategy`, train the embedded recipe as one process does."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from launch import Run
 from safetensors.torch import load_file
 
 from modules import AutoPruner
@@ -23,10 +21,10 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def fit(out: Path, processes: int, *extra: str, strategy: str | None = None) -> Path:
     """Run the recipe, with nothing in it that is drawn apart in each process, at a global batch of 8."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "trainers.fit", f"--config={ROOT / 'configs' / 'ppm_tiny.yaml'}"]
-    if strategy:
-        command.append(f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}")
-    command += [
+    words = [
+        f"--config={ROOT / 'configs' / 'ppm_tiny.yaml'}",
+        *([f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"] if strategy else []),
+        f"--model.vlm={ROOT / 'checkpoints' / 'tiny-llava'}",
         "--model.guide=attention",
         "--model.guide_layer=2",
         "--model.guide_share=0.5",
@@ -38,7 +36,6 @@ def fit(out: Path, processes: int, *extra: str, strategy: str | None = None) -> 
         "--trainer.limit_val_batches=0",
         "--trainer.precision=32-true",
         "--trainer.accelerator=cpu",
-        f"--trainer.devices={processes}",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--trainer.callbacks+=conftest.Losses",
@@ -47,13 +44,7 @@ def fit(out: Path, processes: int, *extra: str, strategy: str | None = None) -> 
         f"--out={out}",
         *extra,
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    Run(words, out.parent / f"{out.name}.log", processes).finish()
     return out
 
 

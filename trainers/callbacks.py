@@ -1,5 +1,6 @@
 """What happens around the training steps: seeds, progress, stopping cleanly, checkpoints, and the exported pruner."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from modules.core.errors import PruneZooError
 
@@ -141,6 +143,37 @@ class GracefulStop(L.Callback):
         self._old = {}
 
 
+class StopAtNaN(L.Callback):
+    """Stops before a loss that is no finite number reaches the weights, and says which samples it came from.
+
+    All processes stop together; the checkpoint that is then written holds the weights of the step before, and goes on
+    behind the batch.
+    """
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Look at the loss.
+
+        Raises:
+            PruneZooError: It is NaN or infinite in some process.
+        """
+        bad = not bool(loss.isfinite())
+        if not trainer.strategy.reduce_boolean_decision(bad, all=False):
+            return
+        mine = {"loss": str(float(loss)), "ids": getattr(pl_module, "batch_ids", [])}
+        ranks: list[Any] = [mine]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        path = Path(trainer.default_root_dir) / "nan_batch.json"
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"step": trainer.global_step, "processes": ranks}, indent=1) + "\n", "utf-8")
+        raise PruneZooError(
+            f"the loss of step {trainer.global_step} is not finite; the ids of its batch are in {path}. Look at these "
+            "samples, or lower model.lr; --ckpt_path=last goes on behind the batch"
+        )
+
+
 class Progress(RichProgressBar):
     """A progress bar over all steps of a run that ends by `max_steps`, instead of over an endless epoch."""
 
@@ -171,9 +204,11 @@ class WholeCheckpoints(TorchCheckpointIO):
             PruneZooError: It cannot be written; what was there before is untouched.
         """
         path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for debris in path.parent.glob(".*.part"):  # of a run that was killed while it wrote
+                debris.unlink()
             with scratch.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()

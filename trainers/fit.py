@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from modules.core.errors import PruneZooError
 
-from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, WholeCheckpoints
+from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, StopAtNaN, WholeCheckpoints
 from .errors import command
 from .run_record import RunRecord
 
@@ -48,7 +48,7 @@ class FitCLI(LightningCLI):
         """Build the trainer; a plain CSV log unless a logger is named."""
         config = self.config_init["trainer"]
         kwargs["plugins"] = [WholeCheckpoints(), *(config["plugins"] or [])]
-        kwargs["callbacks"] = [GracefulStop(), self.run_record(), *(config["callbacks"] or [])]
+        kwargs["callbacks"] = [GracefulStop(), StopAtNaN(), self.run_record(), *(config["callbacks"] or [])]
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(training_folder(self.config_init["out"]), name="logs")
         if config["enable_progress_bar"] in (None, True):

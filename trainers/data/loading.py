@@ -1,9 +1,32 @@
 """A loader that can stop in mid-epoch and go on there, alone or on many processes."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+def begin_worker(number: int) -> None:
+    """For a DataLoader's `worker_init_fn`: signals are the training's to handle, even those to the whole process group.
+
+    A worker that obeyed them would be missed before the training has written its checkpoint. It leaves with its parent
+    instead, also where that is killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def leave_with_parent() -> None:
+    """Wait for the parent's end, and leave: one that is killed says nothing to its children."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a child
+    parent.join()
+    os._exit(1)
 
 
 class ResumableSampler(DistributedSampler):
@@ -57,6 +80,7 @@ class ResumableLoader(DataLoader):
             pin_memory=pin_memory,
             drop_last=True,
             persistent_workers=False,
+            worker_init_fn=begin_worker,
         )
         self._epoch = self._done = 0
         self._restored = False

@@ -14,11 +14,13 @@ from modules.core.errors import PruneZooError
 
 from .conversation import ConversationCollator
 from .llava_json import LlavaJson
-from .loading import ResumableLoader
+from .loading import ResumableLoader, begin_worker
 from .suite import Item, load_suite
 
 GROUPS = "groups"
 """Key of the batch under which the group names of its items travel."""
+IDS = "ids"
+"""Key of the batch under which their ids travel."""
 
 
 class ItemDataModule(L.LightningDataModule, ABC):
@@ -105,6 +107,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
             self.batch_size,
             collate_fn=self.collate,
             num_workers=self.workers,
+            worker_init_fn=begin_worker,
         )
 
 
@@ -198,8 +201,8 @@ class LlavaJsonDataModule(ItemDataModule):
 
 
 class GroupedCollator(ConversationCollator):
-    """A ConversationCollator that also hands on the items' groups."""
+    """A ConversationCollator that also hands on the items' groups and ids."""
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Processor output, labels, and the groups."""
-        return {**super().__call__(items), GROUPS: [item.group for item in items]}
+        """Processor output, labels, groups and ids."""
+        return {**super().__call__(items), GROUPS: [item.group for item in items], IDS: [item.id for item in items]}

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from modules.core.errors import PruneZooError
 
+from .loading import leave_with_parent
+
 MANIFEST = "manifest.json"
 
 Advance = Callable[[int], None]
@@ -226,7 +228,7 @@ def _begin(
 ) -> None:
     """Set a process of the pool up; what can go wrong is left to its first shard, whose error reaches the parent."""
     global _worker
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
     with ticket.get_lock():
@@ -240,14 +242,6 @@ def _begin(
             done.value += items
 
     _worker = lambda name: cache.write(name, open_once()(cache.range_of(name), advance))  # noqa: E731
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed says nothing to its children."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a child
-    parent.join()
-    os._exit(1)
 
 
 def _compute_shard(name: str) -> Shard:
