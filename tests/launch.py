@@ -13,7 +13,8 @@ import torch
 
 from trainers.fit import main
 
-PRELOAD = [__name__, "trainers.distill", "trainers.strategies", "transformers.models.llava", "torch.distributed.fsdp"]
+MODELS = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama", "llava.processing_llava")
+PRELOAD = [__name__, "trainers.distill", "trainers.data.scenes", *(f"transformers.models.{name}" for name in MODELS)]
 
 
 def child(arguments: list[str], environment: dict[str, str], log: Path) -> None:
@@ -65,6 +66,7 @@ class Run:
     def kill(self) -> None:
         """SIGKILL to all of it at once, loader workers too."""
         for process in self.processes:
+            assert process.pid
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:

@@ -11,7 +11,8 @@ from trainers import fit
 from trainers.pretrain import train
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+STRATEGIES = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 TRAINED_BY_FIT = [path for path in RECIPES if "model" in yaml.safe_load(path.read_text())]
 PRETRAINED = [path for path in RECIPES if "tower" in yaml.safe_load(path.read_text())]
 
@@ -46,6 +47,15 @@ def test_every_pretraining_recipe_parses(path):
 
 def test_no_recipe_is_left_out():
     assert sorted([*TRAINED_BY_FIT, *PRETRAINED]) == RECIPES
+    assert sorted([*RECIPES, *STRATEGIES]) == sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+def test_every_strategy_goes_with_a_recipe(strategy, monkeypatch):
+    config = parse(monkeypatch, f"--config={ROOT / 'configs' / 'ppm_llava.yaml'}", f"--config={strategy}")
+    assert config.trainer.strategy not in ("auto", None) and config.trainer.max_steps == 20000
+    said = yaml.safe_load(strategy.read_text())["trainer"]["strategy"]
+    assert said == "ddp" or config.trainer.strategy.class_path == said["class_path"]
 
 
 @pytest.mark.parametrize("name", ["ppm_tiny", "ppm_llava"])

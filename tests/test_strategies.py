@@ -75,14 +75,14 @@ def spread(single, tmp_path_factory):
                 f"--trainer.callbacks.checkpoint={checkpoint(single)}",
                 f"--trainer.callbacks.folder={out / 'other'}",
             )
-            middle = (
+            every = (
                 "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
                 *(
                     f"--trainer.callbacks.{key}={value}"
-                    for key, value in {"dirpath": out, "filename": "middle", "every_n_train_steps": HALF}.items()
+                    for key, value in {"dirpath": out, "filename": "{step}", "every_n_train_steps": HALF}.items()
                 ),
             )
-            extra = "--trainer.callbacks+=conftest.ExportOther", *other, *middle, "--trainer.callbacks.save_top_k=-1"
+            extra = "--trainer.callbacks+=conftest.ExportOther", *other, *every, "--trainer.callbacks.save_top_k=-1"
             made[strategy] = fit(out, 2, *extra, strategy=strategy)
         return made[strategy]
 
@@ -136,6 +136,6 @@ HANDED_ON = [
 @pytest.mark.parametrize(("first", "second"), HANDED_ON)
 def test_one_strategy_goes_on_where_another_stopped(first, second, single, spread, tmp_path):
     """From the middle; on one process, where no strategy is named."""
-    middle = spread(first) / "middle.ckpt"
+    middle = spread(first) / f"step={HALF}.ckpt"
     out = fit(tmp_path / "on", 2 if second else 1, f"--ckpt_path={middle}", strategy=second)
     torch.testing.assert_close(losses(out), losses(single)[HALF:], **CLOSE)

@@ -59,7 +59,9 @@ class FitCLI(LightningCLI):
         """What is written down beside the pruner, for its card."""
         config = self.config
         data = config.data.init_args
-        named = [str(data[key]) for key in ("suite", "json", "images") if data.get(key) is not None]
+        named = [
+            str(data[key]) for key in ("suite", "json", "images", "dataset", "shards") if data.get(key) is not None
+        ]
         return RunRecord(
             folder=config.out,
             command=shlex.join(["python", "-m", "trainers.fit", *self.words]),

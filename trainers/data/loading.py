@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -29,17 +31,46 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
+CHUNK = 50
+"""Batches of all processes together out of which items of like length are brought together."""
+
+
 class ResumableSampler(DistributedSampler):
     """Every process' share of each epoch's own permutation; begins at `start`, which the loader sets.
 
-    It is a DistributedSampler so that Lightning leaves it in place.
+    It is a DistributedSampler so that Lightning leaves it in place. No item comes twice in an epoch; up to one batch of
+    all processes is left out, others in each epoch.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Items of one process.
+        world_size: Number of training processes.
+        rank: Which of them this is.
+        seed: Of the order.
+        lengths: Of all items, if batches are to be of items of like length.
     """
 
     start = 0
 
+    def __init__(
+        self, dataset: Dataset, batch_size: int, world_size: int, rank: int, seed: int, lengths: list[int] | None
+    ) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        self.together = batch_size * world_size
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+
     def __iter__(self) -> Iterator[int]:
-        indices = list(super().__iter__())
+        indices = list(super().__iter__()) if self.lengths is None else self.grouped(self.lengths)
         return iter(indices[self.start :])
+
+    def grouped(self, lengths: Tensor) -> list[int]:
+        """This process' items, in an order in which those of a batch are of like length."""
+        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(lengths), generator=draw)
+        order = order[: len(order) // self.together * self.together]
+        chunks = [chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(CHUNK * self.together)]
+        batches = torch.cat(chunks).view(-1, self.together)
+        return batches[torch.randperm(len(batches), generator=draw)].flatten()[self.rank :: self.num_replicas].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Ignored: the loader counts the epochs, so that a resumed run and an unbroken one agree."""
@@ -57,6 +88,7 @@ class ResumableLoader(DataLoader):
         rank: Which of them this is.
         seed: Of the order of items.
         pin_memory: For copies to a GPU that do not wait.
+        lengths: Of all items, if batches are to be of items of like length.
     """
 
     def __init__(
@@ -69,8 +101,9 @@ class ResumableLoader(DataLoader):
         rank: int = 0,
         seed: int = 0,
         pin_memory: bool = False,
+        lengths: list[int] | None = None,
     ) -> None:
-        self.order = ResumableSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        self.order = ResumableSampler(dataset, batch_size, world_size, rank, seed, lengths)
         super().__init__(
             dataset,
             batch_size,

@@ -13,9 +13,12 @@ from transformers import AutoProcessor
 from modules.core.errors import PruneZooError
 
 from .conversation import ConversationCollator
+from .hub_dataset import HubDataset
 from .llava_json import LlavaJson
 from .loading import ResumableLoader, begin_worker
 from .suite import Item, load_suite
+from .talks import SkipBroken, Talks
+from .web_shards import WebShards
 
 GROUPS = "groups"
 """Key of the batch under which the group names of its items travel."""
@@ -49,6 +52,10 @@ class ItemDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def items(self, split: str) -> Sequence[Item]:
         """The items of `train` or `validation`."""
+
+    def lengths(self) -> list[int] | None:
+        """Of the training items, if batches are to be of items of like length; known after `setup`."""
+        return None
 
     @property
     @abstractmethod
@@ -97,6 +104,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
             rank=rank,
             seed=self.seed,
             pin_memory=torch.cuda.is_available(),
+            lengths=self.lengths(),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -153,51 +161,137 @@ class SuiteDataModule(ItemDataModule):
         return self.validation_set.groups  # type: ignore[union-attr]
 
 
-class LlavaJsonDataModule(ItemDataModule):
-    """LLaVA-format JSON and a folder of images, such as LLaVA-1.5's own 665 K instructions.
+class TalksDataModule(ItemDataModule):
+    """Conversations about pictures; a subclass says where they are.
 
     Args:
-        json: The JSON file.
-        images: Folder that its image paths are relative to.
         validation_share: Share of the pictures in (0, 1) held out; none of them is trained on.
         validation_items: At most so many held-out items are measured each time.
         train_items: Only the first so many items to train on; None: all.
+        broken_share: Share of the items in [0, 1) whose pictures may be broken: they are logged and left out. One
+            beyond it is an error.
+        group_by_length: Batches of items whose texts are of about the same length, so that less of them is padding.
         common: See ItemDataModule.
     """
 
     def __init__(
         self,
         vlm: str,
-        json: Path,
-        images: Path,
         batch_size: int = 8,
         workers: int = 4,
         validation_share: float = 0.01,
         validation_items: int = 512,
         train_items: int | None = None,
+        broken_share: float = 0.0,
+        group_by_length: bool = False,
         max_length: int | None = 2048,
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, batch_size, workers, max_length, seed)
-        self.json, self.images, self.validation_share = json, images, validation_share
+        self.validation_share, self.broken_share, self.group_by_length = validation_share, broken_share, group_by_length
         self.limits = {"train": train_items, "validation": validation_items}
-        self._everything: LlavaJson | None = None
+        self._everything: Talks | None = None
+
+    @abstractmethod
+    def open(self) -> Talks:
+        """All that there is."""
 
     def items(self, split: str) -> Sequence[Item]:
         """Training or held-out items."""
         if self._everything is None:
-            self._everything = LlavaJson(self.json, self.images)
-        return self._everything.part(split, self.validation_share, self.limits[split])
+            self._everything = self.open()
+        part = self._everything.part(split, self.validation_share, self.limits[split])
+        return SkipBroken(part, self.broken_share)
+
+    def lengths(self) -> list[int] | None:
+        """Of the training items' texts, where they make the batches."""
+        assert self.train_set is None or isinstance(self.train_set, SkipBroken)
+        return self.train_set.lengths() if self.group_by_length and self.train_set else None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """One group: such data know no others."""
+        return ("all",)
+
+
+class LlavaJsonDataModule(TalksDataModule):
+    """LLaVA-format JSON or JSON lines and a folder of images, such as LLaVA-1.5's own 665 K instructions.
+
+    Args:
+        json: The JSON file; with the ending `.jsonl`, an entry a line.
+        images: Folder that its image paths are relative to.
+        common: See TalksDataModule.
+    """
+
+    def __init__(self, vlm: str, json: Path, images: Path, **common: Any) -> None:
+        super().__init__(vlm, **common)
+        self.json, self.images = json, images
+
+    def open(self) -> Talks:
+        """The file."""
+        return LlavaJson(self.json, self.images)
 
     @property
     def source(self) -> dict[str, Any]:
         """The file's name, and how it is split."""
         return {"json": self.json.name, "validation_share": self.validation_share}
 
+
+class HubDataModule(TalksDataModule):
+    """A Hugging Face data set, from the Hub or a disk.
+
+    Args:
+        dataset: Hub id, folder of `save_to_disk`, or a parquet, arrow or JSON-lines file.
+        split: Which of its splits; the held-out items are of the same one.
+        configuration: Which of its configurations.
+        columns: Other names of the columns `image`, `conversations`, `question`, `answer`.
+        common: See TalksDataModule.
+    """
+
+    def __init__(
+        self,
+        vlm: str,
+        dataset: str,
+        split: str = "train",
+        configuration: str | None = None,
+        columns: dict[str, str] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(vlm, **common)
+        self.dataset, self.split, self.configuration, self.columns = dataset, split, configuration, columns
+
+    def open(self) -> Talks:
+        """The data set."""
+        return HubDataset(self.dataset, self.split, self.configuration, self.columns)
+
     @property
-    def groups(self) -> tuple[str, ...]:
-        """One group: such files know no others."""
-        return ("all",)
+    def source(self) -> dict[str, Any]:
+        """Its name, and how it is split."""
+        named = {"dataset": self.dataset, "configuration": self.configuration, "of": self.split}
+        return {**named, "validation_share": self.validation_share}
+
+
+class WebShardsDataModule(TalksDataModule):
+    """WebDataset shards, local or in object storage.
+
+    Args:
+        shards: Path or URL of the shards, with `*` or braces, as `s3://bucket/train-{00000..00099}.tar`.
+        index: Folder for what was found in each shard; null: they are looked through at every start.
+        common: See TalksDataModule.
+    """
+
+    def __init__(self, vlm: str, shards: str, index: Path | None = None, **common: Any) -> None:
+        super().__init__(vlm, **common)
+        self.shards, self.index = shards, index
+
+    def open(self) -> Talks:
+        """The shards."""
+        return WebShards(self.shards, self.index)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Their name, and how they are split."""
+        return {"shards": self.shards, "validation_share": self.validation_share}
 
 
 class GroupedCollator(ConversationCollator):
