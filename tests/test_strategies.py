@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def fit(out: Path, processes: int, *extra: str, strategy: str | None = None) -> Path:
-    """Run the recipe, with nothing in it that is drawn apart in each process, at a global batch of 8."""
+    """Run the recipe, with nothing in it that is drawn apart in each process, at a global batch of 4."""
     out.mkdir(exist_ok=True)
     words = [
         f"--config={ROOT / 'configs' / 'ppm_tiny.yaml'}",
@@ -29,7 +29,7 @@ def fit(out: Path, processes: int, *extra: str, strategy: str | None = None) -> 
         "--model.guide_layer=2",
         "--model.guide_share=0.5",
         "--model.keep=[0.2,0.2]",
-        f"--data.batch_size={8 // processes}",
+        f"--data.batch_size={4 // processes}",
         "--data.workers=0",
         "--data.validation_items=8",
         f"--trainer.max_steps={STEPS}",
