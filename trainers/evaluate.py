@@ -23,7 +23,7 @@ from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
 
 from .cards import PICTURES, weights_digest, write_card
-from .data.suite import SPLITS, load_suite
+from .data.suite import SPLITS, list_suites, load_suite
 from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets
 from .evaluation.examples import pick_items, show_examples
@@ -36,6 +36,7 @@ from .evaluation.record import build_record, write_record
 from .evaluation.report import write_report
 from .evaluation.scores import FULL, NONE, ORACLE
 from .evaluation.tables import WIDE, print_record, print_verdicts
+from .names import find_pruner, find_vlm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,15 +45,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m trainers.evaluate",
         description="Measure pruners on a suite, beside the full model and zero tokens.",
     )
-    p.add_argument("--vlm", required=True, help="local folder or Hub id of an image-text-to-text model")
-    p.add_argument("--pruner", nargs="+", default=[], help="registry names, folders, Hub ids, diagnostics")
+    p.add_argument("--vlm", required=True, help="folder, Hub id, or tiny-llava, the embedded one")
+    p.add_argument(
+        "--pruner",
+        nargs="+",
+        default=[],
+        help="methods (divprune), shipped pruners (ppm), folders, Hub ids, diagnostics",
+    )
     p.add_argument(
         "--keep",
         nargs="+",
         default=["1/3", "2/9", "1/9", "1/18"],
         help="tokens (64), shares (1/9, 0.25), or what a pruner sets itself (auto, auto:64)",
     )
-    p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
+    p.add_argument("--suite", required=True, help=f"one of {', '.join(list_suites())}")
     p.add_argument(
         "--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes, e.g. root=…"
     )
@@ -187,8 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        args = parser().parse_args(argv)
+        args.vlm, args.pruner = find_vlm(args.vlm), [find_pruner(name) for name in args.pruner]
         run(
-            parser().parse_args(argv),
+            args,
             shlex.join(["python", "-m", "trainers.evaluate", *argv]),
             Console(width=None if sys.stdout.isatty() else WIDE),
         )

@@ -8,6 +8,7 @@ logs and checkpoints of the training in its subfolder `training`.
 import shlex
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ from modules.core.errors import PruneZooError
 
 from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, StopAtNaN, WholeCheckpoints
 from .errors import command
+from .names import CONFIGS, expand_configs
 from .run_record import RunRecord
 
 
@@ -92,6 +94,10 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
     Raises:
         PruneZooError: A mistake in the configuration; it names the key.
     """
+    if args is None:
+        sys.argv[1:] = expand_configs(sys.argv[1:])  # there, so that the other processes of a run are given them too
+    else:
+        args = expand_configs(args)
     try:
         return (cli or FitCLI)(
             L.LightningModule,
@@ -116,9 +122,34 @@ def root_message(error: BaseException) -> str:
     return str(inner) if inner else f"configuration: {' '.join(str(error).split())}"
 
 
+def short_help() -> str:
+    """What a person needs to begin; the whole help is hundreds of lines."""
+    recipes = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    return f"""usage: python -m trainers.fit --config RECIPE [--config MORE.yaml …] [--KEY=VALUE …]
+
+Train a pruner beside a frozen model. A recipe is a YAML file, or one of configs/ by its name:
+  {fill(recipes, 100, subsequent_indent="  ")}
+
+What is often set:
+  --out=runs/mine                    folder of the trained pruner, which from_pretrained loads
+  --data.json=F --data.images=DIR    LLaVA-format data, for the recipes called …_llava
+  --model.vlm=FOLDER_OR_HUB_ID       another frozen model
+  --trainer.max_steps=100            any key of the recipe, likewise
+  --trainer.devices=2 --trainer.strategy=ddp
+  --ckpt_path=last                   go on where a run with the same --out stopped
+  --print_config                     the whole recipe, after all files and overrides
+  --help-all                         every option of trainer, model and data"""
+
+
 @command
 def main(args: list[str] | None = None) -> None:
     """Train."""
+    words = sys.argv[1:] if args is None else args
+    if "-h" in words or "--help" in words or not words:
+        print(short_help())
+        return
+    if "--help-all" in words:
+        args = ["--help"]
     cli = build(args)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
 

@@ -35,6 +35,7 @@ from modules.core.registry import load_pruner
 from .cards import CARD_FILE, METRICS_FILE, PICTURE_FILE, SPEED_FILE, render_card, weights_digest
 from .errors import command, one_line
 from .evaluation.record import read_record
+from .names import find_pruner
 from .run_record import RUN_FILE
 
 OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE)
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--dry-run", action="store_true", help="check, and show what would be uploaded")
     p.add_argument("--private", action="store_true", help="make a new repository private")
     args = p.parse_args(argv)
-    package = check(args.folder, args.repo)
+    package = check(Path(find_pruner(str(args.folder))), args.repo)
     console = Console()
     show(package, console)
     if args.dry_run:

@@ -81,6 +81,12 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 @torch.no_grad()
+def answer_of(vlm: Any, processor: Any, item: Item) -> str:
+    """What the full model answers."""
+    return _generate(vlm, processor, _to(ConversationCollator(processor, answers=False)([item]), vlm.device))[0]
+
+
+@torch.no_grad()
 def show_examples(
     vlm: Any, processor: Any, items: Sequence[Item], methods: Sequence[Method], budgets: Sequence[Budget]
 ) -> list[Example]:

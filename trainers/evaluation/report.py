@@ -1,18 +1,20 @@
 """The page of a report: curves, tables, and pictures with what each method keeps; one file that needs no other."""
 
-import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from .curves import draw_curves
 from .examples import Example
-from .pictures import data_uri, draw_kept, enlarge
+from .panels import page_colours, panels_of
+from .pictures import data_uri, enlarge
 from .record import MEAN, Row
 from .scores import FULL, NONE, is_diagnostic
-from .tables import budgets_of, display_name, methods_of, percent, rows_at, span, tokens_of
+from .tables import display_name, methods_of, percent, rows_at, span, tokens_of
 
 PAGE, FIGURE = "index.html", "retention.png"
 
@@ -30,7 +32,28 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(record, folder / FIGURE)
-    figure = base64.b64encode((folder / FIGURE).read_bytes()).decode("ascii")
+    budgets = rising_budgets(record)
+    page = (
+        page_templates()
+        .get_template("report.html.j2")
+        .render(
+            record=record,
+            colours=page_colours(record),
+            panels=panels_of(record),
+            summary=summary_of(record),
+            budgets=list(budgets),
+            preferred=preferred_budget(record),
+            tables={keep: table_of(record, keep) for keep in budgets},
+            groups=[*record["groups"], MEAN],
+            gallery=gallery_of(record, examples, budgets),
+        )
+    )
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    return folder / PAGE
+
+
+def page_templates() -> Environment:
+    """The templates of pages; `json` writes data into a script element, from which nothing in them can break out."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -38,19 +61,30 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of)
-    page = environment.get_template("report.html.j2").render(
-        record=record,
-        figure=f"data:image/png;base64,{figure}",
-        summary=summary_of(record),
-        budgets=budgets_of(record),
-        preferred=preferred_budget(record),
-        tables={keep: table_of(record, keep) for keep in budgets_of(record)},
-        groups=[*record["groups"], MEAN],
-        examples=[_example(example) for example in examples],
-    )
-    (folder / PAGE).write_text(page, encoding="utf-8")
-    return folder / PAGE
+    environment.filters.update(name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of, json=to_json)
+    return environment
+
+
+def to_json(value: object) -> Markup:
+    """JSON for a script element."""
+    return Markup(json.dumps(value).replace("<", "\\u003c"))  # noqa: S704 - no markup can begin without it
+
+
+def rising_budgets(record: Mapping[str, Any]) -> dict[str, float]:
+    """The budgets and the tokens that the first method has at them, the fewest first, as on a slider."""
+    leader = methods_of(record)[0]
+    tokens = {row["keep"]: row["tokens"] for row in record["rows"] if row["pruner"] == leader and row["group"] == MEAN}
+    return dict(sorted(tokens.items(), key=lambda pair: pair[1]))
+
+
+def gallery_of(record: Mapping[str, Any], examples: Sequence[Example], budgets: Mapping[str, float]) -> dict[str, Any]:
+    """What the page's script draws: pictures once, and for each budget and method the kept cells and the answer."""
+    return {
+        "labels": [f"{keep}: {tokens:g} tokens" for keep, tokens in budgets.items()],
+        "preferred": list(budgets).index(preferred_budget(record)),
+        "pruners": [display_name(shown) for shown in dict.fromkeys(s.pruner for e in examples for s in e.shown)],
+        "examples": [_example(example, list(budgets)) for example in examples],
+    }
 
 
 def preferred_budget(record: Mapping[str, Any]) -> str:
@@ -100,26 +134,21 @@ def tint(row: Row) -> str:
     return f"rgba(0, 130, 90, {0.30 * share:.3f})"
 
 
-def _example(example: Example) -> dict[str, Any]:
-    """What the template shows of one item."""
-    shown = [
-        {
-            "pruner": shown.pruner,
-            "keep": shown.keep,
-            "tokens": len(shown.kept),
-            "anchors": shown.anchors,
-            "answer": shown.answer,
-            "right": shown.right,
-            "picture": data_uri(draw_kept(example.item.image, example.grid, shown.kept, shown.anchors)),
-        }
-        for shown in example.shown
-    ]
+def _example(example: Example, budgets: Sequence[str]) -> dict[str, Any]:
+    """What the page shows of one item; cells are counted row by row."""
+    columns = example.grid[1]
+    shown: list[list[dict[str, Any]]] = [[] for _ in budgets]
+    for one in example.shown:
+        kept = [int(row * columns + column) for row, column in one.kept]
+        entry = {"kept": kept, "anchors": one.anchors, "answer": one.answer, "right": one.right}
+        shown[budgets.index(one.keep)].append({"name": display_name(one.pruner), **entry})
     return {
         "group": example.item.group,
         "turns": example.item.turns,
         "answer": example.answer,
         "right": example.right,
-        "tokens": example.grid[0] * example.grid[1],
+        "tokens": example.grid[0] * columns,
+        "grid": example.grid,
         "picture": data_uri(enlarge(example.item.image)),
         "shown": shown,
     }

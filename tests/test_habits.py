@@ -1,0 +1,104 @@
+"""What makes the commands pleasant: short names, helps that read well, errors in one line with the remedy, the list."""
+
+import importlib
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from modules.core.errors import PruneZooError
+from modules.core.registry import list_pruners
+from trainers import evaluate, fit, names
+from trainers import list as zoo
+from trainers.names import CHECKPOINTS, ROOT, find_config, find_pruner, find_vlm
+
+COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_short_names_stand_for_what_ships(monkeypatch, tmp_path):
+    assert find_pruner("ppm") == find_pruner("ppm-tiny") == "checkpoints/ppm-tiny"
+    assert find_pruner("m3") == "checkpoints/m3-tiny"  # not the one with a LoRA, which has a name of its own
+    assert find_pruner("ppm?query_aware=true") == "checkpoints/ppm-tiny?query_aware=true"
+    assert find_vlm("tiny-llava") == "checkpoints/tiny-llava"
+    assert find_config("ppm_tiny") == find_config("ppm_tiny.yaml") == "configs/ppm_tiny.yaml"
+    for name in ("divprune", "attention@2", "oracle", "org/ppm", "checkpoints/ppm-tiny"):
+        assert find_pruner(name) == name
+    assert find_vlm("org/llava") == "org/llava"
+    monkeypatch.chdir(tmp_path)  # from elsewhere they are found too
+    assert find_pruner("ppm") == str(CHECKPOINTS / "ppm-tiny")
+    (tmp_path / "ppm").mkdir()
+    assert find_pruner("ppm") == "ppm"  # what lies here comes first
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find_pruner("pmm"), "no pruner is called 'pmm'; did you mean 'ppm'?"),
+        (lambda: find_pruner("zzzz"), "no pruner is called 'zzzz'; there are: atp,"),
+        (lambda: find_config("ppm_tyni"), "no recipe is called 'ppm_tyni'; did you mean 'ppm_tiny'?"),
+    ],
+)
+def test_a_name_that_is_nothing_is_answered_with_the_nearest(call, message):
+    with pytest.raises(PruneZooError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+
+
+def test_a_method_stands_for_the_one_pruner_that_ships_of_it(monkeypatch):
+    monkeypatch.setattr(names, "methods_shipped", dict)
+    with pytest.raises(PruneZooError, match="'m3' is learned and none is shipped: give the folder or Hub id"):
+        find_pruner("m3")
+    monkeypatch.setattr(names, "methods_shipped", lambda: {"m3-a": "m3", "m3-b": "m3"})
+    with pytest.raises(PruneZooError, match="several 'm3' are shipped: say m3-a or m3-b"):
+        find_pruner("m3")
+
+
+def test_short_names_reach_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--vlm", "tiny-llava", "--pruner", "pmm", "--suite", "scenes"])
+    assert capsys.readouterr().err.strip() == "error: no pruner is called 'pmm'; did you mean 'ppm'?"
+    config = fit.build(["--config", "ppm_tiny", "--trainer.max_steps=3"]).config
+    assert config.model.init_args.vlm == "checkpoints/tiny-llava" and config.trainer.max_steps == 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_begins_with_how_to_call_it_and_fits_a_screen(name, capsys):
+    main = importlib.import_module(f"trainers.{name}").main
+    with suppress(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: python -m trainers.{name} ")
+    assert len(lines) < 60
+
+
+def test_the_list_has_every_method_and_what_was_measured(capsys):
+    assert zoo.main([]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    shipped = names.methods_shipped()
+    for method in list_pruners():
+        assert method in lines or method in shipped.values(), method
+    assert lines["ppm-tiny"][1:4] == ["learned", "prompt", "tiny-llava"]
+    assert "98.8" in lines["ppm-tiny"] and "2508.17243" in lines["ppm-tiny"]
+    assert lines["divprune"][4:8] == ["98.8", "95.6", "83.7", "66.3"]
+    assert zoo.main(["ppm"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "Evidence: paper, in part reconstructed." in told
+        and "keep 1/9: 16 tokens, retention 98.8 % (98.1 to 99.6)" in told
+    )
+
+
+def test_the_commands_name_themselves():
+    """`python -m trainers` lists the commands, each with what it is for."""
+    said = subprocess.run(
+        [sys.executable, "-m", "trainers"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in COMMANDS:
+        assert f"  {name} " in said
