@@ -1,0 +1,178 @@
+"""The budget policy: estimators against the exact gradient, a bandit with a known optimum, prices, the recipe."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image
+from safetensors.torch import load_file
+
+from modules import attach, build_pruner, encode, load_pruner
+from modules.host import run_pruned
+from trainers.budget_policy import entropy, policy_loss
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import load_suite
+from trainers.fit import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+READER = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
+ARMS = (0.1, 0.3, 1.0)
+
+
+def make_policy(**overrides):
+    torch.manual_seed(0)
+    return build_pruner("budget", inner="uniform", reader_config=READER, arms=ARMS, **overrides).eval()
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "grpo"])
+def test_drawn_gradients_agree_with_the_exact_one(estimator):
+    """REINFORCE is unbiased; GRPO, which standardises, points the same way."""
+    torch.manual_seed(1)
+    logits = torch.tensor([[0.5, -0.3, 0.1]], requires_grad=True)
+    gain = torch.tensor([[1.0, 3.0, -0.5]])
+    (exact,) = torch.autograd.grad(policy_loss(logits, gain, "exact", 2), logits)
+    p = logits.detach().softmax(-1)
+    torch.testing.assert_close(exact, -p * (gain - (p * gain).sum()))  # the known answer
+    rows = 20_000
+    (drawn,) = torch.autograd.grad(policy_loss(logits.expand(rows, 3), gain.expand(rows, 3), estimator, 4), logits)
+    assert torch.cosine_similarity(drawn, exact).item() > 0.99
+    if estimator == "reinforce":
+        torch.testing.assert_close(drawn, exact, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "reinforce", "grpo"])
+def test_a_bandit_with_a_known_optimum_is_solved(estimator):
+    """Two kinds of question; the one is answered by every arm, the other by the dearest alone."""
+    torch.manual_seed(2)
+    gain = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]) - 0.3 * torch.tensor(ARMS)
+    logits = torch.zeros(2, 3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(150):
+        loss = policy_loss(logits, gain, estimator, 8)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert logits.argmax(-1).tolist() == [0, 2]
+    assert logits.detach().softmax(-1).amax(-1).min() > 0.9
+
+
+def test_prices_lead_to_the_means_that_were_calibrated():
+    policy = make_policy()
+    values = torch.rand(4000, 3, generator=torch.Generator().manual_seed(3)).cumsum(1)
+    policy.calibrate(values, 0.25)
+    for mean in (0.15, 0.25, 0.5, 0.9):
+        price = policy.price_of(torch.full((len(values),), mean))
+        assert policy.shares[policy.best_arm(values, price)].mean().item() == pytest.approx(mean, abs=0.01)
+    assert policy.shares[policy.best_arm(values, policy.price_of(torch.full((len(values),), 0.01)))].mean() < 0.11
+
+
+def test_auto_keeps_what_the_policy_thinks_right(tiny_llava, tmp_path):
+    """From the folder too; any other budget is the inner pruner's own."""
+    policy = make_policy()
+    prompts = ["<s> USER: <image> what ? ASSISTANT:", "<s> USER: <image> what color is the ball ? ASSISTANT:"]
+    batch = tiny_llava.batch(prompts, [[make_image(0)], [make_image(1)]], padding_side="right")
+    encoded = encode(tiny_llava.vlm, batch)
+    with torch.no_grad():
+        policy.head.weight.data *= 20
+        # at a price of 1 what the one question is given is what the other is not
+        policy.head.bias.data += policy.shares - policy.values(encoded.inputs).mean(0)
+        values = policy.values(encoded.inputs)
+        wanted = policy.shares[policy.best_arm(values, torch.ones(2))]
+        policy.calibrate(values, wanted.mean().item())
+    loaded = load_pruner(policy.save_pretrained(tmp_path / "budget"))
+    tokens = run_pruned(tiny_llava.vlm, encoded, loaded, "auto").tokens.tolist()
+    assert tokens[0] != tokens[1] and tokens == (36 * wanted).round().tolist()
+    with attach(tiny_llava.vlm, loaded, keep="auto") as attached:
+        tiny_llava.vlm(**batch)
+    assert attached.stats.after == tokens
+    fixed = run_pruned(tiny_llava.vlm, encoded, loaded, 9).host.logits
+    assert torch.equal(fixed, run_pruned(tiny_llava.vlm, encoded, build_pruner("uniform"), 9).host.logits)
+
+
+@pytest.fixture
+def fit(tiny_llava_folder, tmp_path, monkeypatch):
+    """Run the recipe on the smallest model; gives back the last checkpoint."""
+    monkeypatch.setattr(sys, "argv", ["fit"])
+
+    def run(out, *extra):
+        main(
+            [
+                f"--config={CONFIGS / 'budget_tiny.yaml'}",
+                f"--model.vlm={tiny_llava_folder}",
+                "--model.pruner.config.inner=uniform",
+                "--model.pruner.config.inner_config={}",
+                "--model.inner=uniform",
+                "--model.reader=null",
+                *(f"--model.pruner.config.reader_config.{key}={value}" for key, value in READER.items()),
+                f"--data.arms={tmp_path / 'arms'}",
+                "--data.train_items=32",
+                "--data.shard_items=8",
+                "--data.batch_size=8",
+                "--data.workers=0",
+                "--data.validation_items=16",
+                "--trainer.max_steps=6",
+                "--trainer.val_check_interval=6",
+                "--trainer.accelerator=cpu",
+                "--trainer.log_every_n_steps=1",
+                "--trainer.enable_model_summary=false",
+                "--trainer.enable_progress_bar=false",
+                "--checkpoint.every_n_train_steps=2",
+                f"--out={out}",
+                *extra,
+            ]
+        )
+        return torch.load(out / "training" / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+
+    return run
+
+
+def test_the_recipe_goes_from_rewards_to_a_folder_that_sets_budgets(fit, tmp_path, capsys):
+    straight = fit(tmp_path / "straight", "--model.target=0.2", "--model.lr=0.01")
+    log = (tmp_path / "straight" / "training" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(log[0].split(","), line.split(","), strict=True)) for line in log[1:]]
+    values = [float(row["train/value"]) for row in rows if row["train/value"]]
+    assert values[-1] < values[0]
+    assert {"train/reward", "train/entropy", "train/information", "train/price"} <= set(rows[0])
+    validated = next(row for row in rows if row["val/tokens_auto"])
+    histogram = [float(value) for name, value in validated.items() if name.startswith("val/reading_at_") and value]
+    assert len(histogram) == 6 and sum(histogram) == pytest.approx(1)
+
+    arms, begun = tmp_path / "arms", json.loads((tmp_path / "arms" / "manifest.json").read_text())
+    assert len(begun["shards"]) == 4
+    written = {path: path.stat().st_mtime_ns for path in arms.glob("*.safetensors")}
+    stop = ("--trainer.callbacks+=conftest.StopAt", "--trainer.callbacks.step=2")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "killed", "--model.target=0.2", "--model.lr=0.01", *stop)
+    resumed = fit(tmp_path / "killed", "--model.target=0.2", "--model.lr=0.01", "--ckpt_path=last")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)  # the price too
+    assert written == {path: path.stat().st_mtime_ns for path in arms.glob("*.safetensors")}
+
+    policy = load_pruner(tmp_path / "straight")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "other", "--model.pruner.config.arms=[0.1,0.5]")
+    assert "was made with arms=" in capsys.readouterr().err
+    assert policy.name == "budget" and bool((policy.means.diff() <= 0).all())
+
+
+def test_what_an_arm_earns_is_what_the_really_pruned_model_says(fit, tmp_path, tiny_llava):
+    """Of one item, by hand: probability, mean log-probability, and whether it is the first choice."""
+    fit(tmp_path / "run", "--trainer.max_steps=1", "--trainer.val_check_interval=1")
+    shard = load_file(tmp_path / "arms" / "00000.safetensors")
+    item = load_suite("scenes", split="train")[3]
+    batch = ConversationCollator(tiny_llava.processor)([item])
+    arms = (0.0278, 0.0625, 0.1111, 0.25, 0.4444, 1.0)
+    for number, arm in enumerate(arms):
+        run = run_pruned(tiny_llava.vlm, encode(tiny_llava.vlm, batch), build_pruner("uniform"), arm)
+        asked = run.host.labels[0, 1:] != -100
+        logits, tokens = run.host.logits[0, :-1][asked], run.host.labels[0, 1:][asked]
+        log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(shard["probability"][3, number], log_p.sum().exp(), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(shard["log_likelihood"][3, number], log_p.mean(), rtol=1e-3, atol=1e-4)
+        assert shard["right"][3, number] == (logits.argmax(-1) == tokens).all()
+    assert shard["probability"][:, 0].ne(shard["probability"][:, -1]).any()
+
+
+def test_entropy_of_the_policy():
+    assert entropy(torch.tensor([[0.0, 0.0], [100.0, 0.0]])).tolist() == pytest.approx([0.6931, 0.0], abs=1e-4)
