@@ -12,6 +12,7 @@ from modules.core.contract import Pruner, budget
 from modules.core.registry import pruner_class, register_pruner
 from modules.core.signals import parse_signal
 from modules.host import encode_needs, full_forward, run_pruned
+from modules.learned.budget import BudgetPolicy
 
 DIM, TEXT = 32, 32
 GRIDS = ((6, 6), (4, 5), (3, 7))
@@ -217,6 +218,8 @@ def test_every_parameter_gets_a_gradient(learned):
             loss = loss + (output.gates * torch.randn_like(output.gates)).sum()
         if output.features is not None and output.features.requires_grad:
             loss = loss + output.features[output.valid].square().sum()
+        if isinstance(pruner, BudgetPolicy):  # it learns from what its budgets earned, not through what was kept
+            loss = loss + pruner.values(inputs).square().sum()
         loss.backward()
         for key, parameter in pruner.named_parameters():
             if parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0:
