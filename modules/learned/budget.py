@@ -90,7 +90,8 @@ class BudgetPolicy(Pruner):
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
         """See the base class."""
-        return {"inner": "uniform", "reader_config": PPM.tiny_config(feature_dim, text_dim), "arms": [0.1, 0.4]}
+        ppm = PPM.tiny_config(feature_dim, text_dim)
+        return {"inner": "ppm", "inner_config": ppm, "reader_config": ppm, "arms": [0.1, 0.4]}
 
     def adapt(self, vlm: nn.Module) -> AbstractContextManager[None]:
         """See the base class: the inner pruner's."""
@@ -109,7 +110,10 @@ class BudgetPolicy(Pruner):
         """
         available = inputs.valid.sum(1)
         wanted = self.default_mean.expand(len(available)) if mean is None else mean / available
-        arm = self.best_arm(self.values(inputs), self.price_of(wanted))
+        values = self.values(inputs)
+        if bool(values.isnan().any()):
+            raise PruneZooError(f"pruner '{self.name}' valued NaN: check its weights and the features it was given")
+        arm = self.best_arm(values, self.price_of(wanted))
         return (self.shares[arm].double() * available).round().long().clamp_min(1)
 
     @property
