@@ -14,7 +14,9 @@ from modules.host import run_pruned
 from trainers.budget_policy import entropy, policy_loss
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
+from trainers.evaluate import main as evaluate
 from trainers.fit import main
+from trainers.policy_record import main as policy_record
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 READER = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
@@ -176,3 +178,22 @@ def test_what_an_arm_earns_is_what_the_really_pruned_model_says(fit, tmp_path, t
 
 def test_entropy_of_the_policy():
     assert entropy(torch.tensor([[0.0, 0.0], [100.0, 0.0]])).tolist() == pytest.approx([0.6931, 0.0], abs=1e-4)
+
+
+def test_an_evaluation_and_the_card_show_who_gets_how_much(fit, tmp_path, tiny_llava_folder):
+    """And how the policy learned, at what cost."""
+    folder = tmp_path / "policy"
+    fit(folder, "--trainer.log_every_n_steps=1")
+    assert policy_record([str(folder), "--updates=1"]) == 0
+    words = f"--vlm {tiny_llava_folder} --pruner {folder} uniform --keep auto:9 9 --suite scenes --limit 14".split()
+    assert evaluate([*words, "--json", str(tmp_path / "record.json"), "--card", str(folder)]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    rows = [row for row in record["histogram"] if row["group"] == "reading"]
+    assert {row["pruner"] for row in rows} <= {str(folder)}
+    fixed = [row["tokens"] for row in record["rows"] if row["pruner"] == "uniform"]
+    assert set(fixed) == {9.0}  # at auto:9 too
+    learned = json.loads((folder / "policy.json").read_text())
+    assert len(learned["figures"]["reward"]) == 5 and learned["cost"]["multiple"] > 0
+    card = (folder / "README.md").read_text()
+    assert 'keep="auto:9")' in card and "times a distillation step" in card
+    assert ("Who is given how many tokens" in card) == bool(record["histogram"])

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from modules.core.contract import AUTO
 from modules.core.errors import PruneZooError
 from modules.core.hub import file_names
 from modules.core.registry import load_pruner
@@ -42,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 CARDS, SHIPPED = ROOT / "hub_cards", ROOT / "checkpoints"
 PICTURES = 3
 """Pictures of the suite, each of another group, that a card shows."""
+POLICY_FILE = "policy.json"
 CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safetensors"
 SPEED_FILE, PICTURE_FILE = "speed.json", "kept.webp"
 
@@ -78,7 +80,7 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
     header = {key: record[key] for key in kept if key in record}
     parts: dict[str, Any] = {"rows": record["rows"], "paired": paired}
-    for key in ("oracle_scale", "layers"):  # which records of before they were measured have not
+    for key in ("oracle_scale", "layers", "histogram"):  # which records of before they were measured have not
         if key in record:
             parts[key] = [row for row in record[key] if row["pruner"] == name]
     return {**header, "pruner": name, "weights": {name: digest}, **parts}
@@ -138,6 +140,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             diagnostics=rival_table(metrics, diagnostics=True),
             weakest=weakest(metrics),
             layers=layer_table(metrics),
+            histograms=histogram_tables(metrics),
+            policy=policy_of(folder),
             oracle_scale=next((row for row in metrics.get("oracle_scale", ()) if row["group"] == MEAN), None),
             speed=speed_of(folder, pruner.name),
             parts=[name for name in file_names(pruner) if "/" in name],
@@ -207,7 +211,8 @@ def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = {row["group"]: row for row in select(metrics, pruner=metrics["pruner"], keep=keep)}
         groups = [*metrics["groups"], MEAN]
         cells = [f"{percent(rows[group]['retention'])} ({span(rows[group])})" for group in groups]
-        lines.append({"keep": keep, "tokens": tokens_of(rows[MEAN]), "cells": cells})
+        example = f'"{keep}"' if AUTO.fullmatch(keep) else keep  # as it is written in Python
+        lines.append({"keep": keep, "example": example, "tokens": tokens_of(rows[MEAN]), "cells": cells})
     return lines
 
 
@@ -220,6 +225,28 @@ def layer_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         cells = [f"{here[keep]['tokens']:.1f} ± {here[keep]['spread']:.1f}" for keep in budgets_of(metrics)]
         lines.append({"layer": layer, "cells": cells})
     return lines
+
+
+def histogram_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table a budget that the pruner sets: for each group the mean, and how many questions get which tokens."""
+    rows = metrics.get("histogram", ())  # not in older metrics
+    tables = []
+    for keep in dict.fromkeys(row["keep"] for row in rows):
+        here = {(row["group"], row["tokens"]): row["share"] for row in rows if row["keep"] == keep}
+        columns = sorted({tokens for _, tokens in here})
+        lines = []
+        for group in metrics["groups"]:
+            shares = [here.get((group, tokens), 0.0) for tokens in columns]
+            mean = sum(share * tokens for share, tokens in zip(shares, columns, strict=True))
+            lines.append({"group": group, "mean": f"{mean:.1f}", "cells": [f"{100 * share:.0f}" for share in shares]})
+        tables.append({"keep": keep, "columns": [f"{tokens:g}" for tokens in columns], "lines": lines})
+    return tables
+
+
+def policy_of(folder: Path) -> dict[str, Any] | None:
+    """What `trainers.policy_record` wrote of a policy that learned by its rewards."""
+    path = folder / POLICY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def rival_table(metrics: Mapping[str, Any], diagnostics: bool) -> list[dict[str, Any]]:

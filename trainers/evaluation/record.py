@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from modules.core.contract import AUTO
 from modules.core.errors import PruneZooError
 
 from .scores import ALL_TOKENS, FULL, NONE, Key, Measurement
@@ -17,6 +18,8 @@ from .statistics import Resampled, interval, resample
 
 MEAN = "mean"
 """The group of the rows that hold the mean over groups."""
+MOST_BUDGETS = 16
+"""Different numbers of tokens up to which a histogram lists them."""
 
 Row = dict[str, Any]
 
@@ -110,6 +113,24 @@ def layers_of(measurement: Measurement) -> list[Row]:
     return rows
 
 
+def histogram_of(measurement: Measurement) -> list[Row]:
+    """How often each number of tokens is read under the methods that set budgets, where few different ones are.
+
+    Returns:
+        `{pruner, keep, group, tokens, share}`: the share in [0, 1] of a group's questions; only what occurs.
+    """
+    rows = []
+    for (pruner, keep), scores in measurement.scores.items():
+        budgets = np.unique(scores.tokens)
+        if AUTO.fullmatch(keep) and 1 < len(budgets) <= MOST_BUDGETS:
+            for g, group in enumerate(measurement.groups):
+                here = scores.tokens[measurement.group_of == g]
+                for tokens in np.unique(here):
+                    share = _number(float((here == tokens).mean()))
+                    rows.append({"pruner": pruner, "keep": keep, "group": group, "tokens": tokens, "share": share})
+    return rows
+
+
 def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list[Row]:
     """Each contender with the fewest tokens that answer each question, as one who knew the answers would choose them.
 
@@ -162,6 +183,7 @@ def build_record(
         "paired": paired_of(measurement, resampled, contenders),
         "oracle_scale": oracle_scale_of(measurement, contenders),
         "layers": layers_of(measurement),
+        "histogram": histogram_of(measurement),
     }
 
 
