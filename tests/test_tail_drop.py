@@ -13,10 +13,14 @@ from test_contract import make_inputs
 from test_fit import words, world  # noqa: F401
 
 from modules import AutoPruner, PruneZooError, encode, load_pruner
+from modules.host import full_forward
 from modules.host.run import run_pruned
 from modules.learned.ppm import PPM
 from modules.learned.tail_drop import TailDrop
-from trainers.tail_drop import adopt_reader
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import load_suite
+from trainers.evaluation.loading import load_vlm
+from trainers.tail_drop import TailDropModule, adopt_reader
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "<s> USER: <image> what color is the ball ? ASSISTANT:"
@@ -165,6 +169,21 @@ def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_lla
     assert pruner(make_inputs(), 3).count.tolist() == [3, 3, 3]
 
 
+def test_lengths_are_drawn_unless_the_tail_is_never_dropped():
+    torch.manual_seed(0)
+    vlm = str(ROOT / "checkpoints" / "tiny-llava")
+    collate = ConversationCollator(load_vlm(vlm, "cpu", "float32")[1])
+    read: list[list[int]] = []
+    for drop in (True, False):
+        pruner = made(width=128).train()
+        pruner.register_forward_pre_hook(lambda _, given: read[-1].append(given[1]))
+        module = TailDropModule(vlm, pruner, lengths_a_step=8, longest=1 / 3, drop=drop)
+        read.append([])
+        module.training_step(collate(load_suite("scenes", "train", 2)[:]), 0).backward()
+    assert len(set(read[0])) > 3 and min(read[0]) < 6 and max(read[0]) <= 48
+    assert read[1] == [48]
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"), [({"latents": 0}, "latents"), ({"rebuild": -1.0}, "rebuild"), ({"hidden": 18}, "hidden=18")]
 )
@@ -186,3 +205,20 @@ def test_saved_latents_load(tmp_path):
     loaded = load_pruner(pruner.save_pretrained(tmp_path))
     inputs = make_inputs()
     assert torch.equal(loaded(inputs, 5).features, pruner(inputs, 5).features)
+
+
+def test_every_length_of_the_shipped_checkpoint_runs():
+    vlm, processor = load_vlm(str(ROOT / "checkpoints" / "tiny-llava"), "cpu", "float32")
+    pruner = AutoPruner.from_pretrained(ROOT / "checkpoints" / "tail-drop-tiny")
+    encoded = encode(vlm, ConversationCollator(processor)(load_suite("scenes", "validation", 1)[:]))
+    distance = []
+    with torch.no_grad():
+        teacher = full_forward(vlm, encoded).logits[:, -3:].log_softmax(-1)
+        for keep in range(1, 145):
+            run = run_pruned(vlm, encoded, pruner, keep)
+            assert run.tokens.item() == keep
+            answer = run.host.logits[:, -3:].log_softmax(-1)
+            distance.append((teacher.exp() * (teacher - answer)).sum().item())
+        assert 1 <= run_pruned(vlm, encoded, pruner, "auto").tokens.item() <= 48
+    assert distance[-1] == pytest.approx(0, abs=1e-5)  # the latents are in bfloat16
+    assert max(distance[20:]) < min(distance[:2])

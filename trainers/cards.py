@@ -46,6 +46,7 @@ PICTURES = 3
 POLICY_FILE = "policy.json"
 CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safetensors"
 SPEED_FILE, PICTURE_FILE = "speed.json", "kept.webp"
+STOP_FILE, STOP_FIGURE = "stop_rule.json", "stop_rule.png"
 
 
 def weights_digest(folder: str | Path) -> str | None:
@@ -144,6 +145,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             policy=policy_of(folder),
             oracle_scale=next((row for row in metrics.get("oracle_scale", ()) if row["group"] == MEAN), None),
             speed=speed_of(folder, pruner.name),
+            stop_rule=stop_rule_of(folder),
+            stop_figure=STOP_FIGURE if (folder / STOP_FIGURE).is_file() else None,
             parts=[name for name in file_names(pruner) if "/" in name],
             minutes=f"{run['seconds'] / 60:.1f}" if run else None,
         )
@@ -171,6 +174,24 @@ def speed_of(folder: Path, method: str) -> dict[str, Any] | None:
                 line = {"batch": batch, "length": length, "keep": keep, "tokens": tokens, "cells": cells, "own": own}
                 lines.append(line)
     return {"lines": lines, "own": path.parent == folder, **record} if lines else None
+
+
+def stop_rule_of(folder: Path) -> dict[str, Any] | None:
+    """What `trainers.stop_curve` measured of these weights; None where nothing was measured, or of other weights."""
+    path = folder / STOP_FILE
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["weights"] != weights_digest(folder):
+        return None
+    rows = {row["keep"]: row for row in record["rows"] if row["kind"] == "stop rule"}
+    lines = []
+    for pair in record["paired"]:
+        row = rows[pair["keep"]]
+        retention = f"{percent(row['retention'])} ({span(row)})"
+        line = {"keep": row["keep"], "tokens": tokens_of(row), "retention": retention, "above": _signed(pair)}
+        lines.append(line)
+    return {"lines": lines, **record}
 
 
 def templates() -> Environment:

@@ -32,13 +32,22 @@ from modules.core.errors import PruneZooError
 from modules.core.hub import CONFIG_FILE, Source, file_names, read_method
 from modules.core.registry import load_pruner
 
-from .cards import CARD_FILE, METRICS_FILE, PICTURE_FILE, SPEED_FILE, render_card, weights_digest
+from .cards import (
+    CARD_FILE,
+    METRICS_FILE,
+    PICTURE_FILE,
+    SPEED_FILE,
+    STOP_FIGURE,
+    STOP_FILE,
+    render_card,
+    weights_digest,
+)
 from .errors import command, one_line
 from .evaluation.record import read_record
 from .names import find_pruner
 from .run_record import RUN_FILE
 
-OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE)
+OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE, STOP_FILE, STOP_FIGURE)
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""
 HOW = "write it with `python -m trainers.evaluate … --card {folder}`"

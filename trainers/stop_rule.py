@@ -3,9 +3,9 @@
     python -m trainers.stop_rule --config configs/tail_drop_tiny.yaml --pruner checkpoints/tail-drop-tiny
 
 For items of the recipe's training data the loss at every length is computed once and kept on disk: KL(full model ‖
-prefix) in nats, mean over the answer. The rule learns to expect it from what each prefix's last latent knows; nothing
-else is trained. Held-out items then say to which mean length each tolerance leads, for `keep="auto:16"`. Stopped, the
-command goes on where it was; run again, it learns a rule anew.
+prefix) in nats, mean over the answer. From what each prefix's last latent knows the rule learns to expect how much of
+it a longer prefix would avoid; nothing else is trained. Held-out items then say to which mean length each tolerance
+leads, for `keep="auto:16"`. Stopped, the command goes on where it was; run again, it learns a rule anew.
 
 Letters: I items, S lengths, E hidden width.
 """
@@ -152,6 +152,14 @@ def losses_of(worker: LossWorker, folder: Path, processes: int = 1, shard_items:
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
+def avoidable(losses: Tensor) -> Tensor:
+    """What each length loses beyond the mean of the longer half of the lengths, (I, S): what reading on can win back.
+
+    What no length wins back says nothing about where to stop; a rule that expected it too would read on in vain.
+    """
+    return losses - losses[:, losses.shape[1] // 2 :].mean(1, keepdim=True)
+
+
 def deviance(expected: Tensor, losses: Tensor) -> Tensor:
     """Mean of expected - losses * log(expected): Poisson's deviance, up to what does not depend on the expectation.
 
@@ -159,24 +167,23 @@ def deviance(expected: Tensor, losses: Tensor) -> Tensor:
 
     Args:
         expected: Any shape, above 0.
-        losses: Likewise, at least 0.
+        losses: Likewise; single ones may be below 0.
     """
     return (expected - losses * expected.log()).mean()
 
 
 def explained(expected: Tensor, losses: Tensor, usual: Tensor) -> float:
-    """Share of the deviance that a rule explains: 1 all of it, 0 as much as the lengths' usual losses do.
+    """Share of the variance between items of one length that a rule explains; 0: no more than the usual losses do.
 
     Args:
         expected: (I, S).
         losses: (I, S).
         usual: (S,) mean losses, of other items.
     """
-    best, plain = deviance(losses.clamp_min(1e-9), losses), deviance(usual.expand_as(losses), losses)
-    return float((plain - deviance(expected, losses)) / (plain - best))
+    return float(1 - (expected - losses).square().mean() / (usual - losses).square().mean())
 
 
-def learn(rule: StopRule, known: Tensor, losses: Tensor, steps: int, lr: float = 3e-3, batch: int = 256) -> None:
+def learn(rule: StopRule, known: Tensor, losses: Tensor, steps: int, lr: float = 1e-3, batch: int = 256) -> None:
     """Train a rule, in place.
 
     Args:
@@ -207,7 +214,7 @@ class StopCLI(FitCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--pruner", type=str, required=True, help="folder of the trained latents")
         parser.add_argument("--stops", type=list[int], default=list(STOPS), help="lengths to choose among")
-        parser.add_argument("--tolerance", type=float, default=0.02, help="nats that keep='auto' accepts")
+        parser.add_argument("--tolerance", type=float, default=0.05, help="nats that keep='auto' accepts")
         parser.add_argument("--train_items", type=int, default=3072, help="to learn from")
         parser.add_argument("--steps", type=int, default=1000, help="of the rule's optimizer")
         parser.add_argument("--cache", type=str, default="runs/stop_rule", help="folder for the losses")
@@ -240,15 +247,16 @@ def main(args: list[str] | None = None) -> None:
     pruner = with_stops(latents, stops, tolerance=config.tolerance)
     assert pruner.stop is not None
     pruner.stop.float()
-    learn(pruner.stop, train["known"].float(), train["loss"], config.steps)
+    learned, there = avoidable(train["loss"]), avoidable(held_out["loss"])
+    learn(pruner.stop, train["known"].float(), learned, config.steps)
     pruner.to(latents.queries.dtype)
     expected = pruner.stop(held_out["known"]).detach()
     pruner.stop.calibrate(expected)
-    share = explained(expected, held_out["loss"], train["loss"].mean(0))
+    share = explained(expected, there, learned.mean(0))
     lengths = pruner.stop.lengths(expected, config.tolerance).double()
     pruner.save_pretrained(config.pruner)
     console.print(
-        f"{config.pruner}: on {len(expected)} held-out items the rule explains {share:.0%} of the deviance between "
+        f"{config.pruner}: on {len(expected)} held-out items the rule explains {share:.0%} of the variance between "
         f"items; keep='auto' keeps {lengths.mean():.1f} tokens in the mean, from {lengths.min():.0f} to "
         f"{lengths.max():.0f}"
     )

@@ -12,9 +12,9 @@ the visual tokens, weighed by how well each answers the latent's own query and b
 untrained latents are the best tokens by the reader's scores, and trained ones lie among the tokens that the language
 model knows. In training a small decoder rebuilds all visual tokens from the prefix.
 
-Ours too is the stop rule, which `trainers.stop_rule` adds: what the last latent of a prefix knows tells how badly the
-language model would answer from it, and an image keeps the shortest prefix for which that is within a tolerance. A
-latent knows only of those before it, so an image's length does not depend on how far the row was made.
+Ours too is the stop rule, which `trainers.stop_rule` adds: what the last latent of a prefix knows tells how much is
+lost by reading no more, and an image keeps the shortest prefix for which that is within a tolerance. A latent knows
+only of those before it in the row, so the choice does not depend on how far the row was made.
 
 A prefix longer than the row has, after all latents, the image's own tokens that come next; all tokens of an image are
 its own.
@@ -45,7 +45,7 @@ class TailDropConfig(PPMConfig):
     asks: int = 2  # blocks in which the latents ask the visual tokens and one another
     rebuild: float = 0.1  # weight of the rebuilt visual tokens in training
     stops: tuple[int, ...] = ()  # lengths among which a trained stop rule chooses, ascending; none: it has no rule
-    tolerance: float = 0.02  # loss in nats that keep="auto" accepts
+    tolerance: float = 0.05  # loss in nats that keep="auto" accepts
 
     def __post_init__(self) -> None:
         super().__post_init__()
