@@ -67,7 +67,8 @@ class Run:
         """SIGKILL to all of it at once, loader workers too."""
         for process in self.processes:
             assert process.pid
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it may not have made a group of its own yet
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         for process in self.processes:
             process.join()

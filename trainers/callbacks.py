@@ -103,7 +103,13 @@ class Checkpoints(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 500) -> None:
-        super().__init__(dirpath, every_n_train_steps=every_n_train_steps, save_last=True, save_on_exception=True)
+        super().__init__(
+            dirpath,
+            every_n_train_steps=every_n_train_steps,
+            save_last=True,
+            save_on_exception=True,
+            enable_version_counter=False,  # a run that was killed and goes on writes over what it had
+        )
 
 
 class GracefulStop(L.Callback):
@@ -159,7 +165,8 @@ class StopAtNaN(L.Callback):
         bad = not bool(loss.isfinite())
         if not trainer.strategy.reduce_boolean_decision(bad, all=False):
             return
-        mine = {"loss": str(float(loss)), "ids": getattr(pl_module, "batch_ids", [])}
+        ids = getattr(trainer.datamodule, "batch_ids", [])  # type: ignore[attr-defined]
+        mine = {"loss": str(float(loss)), "ids": ids}
         ranks: list[Any] = [mine]
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size

@@ -17,10 +17,20 @@ from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
 from modules.host import Encoded, encode, full_forward, gated_forward
 
-from .data.modules import GROUPS
+from .data.modules import GROUPS, TEACHER
 from .frozen import Dtype, FrozenModule
 from .guides import attention_guide, relevance
-from .losses import answer_slots, cross_entropy, distillation_kl, guide_kl, guide_mse, topk_hinge
+from .losses import (
+    answer_slots,
+    cross_entropy,
+    distillation_kl,
+    guide_kl,
+    guide_mse,
+    hidden_mse,
+    slot_states,
+    top_kl,
+    topk_hinge,
+)
 from .warm_start import start_from
 
 GUIDE_LOSSES = {"mse": guide_mse, "kl": guide_kl}
@@ -42,6 +52,8 @@ class DistillModule(FrozenModule):
         rank_weight: Weight of the ranking hinge on the guide, in both stages.
         kl_weight: Weight of KL(full model ‖ pruned) at the answer slots, second stage.
         answer_weight: Weight of the cross-entropy on the reference answer, second stage.
+        hidden_weight: Weight of the match of hidden states at the answer slots, second stage.
+        hidden_layers: Which hidden states that is, 0 for the embeddings, i for those behind decoder layer i.
         temperature: Of the soft gates, in units of the score.
         keep: Shares of the tokens, least and most; each sample's budget is drawn between them, even on a log scale.
         lr: Peak learning rate.
@@ -64,6 +76,8 @@ class DistillModule(FrozenModule):
         rank_weight: float = 0.0,
         kl_weight: float = 1.0,
         answer_weight: float = 0.0,
+        hidden_weight: float = 0.0,
+        hidden_layers: tuple[int, ...] = (),
         temperature: float = 1.0,
         keep: tuple[float, float] = (0.03, 0.35),
         lr: float = 1e-3,
@@ -75,6 +89,8 @@ class DistillModule(FrozenModule):
             raise PruneZooError(f"guide_share={guide_share} must lie in [0, 1]")
         if not 0.0 < keep[0] <= keep[1] <= 1.0:
             raise PruneZooError(f"keep must be two shares, 0 < least <= most <= 1, got {list(keep)}")
+        if hidden_weight > 0 and not hidden_layers:
+            raise PruneZooError(f"hidden_weight={hidden_weight} needs model.hidden_layers")
         if temperature <= 0.0:
             raise PruneZooError(f"temperature must be above 0, got {temperature}")
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
@@ -84,7 +100,17 @@ class DistillModule(FrozenModule):
         self.guide, self.guide_layer, self.guide_loss = guide, guide_layer, GUIDE_LOSSES[guide_loss]
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
+        self.hidden_weight, self.hidden_layers = hidden_weight, tuple(hidden_layers) if hidden_weight > 0 else ()
         self.keep = keep
+
+    def setup(self, stage: str) -> None:
+        """See FrozenModule; and a cache of the model's answers must hold the hidden states that are matched."""
+        cached = getattr(self.trainer.datamodule, "hidden_layers", None)  # type: ignore[attr-defined]
+        if cached is not None and self.hidden_layers and tuple(cached) != self.hidden_layers:
+            raise PruneZooError(
+                f"model.hidden_layers={list(self.hidden_layers)} and data.hidden_layers={list(cached)} must be the same"
+            )
+        super().setup(stage)
 
     @property
     def end_to_end(self) -> bool:
@@ -94,10 +120,16 @@ class DistillModule(FrozenModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One step of either stage."""
         batch.pop(GROUPS, None)
+        teacher: dict[str, Tensor] | None = batch.pop(TEACHER, None)
         with torch.no_grad():
             encoded = encode(self.vlm, batch, self.pruner.needs)
-        end_to_end = self.end_to_end
-        guide, teacher = self.ask_teacher(encoded, with_guide=not end_to_end or self.guide_weight > 0)
+        end_to_end, guide = self.end_to_end, None
+        if not end_to_end or self.guide_weight > 0:
+            guide, said = self.ask_teacher(encoded, with_guide=True)
+            if teacher is None and not self.hidden_layers:
+                teacher = {"logits": said}
+        if end_to_end and teacher is None:
+            teacher = self.ask_answers(encoded)
         valid = encoded.inputs.valid
         keep = draw_budgets(valid.sum(1), *self.keep)
         output = self.pruner(encoded.inputs, keep)
@@ -112,9 +144,17 @@ class DistillModule(FrozenModule):
             if self.rank_weight:
                 terms["rank"] = self.rank_weight * topk_hinge(output.scores, guide, valid, keep)
         if end_to_end:
-            student = gated_forward(self.vlm, encoded, output.gates)
+            assert teacher is not None
+            student = gated_forward(self.vlm, encoded, output.gates, output_hidden_states=bool(self.hidden_layers))
             logits, tokens, _ = answer_slots(student.logits, student.labels)
-            terms["kl"] = self.kl_weight * self.evenly(distillation_kl(logits, teacher), len(tokens))
+            if "logits" in teacher:
+                kl = distillation_kl(logits, teacher["logits"])
+            else:
+                kl = top_kl(logits, teacher["top"], teacher["log_prob"], teacher["tail"])
+            terms["kl"] = self.kl_weight * self.evenly(kl, len(tokens))
+            if self.hidden_layers:
+                match = hidden_mse(slot_states(student, self.hidden_layers), teacher["hidden"])
+                terms["hidden"] = self.hidden_weight * self.evenly(match, len(tokens))
             if self.answer_weight:
                 terms["answer"] = self.answer_weight * self.evenly(cross_entropy(logits, tokens), len(tokens))
         return self.add_up(terms, len(keep))
@@ -133,8 +173,13 @@ class DistillModule(FrozenModule):
         with torch.no_grad():
             if with_guide:
                 return attention_guide(self.vlm, encoded, self.guide_layer)
-            full = full_forward(self.vlm, encoded)
-            return None, answer_slots(full.logits, full.labels)[0]
+            return None, self.ask_answers(encoded)["logits"]
+
+    @torch.no_grad()
+    def ask_answers(self, encoded: Encoded) -> dict[str, Tensor]:
+        """The full model's logits (S, V) and hidden states (S, H, D) at the answer slots."""
+        full = full_forward(self.vlm, encoded, output_hidden_states=bool(self.hidden_layers))
+        return {"logits": answer_slots(full.logits, full.labels)[0], "hidden": slot_states(full, self.hidden_layers)}
 
 
 def draw_budgets(available: Tensor, least: float, most: float) -> Tensor:

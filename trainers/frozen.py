@@ -20,7 +20,7 @@ from modules.core.errors import PruneZooError
 from modules.host import encode, full_forward
 from modules.host.run import run_pruned
 
-from .data.modules import GROUPS, IDS
+from .data.modules import GROUPS
 from .losses import answer_slots
 from .optimizer import adamw_cosine
 from .strategies import shard_trained, share_out
@@ -77,11 +77,6 @@ class FrozenModule(L.LightningModule):
     def configure_model(self) -> None:
         """Share the pruner out, where the strategy leaves that to the module."""
         shard_trained(self.trainer.strategy, self.pruner)
-
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Take the ids out of a batch: no step needs them, but whoever must say which batch it was."""
-        self.batch_ids: list[str] = batch.pop(IDS, [])
-        return batch
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Answer with all tokens and with each budget's tokens, really dropped."""

@@ -4,6 +4,9 @@ Letters: B samples or pictures, C channels, L sequence length, V vocabulary, S a
 tokens.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +37,21 @@ def answer_slots(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor,
     return logits[:, :-1][asked].float(), labels[:, 1:][asked], asked.nonzero()[:, 0]
 
 
+def slot_states(out: Any, layers: Sequence[int]) -> Tensor:
+    """Hidden states at the answer slots, (S, H, D).
+
+    Args:
+        out: What the host's forward passes return, with labels, and hidden states if any are asked for.
+        layers: H of them, 0 for the embeddings, i for those behind decoder layer i.
+    """
+    asked = out.labels[:, 1:] != IGNORED
+    if not layers:
+        return out.logits.new_zeros(int(asked.sum()), 0, 0)
+    if max(layers) >= len(out.hidden_states):
+        raise PruneZooError(f"hidden_layers={list(layers)}: the model has layers 0 to {len(out.hidden_states) - 1}")
+    return torch.stack([out.hidden_states[layer][:, :-1][asked] for layer in layers], dim=1)
+
+
 def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher ‖ student) in nats per answer slot, times temperature² (Hinton et al., arXiv 1503.02531).
 
@@ -45,6 +63,40 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     student = F.log_softmax(student / temperature, dim=-1)
     teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def top_kl(student: Tensor, top: Tensor, log_prob: Tensor, tail: Tensor) -> Tensor:
+    """KL(teacher ‖ student) in nats per answer slot, where all but the teacher's likeliest tokens count as one.
+
+    Never more than :func:`distillation_kl`, and equal to it where the teacher's other tokens have no mass.
+
+    Args:
+        student: (S, V) logits.
+        top: (S, K) the teacher's likeliest tokens.
+        log_prob: (S, K) their log-probabilities.
+        tail: (S,) log of the mass of all other tokens.
+    """
+    top, log_prob = top.long(), log_prob.float()
+    ours = F.log_softmax(student, dim=-1)
+    if top.shape[-1] == student.shape[-1]:
+        return (log_prob.exp() * (log_prob - ours.gather(-1, top))).sum(-1).mean()
+    rest = ours.scatter(-1, top, -torch.inf).logsumexp(-1)
+    kept = (log_prob.exp() * (log_prob - ours.gather(-1, top))).sum(-1)
+    return (kept + tail.exp() * (tail - rest)).mean()
+
+
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of hidden states over the teacher's mean square, mean over layers (TinyBERT, arXiv 1909.10351).
+
+    The division is ours: it puts layers, whose states differ by orders of magnitude, on one scale.
+
+    Args:
+        student: (S, H, D), H layers.
+        teacher: (S, H, D), taken as constant.
+    """
+    teacher = teacher.detach().float()
+    error = (student.float() - teacher).square().mean((0, 2))
+    return (error / teacher.square().mean((0, 2)).clamp_min(TINY)).mean()
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What the frozen model says about a training set and is dear to ask: relevance maps, computed once and kept on disk.
+"""What the frozen model says about a training set and is dear to ask, computed once and kept on disk.
 
     python -m trainers.teacher --config configs/explain_cnn_tiny.yaml [--data.processes=4]
 
-makes the folder that a recipe's data module reads (`data.maps`). Stopped, it goes on where it was. `trainers.fit` does
+makes the folder that a recipe's data module reads: relevance maps (`data.maps`, here) or answers with hidden states
+(`data.teacher_cache`, in `cached.py`). Stopped, it goes on where it was. `trainers.fit` does
 the same with what is missing before it trains, so this command is for those who have more processes to give.
 
 Letters: B items of a batch, M maps, N image tokens of an image.
@@ -12,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.cli import instantiate_class
@@ -58,12 +59,11 @@ class RelevanceWorker:
     max_tokens: int | None
     signal: str
 
+    label = "relevance maps"
+
     def __call__(self, number: int) -> Compute:
         """Load it; several processes spread over the GPUs that there are."""
-        device = default_device()
-        if device == "cuda":
-            device = f"cuda:{number % torch.cuda.device_count()}"
-        return self.on(load_frozen(self.vlm, self.dtype).to(device))
+        return self.on(load_frozen(self.vlm, self.dtype).to(worker_device(number)))
 
     def on(self, vlm: Any) -> Compute:
         """The same with a model that is loaded."""
@@ -128,6 +128,28 @@ def answers_rightly(vlm: Any, encoded: Encoded) -> Tensor:
     return judge(logits, logits, tokens, sample, len(encoded.mask))[:, 0] > 0
 
 
+def worker_device(number: int) -> str:
+    """Of the process of that number: the GPUs in turns, if there are any."""
+    device = default_device()
+    return f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+class Worker(Protocol):
+    """Computes the shards of some kind of cache; picklable."""
+
+    label: str
+    """What they are, in words."""
+
+    def __call__(self, number: int) -> Compute:
+        """Load the model in the process of that number."""
+
+    def on(self, vlm: Any) -> Compute:
+        """The same with a model that is loaded."""
+
+    def bytes_per_item(self, vlm: Any) -> int:
+        """What an item takes on the disk."""
+
+
 def fingerprint(vlm: Any) -> str:
     """A hash of the model's weights, from a few values of each, so that maps of another model are not taken for its."""
     digest = hashlib.sha256()
@@ -151,8 +173,8 @@ def sample_of(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def fill_with_progress(cache: ShardedCache, worker: RelevanceWorker, vlm: Any, processes: int) -> None:
-    """Compute what is missing in a cache of maps, and say how large it will be and how it goes.
+def fill_with_progress(cache: ShardedCache, worker: Worker, vlm: Any, processes: int) -> None:
+    """Compute what is missing in a cache, and say how large it will be and how it goes.
 
     Args:
         cache: Which to fill.
@@ -164,7 +186,7 @@ def fill_with_progress(cache: ShardedCache, worker: RelevanceWorker, vlm: Any, p
         PruneZooError: It would not fit on the disk.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("relevance maps"), *columns) as progress:
+    with Progress(TextColumn(worker.label), *columns) as progress:
         needed = cache.require_space(worker.bytes_per_item(vlm))
         if needed:
             progress.console.print(f"{cache.folder}: {needed / 1e6:.1f} MB will be written")
@@ -172,7 +194,7 @@ def fill_with_progress(cache: ShardedCache, worker: RelevanceWorker, vlm: Any, p
         opener = (lambda _: worker.on(vlm.to(default_device()))) if processes == 1 else worker
         fill(cache, opener, processes, lambda items: progress.advance(task, items))
     if needed:
-        progress.console.print(f"{cache.folder}: {cache.rows} of {cache.items} items were answered rightly")
+        progress.console.print(f"{cache.folder}: {worker.label} of {cache.rows} out of {cache.items} items")
 
 
 class CacheCLI(FitCLI):

@@ -1,7 +1,7 @@
 """Data modules: where `python -m trainers.fit` gets its questions about pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ GROUPS = "groups"
 """Key of the batch under which the group names of its items travel."""
 IDS = "ids"
 """Key of the batch under which their ids travel."""
+TEACHER = "teacher"
+"""Key of the batch under which the frozen model's cached answers travel, if there are any."""
 
 
 class ItemDataModule(L.LightningDataModule, ABC):
@@ -84,6 +86,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
                 reason = str(error).splitlines()[0]
                 raise PruneZooError(f"no processor in '{self.vlm}' ({reason}); give a folder or Hub id") from error
             self.collate = GroupedCollator(processor, max_length=self.max_length)
+            self.train_collate: Callable[..., dict[str, Any]] = self.collate
             self.train_set, self.validation_set = self.items("train"), self.items("validation")
 
     def train_dataloader(self) -> DataLoader:
@@ -98,7 +101,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
         return ResumableLoader(
             self.train_set,  # type: ignore[arg-type]  # any sequence is a map-style data set
             self.batch_size,
-            self.collate,
+            self.train_collate,
             num_workers=self.workers,
             world_size=world_size,
             rank=rank,
@@ -106,6 +109,11 @@ class ItemDataModule(L.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             lengths=self.lengths(),
         )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Take the ids out of a batch: no step needs them, but whoever must say which batch it was."""
+        self.batch_ids: list[str] = batch.pop(IDS, [])
+        return batch
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
@@ -205,8 +213,7 @@ class TalksDataModule(ItemDataModule):
 
     def lengths(self) -> list[int] | None:
         """Of the training items' texts, where they make the batches."""
-        assert self.train_set is None or isinstance(self.train_set, SkipBroken)
-        return self.train_set.lengths() if self.group_by_length and self.train_set else None
+        return self.train_set.lengths() if self.group_by_length else None  # type: ignore[union-attr]
 
     @property
     def groups(self) -> tuple[str, ...]:
