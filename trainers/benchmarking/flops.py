@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,24 @@ def request_work(config: Any, lengths: Sequence[int], decode: int, batch: int, v
     return Work(vision, batch * decoder_flops(config, lengths, lengths), batch * steps)
 
 
-def counted_flops(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What ``run`` returns, and the operations that it took, counted by torch as they happen."""
+def counter() -> FlopCounterMode:
+    """Counts operations as they happen, on a CPU too."""
 
     def cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)  # the one attention kernel that torch's counter does not know
 
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention}) as counter:
+    def cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+def counted_flops(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``run`` returns, and the operations that it took, counted by torch as they happen."""
+    with counter() as counting:
         result = run()
-    return result, counter.get_total_flops()
+    return result, counting.get_total_flops()

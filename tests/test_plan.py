@@ -1,0 +1,151 @@
+"""Plans, against what really happens: memory at its peak, operations, parameters."""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from modules import PruneZooError, build_pruner
+from trainers import plan
+from trainers.benchmarking.flops import counted_flops
+from trainers.benchmarking.memory import peak_memory
+from trainers.benchmarking.models import Request, load_model
+from trainers.distill import DistillModule
+from trainers.planning.models import KNOWN, load_config
+from trainers.planning.simulate import count_weights, run, simulate
+from trainers.step_cost import OneBatch, with_labels
+
+ROOT = Path(__file__).parent.parent
+RECIPE = f"--config={ROOT / 'configs' / 'ppm_llava.yaml'}"
+
+
+def test_the_peak_of_a_real_step_is_foretold(tmp_path):
+    """Of a model of 125 M parameters, within 15 %: student, logits, gradients and AdamW of the pruner."""
+    vlm, processor = load_model("random:llava-120m", "cpu", "float32")
+    batch = with_labels(Request(vlm, processor, 1, 32, (640, 480))())
+    vlm.save_pretrained(tmp_path / "vlm")
+    pruner = build_pruner("ppm", width=768, hidden=64)
+    module = DistillModule(str(tmp_path / "vlm"), pruner, vlm_dtype="float32", guide_share=0.0, guide_weight=0.0)
+    trainer = L.Trainer(
+        max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    del vlm
+    measured = peak_memory(torch.device("cpu"), lambda: trainer.fit(module, datamodule=OneBatch(batch, 1)))
+    trained = sum(p.numel() for p in pruner.parameters())
+    text = module.vlm.config.get_text_config()
+    passes = simulate(text, torch.float32, 1, batch["input_ids"].shape[1], autocast=False, fused=False)
+    foretold = passes.student_bytes + 12 * trained
+    print(f"measured {measured / 2**20:.1f} MiB, foretold {foretold / 2**20:.1f} MiB")
+    assert measured > 200 * 2**20 and foretold == pytest.approx(measured, rel=0.15)
+
+
+def test_two_shallow_decoders_tell_of_a_deep_one(tiny_llava):
+    text = tiny_llava.vlm.config.get_text_config()
+    text.num_hidden_layers = 9
+    told, real = simulate(text, torch.float32, 2, 50, False), run(text, torch.float32, 2, 50, False)
+    for name, value in vars(real).items():
+        assert getattr(told, name) == pytest.approx(value, rel=1e-6), name
+    assert told.student_bytes > 2 * told.teacher_bytes
+
+
+def test_operations_and_parameters_are_those_of_the_real_model(deep_llava):
+    vlm, text = deep_llava.vlm, deep_llava.vlm.config.get_text_config()
+    embeddings = torch.randn(2, 50, text.hidden_size, requires_grad=True)
+    mask = torch.zeros(2, 1, 50, 50)
+
+    def both():
+        vlm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits[:, -8:].sum().backward()
+
+    _, flops = counted_flops(both)
+    told = simulate(text, torch.float32, 2, 50, False)
+    assert told.forward_flops + told.backward_flops == pytest.approx(flops, rel=1e-6)
+    weights = count_weights(vlm.config)
+    assert weights.vision + weights.language == sum(p.numel() for p in vlm.parameters())
+    assert weights.layer == sum(p.numel() for p in vlm.get_decoder().layers[0].parameters())
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The numbers of a plan."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["plan"])
+
+    def make(*words: str, gpus: int = 8, strategy: str | None = None, image_tokens: int | None = None):
+        args = plan.argparse.Namespace(gpus=gpus, text_tokens=64, image_tokens=image_tokens, tflops=300, memory=80)
+        second = [f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"] if strategy else []
+        job, _ = plan.make_job(args, [RECIPE, *second, *words])
+        return plan.plan(job, 300, None)
+
+    return make
+
+
+def test_what_is_shared_out_gets_smaller_with_more_processes(planned):
+    found = {name: planned(strategy=name)["memory"] for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
+    for part, first in (("AdamW", "zero1"), ("gradients", "zero2"), ("pruner", "zero3"), ("frozen model", "zero3")):
+        names = list(found)
+        shared = [name for name in names if found[name][part] < found["ddp"][part]]
+        assert shared == names[names.index(first) :], part
+        assert found[shared[0]][part] == pytest.approx(found["ddp"][part] / 8)
+    assert found["zero3"]["frozen model, gathered for the moment"] > 0
+
+
+@pytest.mark.parametrize(("name", "billions"), list(zip(KNOWN, (7.06, 13.35, 8.0, 73.2), strict=True)))
+def test_models_of_all_sizes_are_planned_from_sizes_alone(name, billions, planned):
+    found = planned(f"--model.vlm={name}", strategy="zero3", image_tokens=729)
+    sizes = found["parameters"]
+    assert sizes["vision"] + sizes["language"] == pytest.approx(billions * 1e9, rel=0.03)
+    assert found["hours"] > 0 and sum(found["memory"].values()) > 2 * sizes["language"] / 8
+    assert found["flops_per_step"]["second stage"] > found["flops_per_step"]["first stage"]
+
+
+def test_cached_answers_save_the_teachers_pass(planned):
+    found = planned("--model.guide_weight=0", "--model.guide_share=0")
+    flops = found["flops_per_step"]
+    assert 0.6 < flops["second stage, cached answers"] / flops["second stage"] < 0.75
+    assert found["hours_cached"] < 0.75 * found["hours"]
+
+
+def test_the_command_prints_it_all(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    tiny = f"--model.vlm={ROOT / 'checkpoints' / 'tiny-llava'}", "--model.pruner.config.width=128"
+    plan.main([RECIPE, *tiny, "--gpus", "2", "--memory", "0.001"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "memory of a GPU: ddp on 2",
+        "together",
+        "its own config.json",
+        "more than the 0.001 GiB",
+        "hours at",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--model.vlm=/nowhere/at/all"], "no configuration of '/nowhere/at/all'"),
+        (["--gpus", "0"], "--gpus, --text-tokens, --tflops and --memory must be above 0"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps must say"),
+        ([f"--config={ROOT / 'configs' / 'm3_llava.yaml'}"], "plans are for trainers.distill.DistillModule"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(wrong, said, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    with pytest.raises(SystemExit):
+        plan.main([RECIPE, *wrong] if "m3" not in wrong[0] else wrong)
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_how_many_tokens_an_image_has_must_be_known(planned):
+    with pytest.raises(PruneZooError, match="does not say how many tokens an image has: --image-tokens"):
+        planned("--model.vlm=llava-hf/llava-onevision-qwen2-7b-ov-hf")
+
+
+def test_an_unknown_model_names_those_that_are_known(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PruneZooError, match=r"llava-hf/llava-1\.5-7b-hf"):
+        load_config("/nowhere")
