@@ -166,7 +166,7 @@ class Losses(L.Callback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         with (self.folder / f"losses.{trainer.global_rank}").open("a") as file:
-            file.write(f"{trainer.global_step} {float(loss)!r}\n")
+            file.write(f"{trainer.global_step} {float(loss.detach())!r}\n")
 
 
 class ExportOther(L.Callback):

@@ -156,7 +156,6 @@ def test_with_the_cache_the_full_model_is_not_asked(tmp_path, monkeypatch):
     [
         ("--data.top=0", "top must be at least 1, got 0"),
         ("--data.top=8", "was made with top=64, wanted is 8"),
-        ("--model.class_path=trainers.tail_drop.TailDropModule", "TailDropModule trains from no cached answers"),
         ("--data.hidden_layers=[99]", "hidden_layers=[99]: the model has layers 0 to"),
         ("--model.hidden_weight=1", "hidden_weight=1.0 needs model.hidden_layers"),
     ],
@@ -168,6 +167,14 @@ def test_a_mistake_is_one_line_that_names_it(wrong, said, tmp_path, capsys):
     with pytest.raises(SystemExit):
         fit.main(words(cache, tmp_path, wrong))
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_training_that_would_not_read_the_answers_is_refused(tmp_path, capsys):
+    m3 = [f"--config={ROOT / 'configs' / 'm3_tiny.yaml'}", f"--model.vlm={VLM}", "--trainer.accelerator=cpu"]
+    data = ["--data.class_path=trainers.cached.TaughtSuite", f"--data.teacher_cache={tmp_path}"]
+    with pytest.raises(SystemExit):
+        fit.main([*m3, *data, f"--out={tmp_path / 'm3'}"])
+    assert "MatryoshkaModule trains from no cached answers" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(tiny, tmp_path, monkeypatch):
