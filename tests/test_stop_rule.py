@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_contract import make_inputs
+from test_fit import words, world  # noqa: F401
 
 from modules import AutoPruner, PruneZooError, attach, encode
 from modules.host.run import run_pruned
@@ -209,6 +210,23 @@ def test_losses_on_the_disk_are_read_again_unless_they_are_of_others(learnt, cap
     with pytest.raises(SystemExit):
         stop_rule.main([*words, "--stops=[1,2]"])
     assert "was made with stops=[1, 3, 8], wanted is [1, 2]" in capsys.readouterr().err
+
+
+def test_the_recipe_for_llava_takes_a_rule(world, tiny_llava_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(sys, "argv", ["stop_rule"])
+    TailDrop(**SIZES, latents=12).save_pretrained(tmp_path / "latents")
+    given = [word for word in words(world, tiny_llava_folder, tmp_path) if word.startswith(("--data", "--model.vlm"))]
+    recipe = [f"--config={ROOT / 'configs' / 'tail_drop_llava.yaml'}", f"--pruner={tmp_path / 'latents'}", *given]
+    stop_rule.main([*recipe, "--stops=[1,4,12]", "--train_items=16", "--steps=5", f"--cache={tmp_path / 'losses'}"])
+    assert load_latents(str(tmp_path / "latents")).config.stops == (1, 4, 12)
+    for wrong, named in (
+        ("--stops=[]", "two or more lengths"),
+        ("--stops=[1,13]", "latents=12"),
+        ("--tolerance=0", "above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            stop_rule.main([*recipe, "--stops=[1,4]", wrong])
+        assert named in capsys.readouterr().err
 
 
 def test_a_rule_is_for_tail_drop_only():
