@@ -9,6 +9,8 @@ import tomllib
 import pytest
 
 from modules.core.errors import PruneZooError
+from trainers.evaluation.record import MEAN, select
+from trainers.evaluation.summary import read_records, summary_section
 from trainers.readme import README, rendered
 from trainers.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
 
@@ -18,6 +20,20 @@ def test_readme_is_what_was_measured():
     assert rendered(text) == text, "run `python -m trainers.readme`"
     with pytest.raises(PruneZooError, match="no place for 'support'"):
         rendered(text.replace("<!-- support: end -->", ""))
+
+
+def test_retention_stands_where_as_many_tokens_were_measured():
+    records = read_records([ROOT / "checkpoints" / name for name in ("ppm-tiny", "m3-tiny", "atp-tiny")])
+    more = dict(records["m3-tiny"], n=4200)
+    lines = summary_section({**records, "m3-tiny": more}).splitlines()
+    (m3,) = (line for line in lines if line.startswith("| [`m3-tiny`]"))
+    assert "4,200 questions" in m3 and [cell.strip() == "–" for cell in m3.split("|")[2:-1]] == [1, 1, 0, 1, 0]
+    (ppm,) = (line for line in lines if line.startswith("| [`ppm-tiny`]"))
+    (row,) = (
+        r for r in select(records["ppm-tiny"], pruner=records["ppm-tiny"]["pruner"], keep="1/9") if r["group"] == MEAN
+    )
+    assert ppm.split("|")[4].strip().startswith(f"{row['retention']:.1f} (")
+    assert [line.startswith("| [") for line in lines[2:5]] == [True] * 3 and "| random |" in lines[-3]
 
 
 def test_every_outcome_reaches_the_table():

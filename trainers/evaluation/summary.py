@@ -1,6 +1,7 @@
 """One table over all shipped modules, beside their rivals at equal measured tokens, from the records of their cards."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ SHARES = ("1/3", "2/9", "1/9", "1/18", "1/36")
 """Columns: shares of all image tokens."""
 NEAR = 0.05
 """A figure stands in a column whose tokens it was measured with, up to this share of them."""
-COMMON = ("vlm", "suite", "split", "n", "seed")
+COMMON = ("vlm", "suite", "split", "seed")
 """What records that stand in one table agree in."""
 
 
@@ -24,7 +25,7 @@ def read_records(folders: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
     """The `metrics.json` of shipped modules, by folder name.
 
     Raises:
-        PruneZooError: One cannot be read, or they were measured on different items.
+        PruneZooError: One cannot be read, or they were measured on another model or suite.
     """
     records: dict[str, Mapping[str, Any]] = {}
     for folder in folders:
@@ -50,7 +51,8 @@ def summary_section(records: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         records: As :func:`read_records` gives them, at least one.
     """
-    first = next(iter(records.values()))
+    usual = Counter(record["n"] for record in records.values()).most_common(1)[0][0]  # questions
+    first = next(record for record in records.values() if record["n"] == usual)
     (full,) = (row for row in select(first, pruner=FULL, keep=ALL_TOKENS) if row["group"] == MEAN)
     (blind,) = (row for row in select(first, pruner=NONE, keep=NO_TOKENS) if row["group"] == MEAN)
     columns = [round(full["tokens"] * Fraction(share)) for share in SHARES]
@@ -59,9 +61,10 @@ def summary_section(records: Mapping[str, Mapping[str, Any]]) -> str:
     for folder, record in records.items():
         for method in methods_of(record):
             is_own = method == record["pruner"]
-            if not is_own and ("/" in method or "?" in method or is_diagnostic(method)):
+            if not is_own and ("/" in method or "?" in method or is_diagnostic(method) or record["n"] != usual):
                 continue  # another shipped module, which has a record of its own, or what is no rival
-            name = f"[`{folder}`](checkpoints/{folder}/README.md)" if is_own else display_name(method)
+            more = f", {record['n']:,} questions" if record["n"] != usual else ""
+            name = f"[`{folder}`](checkpoints/{folder}/README.md){more}" if is_own else display_name(method)
             line = (own if is_own else rivals).setdefault(name, [None] * len(columns))
             for row in select(record, pruner=method):
                 for place, tokens in enumerate(columns):
@@ -75,10 +78,10 @@ def summary_section(records: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [
         "",
         f"Mean retention over {len(first['groups'])} groups of questions: accuracy in % of the full model's, with 95 % "
-        f"bootstrap interval; {first['n']:,} questions of the {first['split']} split of `{first['suite']}`. With all "
-        f"{full['tokens']:.0f} tokens the model answers {100 * full['accuracy']:.1f} %, with none "
-        f"{100 * blind['accuracy']:.1f} %. Columns are by measured tokens, mean over the model's layers and the "
-        f"questions, within {100 * NEAR:.0f} %; – was not measured there.",
+        f"bootstrap interval; the first {usual:,} questions of the {first['split']} split of `{first['suite']}`, or "
+        f"as many as a line says. With all {full['tokens']:.0f} tokens the model answers "
+        f"{100 * full['accuracy']:.1f} %, with none {100 * blind['accuracy']:.1f} %. Columns are by measured "
+        f"tokens, mean over the model's layers and the questions, within {100 * NEAR:.0f} %; – was not measured there.",
         "",
     ]
     return "\n".join(lines)
