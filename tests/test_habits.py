@@ -41,6 +41,7 @@ def test_short_names_stand_for_what_ships(monkeypatch, tmp_path):
     [
         (lambda: find_pruner("pmm"), "no pruner is called 'pmm'; did you mean 'ppm'?"),
         (lambda: find_pruner("zzzz"), "no pruner is called 'zzzz'; there are: atp,"),
+        (lambda: find_vlm("tiny-lava"), "no model is called 'tiny-lava'; did you mean 'tiny-llava'?"),
         (lambda: find_config("ppm_tyni"), "no recipe is called 'ppm_tyni'; did you mean 'ppm_tiny'?"),
     ],
 )

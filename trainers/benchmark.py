@@ -31,6 +31,7 @@ from .evaluation.budgets import parse_budgets
 from .evaluation.loading import DTYPES
 from .evaluation.record import versions, write_record
 from .evaluation.tables import WIDE
+from .names import find_vlm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="`full` is measured always: attached with every token kept, it shows what attaching itself costs.",
     )
     made_up = ", ".join(RANDOM + name for name in SIZES)
-    p.add_argument("--vlm", required=True, help=f"local folder, Hub id, or made up with random weights: {made_up}")
+    p.add_argument("--vlm", required=True, help=f"folder, Hub id, tiny-llava, or with random weights: {made_up}")
     p.add_argument("--pruner", nargs="+", default=[], help=f"folders, Hub ids, names ({', '.join(list_pruners())})")
     p.add_argument("--keep", nargs="+", default=["1/3", "1/9"], help="tokens (64) or shares (1/9, 0.25)")
     p.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once")
@@ -83,6 +84,7 @@ def device_name(device: torch.device) -> str:
 def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
     """Measure, print, and write what was asked for; gives the record back. Ctrl-C prints what there is."""
     check(args)
+    args.vlm = find_vlm(args.vlm)
     picture = picture_size(args.picture)
     budgets = parse_budgets(args.keep)
     vlm, processor = load_model(args.vlm, args.device, args.dtype)

@@ -27,7 +27,7 @@ from .names import CHECKPOINTS, find_pruner, has_weights, methods_shipped
 REFERENCE = "ppm-tiny"
 """The shipped pruner in whose record the training-free methods were measured, all under one command."""
 SHARES = (1 / 3, 2 / 9, 1 / 9, 1 / 18)
-TOLERANCE = 0.005  # of a share, within which a measured budget stands in its column
+TOLERANCE = 0.05  # of a budget, within which measured tokens stand in its column
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def entries() -> list[Entry]:
 def result(entry: Entry, share: float, tokens: float) -> str:
     """Mean retention at a share of the tokens, or a dash."""
     for row in entry.rows:
-        if abs(row["tokens"] / tokens - share) < TOLERANCE:
+        if abs(row["tokens"] / tokens - share) <= TOLERANCE * share:
             return percent(row["retention"])
     return "–"
 

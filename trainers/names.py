@@ -60,11 +60,17 @@ def find_pruner(name: str) -> str:
 
 
 def find_vlm(name: str) -> str:
-    """The path of a shipped model; anything else stays as it is."""
-    folder = CHECKPOINTS / name
-    if "/" in name or Path(name).exists() or not folder.is_dir():
+    """The path of a shipped model; a path that is there, a Hub id and `random:…` stay as they are.
+
+    Raises:
+        PruneZooError: nothing is called so.
+    """
+    if "/" in name or ":" in name or Path(name).exists():
         return name
-    return shown(folder)
+    if not (CHECKPOINTS / name).is_dir():
+        models = [path.parent.name for path in CHECKPOINTS.glob("*/tokenizer.json")]
+        raise PruneZooError(f"no model is called '{name}'{near(name, models)}; a Hub id is written org/name")
+    return shown(CHECKPOINTS / name)
 
 
 def find_config(name: str) -> str:

@@ -1,9 +1,11 @@
-"""The parts of README.md that are made from measured files, between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+"""The parts of README.md and docs/choose.md that are made from measured files.
+
+They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
     python -m trainers.readme     write them anew
 
 No number and no "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes, `speed`
-from hub_cards/speed.json, which `make speed` writes, and `measured` from the records beside the shipped modules.
+from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the shipped modules.
 """
 
 import json
@@ -16,6 +18,7 @@ from modules.core.errors import PruneZooError
 from .benchmarking.tables import speed_section
 from .errors import command
 from .evaluation.summary import read_records, summary_section
+from .list import markdown
 from .support import support_section
 
 ROOT = Path(__file__).parent.parent
@@ -49,16 +52,20 @@ SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measur
 """What makes a section, by name."""
 
 
-def rendered(text: str) -> str:
-    """A README with all its sections made anew.
+PAGES = {README: SECTIONS, ROOT / "docs" / "choose.md": {"zoo": markdown}}
+"""The pages with such sections."""
+
+
+def rendered(text: str, page: Path = README) -> str:
+    """A page with all its sections made anew.
 
     Raises:
         PruneZooError: a section has no place in it, or what it is made from is not there.
     """
-    for name, render in SECTIONS.items():
+    for name, render in PAGES[page].items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         if begin not in text or end not in text:
-            raise PruneZooError(f"README.md: no place for '{name}': write '{begin.strip()}' and '{end}' there")
+            raise PruneZooError(f"{page.name}: no place for '{name}': write '{begin.strip()}' and '{end}' there")
         before, rest = text.split(begin, 1)
         text = before + begin + render() + rest[rest.index(end) :]
     return text
@@ -73,8 +80,9 @@ def _read(path: Path, target: str) -> Any:
 
 @command
 def main() -> int:
-    """Write README.md anew."""
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write them anew."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8"), page), encoding="utf-8")
     return 0
 
 
