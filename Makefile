@@ -3,6 +3,7 @@
 #   make test     all tests
 #   make quality  ruff and mypy       make style  reformat       make clean  remove what was generated
 #   make test-min the families of models with the oldest transformers that pyproject.toml allows, in .venv-min
+#   make test-extras  lmms-eval with prunezoo as its model, in .venv-extras
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
 #
@@ -20,6 +21,11 @@ STAMP := $(VENV)/.installed
 VENV_MIN := .venv-min
 PY_MIN := $(VENV_MIN)/bin/python
 STAMP_MIN := $(VENV_MIN)/.installed
+
+VENV_EXTRAS := .venv-extras
+PY_EXTRAS := $(VENV_EXTRAS)/bin/python
+STAMP_EXTRAS := $(VENV_EXTRAS)/.installed
+LMMS := lmms-eval==0.7.3
 # Those whose speed README shows, by registry name: the learned ones untrained, which changes nothing in it.
 TIMED := uniform divprune visionzip tome fastv ppm m3
 OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -27,7 +33,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min support speed quality style clean install
+.PHONY: demo test test-min test-extras support speed quality style clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -55,6 +61,20 @@ $(STAMP_MIN): pyproject.toml
 # Without conftest.py, which needs what training needs.
 test-min: $(STAMP_MIN)
 	@$(PY_MIN) -m pytest --noconftest tests/test_families*.py
+
+$(STAMP_EXTRAS): pyproject.toml
+	$(need-python)
+	@$(PY_EXTRAS) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_EXTRAS)
+	@echo "Installing lmms-eval into $(VENV_EXTRAS) (some minutes the first time) ..."
+	@$(PY_EXTRAS) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(LMMS)' pytest '.[eval,train]'
+	@# Its only build is for CUDA; beside a torch that is not, it breaks even the import of transformers' models.
+	@$(PY_EXTRAS) -m pip uninstall --quiet --yes torchvision timm
+	@touch $(STAMP_EXTRAS)
+
+# The library as installed from its wheel, whose entry point lmms-eval finds; installed anew, so that it is this one.
+test-extras: $(STAMP_EXTRAS)
+	@$(PY_EXTRAS) -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	@$(PY_EXTRAS) -m pytest --noconftest tests/extras
 
 support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.support $(PY_MIN) $(PY)

@@ -74,6 +74,7 @@ def test_every_command_on_a_page(page, clone, capsys):
 def test_most_is_run():
     """Of what the pages hold, that is: a page full of blocks that need something would prove nothing."""
     found = [(page, needs) for page in RUN for _, needs, _ in blocks(page)]
+    assert {needs for _, needs, _ in blocks("lmms_eval")} <= NEEDS  # which `make test-extras` shows
     assert sum(not needs for _, needs in found) >= 12
     assert {page for page, needs in found if not needs} == set(RUN) - {"faq"}
 
