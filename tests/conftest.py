@@ -181,16 +181,19 @@ class ExportOther(L.Callback):
 
 
 class SpoilAt(L.Callback):
-    """Makes a weight NaN for one forward pass, that of a step."""
+    """Makes one step go wrong: its loss is NaN, or a weight of the pruner is."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.old = step, None
+    def __init__(self, step: int, weight: bool = False) -> None:
+        self.step, self.weight, self.old = step, weight, None
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.weight:
             weight = next(pl_module.pruner.parameters())
             self.old = weight.detach().clone()
             weight.data.fill_(torch.nan)
+        elif trainer.global_step == self.step:
+            pl_module.rank_weight = torch.nan
 
     def on_exception(self, trainer, pl_module, exception):
-        next(pl_module.pruner.parameters()).data.copy_(self.old)
+        if self.old is not None:
+            next(pl_module.pruner.parameters()).data.copy_(self.old)

@@ -13,7 +13,7 @@ from modules import AutoPruner
 ROOT = Path(__file__).parent.parent
 STEPS, HALF = 20, 10
 DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-STRATEGIES = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=DEEPSPEED) for stage in (1, 2, 3))]
+STRATEGIES = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=DEEPSPEED) for stage in (1, 2, 3, "3_offload"))]
 # Sums of float32 in another order, 20 steps of AdamW long; a wrong share or average is off by parts of a hundred.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -111,6 +111,11 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,  # a run that was killed and goes on writes over what it had
         )
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write a checkpoint, unless that would wait for processes that know of no exception."""
+        if trainer.world_size == 1 or isinstance(exception, (SIGTERMException, StoppedTogether)):
+            super().on_exception(trainer, pl_module, exception)
+
 
 class GracefulStop(L.Callback):
     """On SIGTERM or SIGINT all processes finish the same batch, write their checkpoint and leave.
@@ -149,8 +154,12 @@ class GracefulStop(L.Callback):
         self._old = {}
 
 
+class StoppedTogether(PruneZooError):
+    """An error that all processes raise at the same place, so that they can still write a checkpoint together."""
+
+
 class StopAtNaN(L.Callback):
-    """Stops before a loss that is no finite number reaches the weights, and says which samples it came from.
+    """Stops before a loss that is no finite number reaches the weights, and says which samples a failure came from.
 
     All processes stop together; the checkpoint that is then written holds the weights of the step before, and goes on
     behind the batch.
@@ -160,25 +169,26 @@ class StopAtNaN(L.Callback):
         """Look at the loss.
 
         Raises:
-            PruneZooError: It is NaN or infinite in some process.
+            StoppedTogether: It is NaN or infinite in some process.
         """
-        bad = not bool(loss.isfinite())
-        if not trainer.strategy.reduce_boolean_decision(bad, all=False):
-            return
-        ids = getattr(trainer.datamodule, "batch_ids", [])  # type: ignore[attr-defined]
-        mine = {"loss": str(float(loss)), "ids": ids}
-        ranks: list[Any] = [mine]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-        path = Path(trainer.default_root_dir) / "nan_batch.json"
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": trainer.global_step, "processes": ranks}, indent=1) + "\n", "utf-8")
-        raise PruneZooError(
-            f"the loss of step {trainer.global_step} is not finite; the ids of its batch are in {path}. Look at these "
-            "samples, or lower model.lr; --ckpt_path=last goes on behind the batch"
-        )
+        if trainer.strategy.reduce_boolean_decision(not bool(loss.isfinite()), all=False):
+            raise StoppedTogether(
+                f"the loss of step {trainer.global_step} is not finite; the ids of its batch are in "
+                f"{self.path(trainer)}. Look at these samples, or lower model.lr; --ckpt_path=last goes on behind them"
+            )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write down the samples of this process' batch, whatever went wrong with them."""
+        ids = getattr(trainer.datamodule, "batch_ids", None)  # type: ignore[attr-defined]
+        if ids and isinstance(exception, Exception) and not isinstance(exception, SIGTERMException):
+            said = {"step": trainer.global_step, "error": str(exception), "ids": ids}
+            self.path(trainer).parent.mkdir(parents=True, exist_ok=True)
+            self.path(trainer).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def path(trainer: L.Trainer) -> Path:
+        """The file of this process."""
+        return Path(trainer.default_root_dir) / f"failed_batch_{trainer.global_rank}.json"
 
 
 class Progress(RichProgressBar):
