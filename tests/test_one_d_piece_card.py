@@ -11,7 +11,10 @@ from PIL import Image
 
 from modules import OneDPiece
 from trainers import codec
+from trainers.cards import weights_digest
 from trainers.compression.card import falls, render_card, sample_squares, verdicts
+from trainers.compression.measure import shown_lengths
+from trainers.data.photographs import to_tensor
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "one-d-piece-tiny"
 SIZES: dict = {"image_size": 48, "patch": 16, "tokens": 24, "width": 32, "heads": 2, "head": "pixels"}
@@ -94,3 +97,18 @@ def test_the_squares_that_a_card_shows_are_four_different_ones():
     squares = sample_squares(32)
     assert len(squares) == 4 == len({square.tobytes() for square in squares})
     assert {square.size for square in squares} == {(32, 32)}
+
+
+def test_the_shipped_card_says_what_its_records_say():
+    metrics = json.loads((SHIPPED / "metrics.json").read_text(encoding="utf-8"))
+    assert weights_digest(SHIPPED) == metrics["speed"]["weights"] == next(iter(metrics["quality"]["weights"].values()))
+    assert str(render_card(SHIPPED, metrics)) == (SHIPPED / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_shipped_tokenizer_paints_better_from_more_tokens():
+    tokenizer = OneDPiece.from_pretrained(SHIPPED).float()
+    images = torch.stack([to_tensor(square) for square in sample_squares(tokenizer.config.image_size)])
+    codes = tokenizer.encode(images)
+    errors = [float((tokenizer.decode(codes[:, :k]) - images).square().mean()) for k in shown_lengths(tokenizer)]
+    plain = float((images - images.mean((2, 3), keepdim=True)).square().mean())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * plain
