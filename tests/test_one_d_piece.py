@@ -22,7 +22,7 @@ from modules.tokenizers.quantizer import Quantizer
 from trainers import codec, convert, unpickle
 from trainers.compression.quality import quality
 from trainers.compression.rivals import attempts, best_within
-from trainers.data.photographs import PhotographDataModule, photographs
+from trainers.data.photographs import PhotographDataModule, photographs, spread
 from trainers.fit import main as fit
 from trainers.losses import laplacian_l1
 from trainers.tokenizer import TokenizerModule, draw_length
@@ -434,6 +434,12 @@ def test_the_splits_are_disjoint_and_go_by_content(folder, tmp_path):
     assert [path.name for path in photographs(tmp_path, "test")] == ["renamed.png"]
     with pytest.raises(PruneZooError, match="no readable picture of the train split"):
         photographs(tmp_path, "train")
+
+
+def test_a_limit_takes_photographs_evenly():
+    paths = [Path(str(number)) for number in range(10)]
+    assert [path.name for path in spread(paths, 4)] == ["0", "2", "5", "7"]
+    assert spread(paths, 99) == paths
 
 
 def test_broken_pictures_are_counted_and_left_out(folder, tmp_path, caplog):

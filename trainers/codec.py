@@ -42,7 +42,7 @@ from .compression.measure import (
 from .compression.quality import METRICS
 from .compression.rivals import RIVALS
 from .compression.speed import measure_speed
-from .data.photographs import Photographs, photographs
+from .data.photographs import Photographs, photographs, spread
 from .data.suite import SPLITS
 from .errors import command
 from .evaluation.record import versions, write_record
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--tokenizer", nargs="+", required=True, help="folders or Hub ids; the first is drawn")
     measure.add_argument("--images", type=Path, required=True, help="folder of photographs")
     measure.add_argument("--split", choices=SPLITS, default="test")
-    measure.add_argument("--limit", type=int, default=256, help="photographs")
+    measure.add_argument("--limit", type=int, default=256, help="photographs, evenly over the folder")
     measure.add_argument("--length", nargs="+", type=int, help=f"tokens; by default {' '.join(map(str, LENGTHS))}")
     measure.add_argument("--json", type=Path, help="write all numbers here")
     measure.add_argument("--report", type=Path, help="write curves and pictures into this folder")
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     first = next(iter(tokenizers.values()))
     if len({t.config.image_size for t in tokenizers.values()}) > 1:
         raise PruneZooError("tokenizers of different image_size cannot be measured together")
-    paths = photographs(args.images, args.split)[: args.limit]
+    paths = spread(photographs(args.images, args.split), args.limit)
     pictures = Photographs(paths, first.config.image_size)
     lengths = args.length or [length for length in LENGTHS if length <= first.config.tokens]
     for length in lengths:

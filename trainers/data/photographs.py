@@ -80,7 +80,7 @@ class PhotographDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read every picture once."""
         self.train_set = Photographs(photographs(self.images, "train"), self.size)
-        held_out = photographs(self.images, "validation")[: self.validation_items]
+        held_out = spread(photographs(self.images, "validation"), self.validation_items)
         self.validation_set = Photographs(held_out, self.size)
 
     def train_dataloader(self) -> DataLoader:
@@ -122,6 +122,12 @@ def photographs(folder: str | Path, split: str) -> list[Path]:
     if not found:
         raise PruneZooError(f"{folder}: no readable picture of the {split} split ({', '.join(sorted(SUFFIXES))})")
     return found
+
+
+def spread(paths: Sequence[Path], limit: int) -> list[Path]:
+    """At most ``limit`` of them, evenly over their order, so that no folder is left out."""
+    count = min(limit, len(paths))
+    return [paths[i * len(paths) // count] for i in range(count)]
 
 
 @lru_cache(maxsize=4)
