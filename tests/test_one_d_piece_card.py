@@ -12,7 +12,7 @@ from PIL import Image
 from modules import OneDPiece
 from trainers import codec
 from trainers.cards import weights_digest
-from trainers.compression.card import falls, render_card, sample_squares, verdicts
+from trainers.compression.card import falls, render_card, sample_squares, tally, verdicts
 from trainers.compression.measure import shown_lengths
 from trainers.data.photographs import to_tensor
 
@@ -59,6 +59,7 @@ def test_the_card_says_what_was_measured(measured):
     assert f"| 24 | {row['bytes']} | {row['psnr']:.2f} | {row['ssim']:.3f} |" in card.text
     assert "Trained and measured on squares of noise." in card.text
     assert "### Beside `other`" in card.text and "30 steps of" in card.text
+    assert "By PSNR the difference is between " in card.text
     assert "How it was trained was not recorded." in card.text
     assert "| jpeg | 30 | 0 % | – | – | – | – |" in card.text
     assert str(render_card(folder, metrics)) == (folder / "README.md").read_text()
@@ -89,8 +90,11 @@ def test_verdicts_and_falls_are_read_off_the_figures():
         {"rival": "webp", "metric": "psnr", "bytes": size, "ci": ci}
         for size, ci in ((10, [0.1, 0.2]), (20, [-0.1, 0.1]), (30, [-0.3, -0.1]), (40, [-0.4, -0.1]))
     ]
-    first = verdicts({"paired": pairs}, "webp")[0]
+    record = {"paired": pairs}
+    first = verdicts(record, "webp")[0]
     assert first == {"title": "PSNR", "tokenizer": "10", "neither": "20", "rival": "30, 40"}
+    assert tally(record, "webp").endswith("from 10 bytes on; of the 4 comparisons there it wins 2, this tokenizer 1.")
+    assert "at none of these sizes" in tally(record, "jpeg")
 
 
 def test_the_squares_that_a_card_shows_are_four_different_ones():

@@ -106,10 +106,12 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
             falls=falls(quality, name),
             rivals={rival: pair_table(quality, name, rival) for rival in RIVALS},
             verdicts={rival: verdicts(quality, rival) for rival in RIVALS},
+            tallies=[tally(quality, rival) for rival in RIVALS],
             others=[
                 {
                     "name": Path(other).name,
                     "trained": quality["trained"][other],
+                    "furthest": furthest(quality, other),
                     "lines": pair_table(quality, name, other),
                 }
                 for other in others
@@ -163,6 +165,27 @@ def verdicts(quality: Mapping[str, Any], rival: str) -> list[dict[str, str]]:
                 sizes["tokenizer" if low > 0 else "rival" if high < 0 else "neither"].append(str(pair["bytes"]))
         lines.append({"title": title.split(",")[0], **{who: ", ".join(at) or "–" for who, at in sizes.items()}})
     return lines
+
+
+def tally(quality: Mapping[str, Any], rival: str) -> str:
+    """In words: from which size on the rival has a file of every photograph, and how often who is surely better."""
+    cis = [pair["ci"] for pair in quality["paired"] if pair["rival"] == rival]
+    if not cis:
+        return f"`{rival}` has a file of every photograph at none of these sizes."
+    least = min(pair["bytes"] for pair in quality["paired"] if pair["rival"] == rival)
+    lost, won = sum(high < 0 for _, high in cis), sum(low > 0 for low, _ in cis)
+    return (
+        f"`{rival}` has a file of every photograph from {least} bytes on; of the {len(cis)} comparisons there it wins "
+        f"{lost}, this tokenizer {won}."
+    )
+
+
+def furthest(quality: Mapping[str, Any], other: str) -> str:
+    """In words: where this tokenizer is furthest above another, and below it, by PSNR."""
+    pairs = [pair for pair in quality["paired"] if pair["rival"] == other and pair["metric"] == "psnr"]
+    ends = (max(pairs, key=lambda pair: pair["difference"]), min(pairs, key=lambda pair: pair["difference"]))
+    high, low = (f"{signed(pair, 'psnr')} dB at {pair['tokens']} tokens" for pair in ends)
+    return f"By PSNR the difference is between {low} and {high}."
 
 
 def rows_of(quality: Mapping[str, Any], codec: str) -> Sequence[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -27,7 +28,9 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
             points = [(r["bytes"], r[metric]) for r in record["rows"] if r["codec"] == codec and r[metric] is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=Path(codec).name)
-        panel.set(xscale="log", xlabel="bytes of the file", title=title)
+        panel.set(xlabel="bytes of the file", title=title)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
