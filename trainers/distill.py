@@ -18,7 +18,7 @@ from modules.core.errors import PruneZooError
 from modules.host import Encoded, encode, full_forward, gated_forward
 
 from .data.modules import GROUPS, TEACHER
-from .frozen import Dtype, FrozenModule
+from .frozen import Dtype, FrozenModule, recompute_layers
 from .guides import attention_guide, relevance
 from .losses import (
     answer_slots,
@@ -53,6 +53,8 @@ class DistillModule(FrozenModule):
         kl_weight: Weight of KL(full model ‖ pruned) at the answer slots, second stage.
         answer_weight: Weight of the cross-entropy on the reference answer, second stage.
         hidden_weight: Weight of the match of hidden states at the answer slots, second stage.
+        recompute: Keep only what enters each layer of the model, and compute the rest anew in the backward pass: less
+            memory, more time.
         hidden_layers: Which hidden states that is, 0 for the embeddings, i for those behind decoder layer i.
         temperature: Of the soft gates, in units of the score.
         keep: Shares of the tokens, least and most; each sample's budget is drawn between them, even on a log scale.
@@ -78,6 +80,7 @@ class DistillModule(FrozenModule):
         answer_weight: float = 0.0,
         hidden_weight: float = 0.0,
         hidden_layers: tuple[int, ...] = (),
+        recompute: bool = False,
         temperature: float = 1.0,
         keep: tuple[float, float] = (0.03, 0.35),
         lr: float = 1e-3,
@@ -100,6 +103,8 @@ class DistillModule(FrozenModule):
         self.guide, self.guide_layer, self.guide_loss = guide, guide_layer, GUIDE_LOSSES[guide_loss]
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
+        if recompute:
+            recompute_layers(self.vlm)
         self.hidden_weight, self.hidden_layers = hidden_weight, tuple(hidden_layers) if hidden_weight > 0 else ()
         self.keep = keep
 

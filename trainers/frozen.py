@@ -4,6 +4,7 @@ Letters: B images (one a sample), S answer slots of the batch, V vocabulary, G g
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.core.base_model import BaseModel
 from modules.core.contract import Pruner
@@ -180,3 +183,15 @@ def load_frozen(vlm: str, dtype: str) -> Any:
             f"cannot load a vision-language model from '{vlm}' ({reason}); give a folder or Hub id"
         ) from None
     return model.eval().requires_grad_(False)
+
+
+def recompute_layers(vlm: Any) -> None:
+    """Let every decoder layer keep only what enters it, and compute the rest anew in the backward pass.
+
+    Less memory, at the price of one more forward pass. `transformers` does so only in training mode, which the frozen
+    model must not enter; so only the layers themselves are told to train, none of what is in them.
+    """
+    for part in vlm.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            part.training = part.gradient_checkpointing = True
+            part._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -126,7 +126,8 @@ def plan(job: Job, tflops: float, items: int | None) -> dict[str, Any]:
     """All numbers."""
     weights, trained = count_weights(job.config), pruner_size(job.recipe)
     text = job.config.get_text_config()
-    passes = simulate(text, job.dtype, job.batch, job.tokens, job.recipe.trainer.precision == "bf16-mixed")
+    autocast = job.recipe.trainer.precision == "bf16-mixed"
+    passes = simulate(text, job.dtype, job.batch, job.tokens, autocast, recompute=job.model.recompute)
     vision = job.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     first, second, cached = step_flops(job, passes, vision_flops(weights, patches))
@@ -163,7 +164,8 @@ def show(job: Job, found: dict[str, Any], args: argparse.Namespace, source: str,
     console.print(table)
     if total > args.memory * GIB:
         console.print(
-            f"more than the {args.memory} GiB of a GPU: take a smaller data.batch_size, zero3 or fsdp2, or more GPUs"
+            f"more than the {args.memory} GiB of a GPU: take model.recompute=true, a smaller data.batch_size, zero3 or "
+            "fsdp2, or more GPUs"
         )
     work = Table(title="work")
     work.add_column("")

@@ -39,6 +39,7 @@ from .data.modules import TEACHER
 from .distill import DistillModule
 from .errors import command
 from .evaluation.record import versions, write_record
+from .frozen import recompute_layers
 from .losses import answer_slots
 
 ANSWER = 8
@@ -138,17 +139,15 @@ def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "labels": labels}
 
 
-def train(module: DistillModule, batch: dict[str, Any], bare: Bare, steps: int) -> Turns:
-    """A short training; the first step, and floor, only warm up."""
-    turns = Turns(bare, clock_of(bare.vlm.device))
+def train(module: DistillModule, batch: dict[str, Any], steps: int, *callbacks: L.Callback) -> None:
+    """A short training."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            max_steps=steps, accelerator="gpu" if bare.vlm.device.type == "cuda" else "cpu", devices=1,
-            callbacks=[GracefulStop(), StopAtNaN(), SeedSteps(), turns], default_root_dir=folder, logger=False,
+            max_steps=steps, accelerator="gpu" if module.vlm.device.type == "cuda" else "cpu", devices=1,
+            callbacks=[GracefulStop(), StopAtNaN(), SeedSteps(), *callbacks], default_root_dir=folder, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
         )  # fmt: skip
         trainer.fit(module, datamodule=OneBatch(batch, steps))
-    return turns
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,9 +161,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         dtype = str(vlm.dtype).removeprefix("torch.")
         module = DistillModule(folder, pruner, vlm_dtype=dtype, guide_share=0.0, guide_weight=0.0)  # type: ignore[arg-type]
     module.__dict__["vlm"] = vlm  # one model is enough
-    live = train(module, batch, bare, args.repeats + 1)
-    answers = {TEACHER: keep_top(bare.teacher(), 64)}
-    cached = train(module, {**batch, **answers}, bare, args.repeats + 1)
+    live, cached = (Turns(bare, clock_of(vlm.device)) for _ in range(2))  # the first step, and floor, only warm up
+    train(module, batch, args.repeats + 1, live)
+    train(module, {**batch, TEACHER: keep_top(bare.teacher(), 64)}, args.repeats + 1, cached)
+    peaks = {"floor": peak_memory(vlm.device, bare), "step": peak_memory(vlm.device, lambda: train(module, batch, 1))}
+    recompute_layers(vlm)
+    peaks["step with model.recompute"] = peak_memory(vlm.device, lambda: train(module, batch, 1))
     floor = median([*live.floors[1:], *cached.floors[1:]])
     live_ratios = [step / under for step, under in zip(live.steps[1:], live.floors[1:], strict=True)]
     cached_ratios = [step / under for step, under in zip(cached.steps[1:], cached.floors[1:], strict=True)]
@@ -176,7 +178,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "spread": [min(live_ratios), max(live_ratios), min(cached_ratios), max(cached_ratios)],
         "tokens": batch["input_ids"].shape[1],
         "pruner_parameters": sum(p.numel() for p in pruner.parameters()),
-        "floor_peak_bytes": peak_memory(vlm.device, bare),
+        "peak_bytes": peaks,
         "weights_bytes": weights_size(vlm),
         "device": device_name(vlm.device),
         "dtype": dtype,
@@ -199,10 +201,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, f"{floor * found[key]:.2f}", f"{found[key]:.3f}", f"{least:.3f}–{most:.3f}")
     console.print(table)
     console.print(f"with the cache: {found['cached_over_step']:.3f} of the step without it")
-    console.print(
-        f"floor at its peak: {found['floor_peak_bytes'] / 2**20:.0f} MiB over {found['weights_bytes'] / 2**20:.0f} MiB "
-        "of weights"
-    )
+    peaks = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in found["peak_bytes"].items())
+    console.print(f"memory at its peak, over {found['weights_bytes'] / 2**20:.0f} MiB of weights: {peaks}")
 
 
 @command

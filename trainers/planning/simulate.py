@@ -77,7 +77,15 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-def simulate(text: Any, dtype: torch.dtype, batch: int, tokens: int, autocast: bool, fused: bool = True) -> Pass:
+def simulate(
+    text: Any,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    autocast: bool,
+    fused: bool = True,
+    recompute: bool = False,
+) -> Pass:
     """Student's and teacher's passes.
 
     Args:
@@ -88,6 +96,7 @@ def simulate(text: Any, dtype: torch.dtype, batch: int, tokens: int, autocast: b
         autocast: Whether the training runs under bfloat16 autocast.
         fused: Whether attention can be differentiated by its mask, in which soft gates stand, without keeping all its
             weights: GPUs have such a kernel, CPUs have none.
+        recompute: Whether layers keep only what enters them.
     """
     passes = []
     for depth in SHALLOW:
@@ -96,7 +105,14 @@ def simulate(text: Any, dtype: torch.dtype, batch: int, tokens: int, autocast: b
         if getattr(shallow, "layer_types", None):
             shallow.layer_types = shallow.layer_types[:depth]
         passes.append(run(shallow, dtype, batch, tokens, autocast, fused))
-    return passes[0].deeper(passes[1], text.num_hidden_layers)
+    depth = text.num_hidden_layers
+    if not recompute:
+        return passes[0].deeper(passes[1], depth)
+    one = passes[0].deeper(passes[1], 1)  # all of it is there for one layer at a time
+    whole = passes[0].deeper(passes[1], depth)
+    entering = depth * batch * tokens * text.hidden_size * dtype.itemsize
+    backward = whole.backward_flops + whole.forward_flops
+    return Pass(one.student_bytes + entering, whole.teacher_bytes, whole.forward_flops, backward)
 
 
 def run(text: Any, dtype: torch.dtype, batch: int, tokens: int, autocast: bool, fused: bool = True) -> Pass:
