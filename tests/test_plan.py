@@ -1,5 +1,6 @@
 """Plans, against what really happens: memory at its peak, operations, parameters."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import make_image
 
 from modules import PruneZooError, build_pruner, encode
 from modules.host import gated_forward
-from trainers import plan
+from trainers import plan, step_cost
 from trainers.benchmarking.flops import counted_flops
 from trainers.benchmarking.memory import peak_memory
 from trainers.benchmarking.models import Request, load_model
@@ -179,3 +180,15 @@ def test_an_unknown_model_names_those_that_are_known(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(PruneZooError, match=r"llava-hf/llava-1\.5-7b-hf"):
         load_config("/nowhere")
+
+
+def test_the_cost_of_a_step_is_measured_beside_its_floor(tiny_llava_folder, tmp_path, capsys):
+    """That it runs and says all it should; times are not for tests."""
+    step_cost.main(
+        [f"--vlm={tiny_llava_folder}", "--length=10", "--hidden=16", "--repeats=1", f"--json={tmp_path / 'x'}"]
+    )
+    found = json.loads((tmp_path / "x").read_text())
+    assert found["step_over_floor"] > 0 and found["cached_over_step"] > 0 and found["tokens"] == 46
+    peaks = found["peak_bytes"]
+    assert 0 < peaks["step with model.recompute"] < peaks["step"] and peaks["floor"] > 0
+    assert "with the cache" in capsys.readouterr().out
