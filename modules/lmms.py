@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .core.errors import PruneZooError
+from .core.hub import DTYPES
 from .core.registry import load_pruner
 from .host import attach
 from .host.prompt import Positions
@@ -84,10 +85,10 @@ class PruneZooModel(lmms):
         if unknown:
             raise PruneZooError(f"--model_args: unknown {', '.join(sorted(unknown))}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"), None)
-        if not isinstance(kind, torch.dtype):
-            raise PruneZooError(f"dtype={dtype}: write float32, bfloat16 or float16")
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=kind)
+        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+        if dtype not in DTYPES:
+            raise PruneZooError(f"dtype={dtype}: write {', '.join(DTYPES)}")
+        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=DTYPES[dtype])
         self.vlm: Any = model.to(device).eval().requires_grad_(False)
         self.processor: Any = AutoProcessor.from_pretrained(pretrained)
         self.pruner = load_pruner(pruner, revision, vlm=self.vlm)
