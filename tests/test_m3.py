@@ -18,7 +18,7 @@ from test_publish import record_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modules import AutoPruner, PruneInputs, PruneZooError, attach, encode, load_pruner
-from modules.core import hub
+from modules.core import source
 from modules.host.run import run_pruned
 from modules.learned.m3 import M3
 from modules.training_free.pool import PoolPruner
@@ -215,7 +215,7 @@ def test_the_hub_is_asked_for_every_file(tiny_llava, tmp_path, monkeypatch):
         asked.add(filename)
         return str(folder / filename)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(source, "hf_hub_download", download)
     assert len(AutoPruner.from_pretrained("org/m3").lora.weights) == 28
     assert asked == {"config.json", "model.safetensors", *(f"lora/{name}" for name in LORA_FILES)}
 

@@ -29,8 +29,9 @@ from rich.table import Table
 
 from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
-from modules.core.hub import CONFIG_FILE, Source, file_names, read_method
+from modules.core.hub import CONFIG_FILE, file_names, read_method
 from modules.core.registry import load_pruner
+from modules.core.source import Source
 
 from .cards import (
     CARD_FILE,

@@ -186,9 +186,10 @@ class Configured(nn.Module):
         Args:
             source: A folder written by :meth:`save_pretrained`, or a Hub id.
             revision: Branch, tag or commit, for a Hub id.
-            options: The other fields of :class:`hub.Source`: ``cache_dir``, ``token``, ``local_files_only``, …
+            options: The other fields of :class:`source.Source`: ``cache_dir``, ``token``, ``local_files_only``, …
         """
-        from .hub import Source, load
+        from .hub import load
+        from .source import Source
 
         return load(cls, Source(source, revision, **options))
 

@@ -10,7 +10,6 @@ config that asks for more than the file holds costs nothing.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,22 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from .base_model import BaseModel
 from .errors import PruneZooError
+from .files import read_header, read_json, read_tensors
+from .source import Source
 
 if TYPE_CHECKING:
     from .contract import Configured
@@ -58,7 +50,6 @@ HEADER_DTYPES = {
     "BOOL": torch.bool,
 }
 """Types of tensors, as the header of a safetensors file names them."""
-MOST_CONFIG_BYTES = 1 << 20
 
 P = TypeVar("P", bound="Configured")
 
@@ -78,72 +69,6 @@ class Part(nn.Module):
     def load(self, folder: Path) -> None:
         """Read them, strictly: PruneZooError for what is missing, misshapen or NaN."""
         raise NotImplementedError
-
-
-class Source:
-    """A folder, or a repository of the Hub, of which all files are read at one commit.
-
-    Args:
-        name: Folder, or Hub id such as ``org/name``.
-        revision: Branch, tag or commit of a Hub id; by default its main branch.
-        cache_dir: Where downloads are kept; by default where all Hugging Face libraries keep them.
-        token: For a private or gated repository; True: the one of ``hf auth login``, False: none.
-        local_files_only: Take what was downloaded before and ask nobody; HF_HUB_OFFLINE=1 does the same.
-        force_download: Download even what is in the cache.
-    """
-
-    def __init__(
-        self,
-        name: str | Path,
-        revision: str | None = None,
-        *,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> None:
-        self.name, self.revision = name, revision
-        self.options: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-
-    def file(self, filename: str) -> Path:
-        """The local path of one file, downloaded where needed.
-
-        Raises:
-            PruneZooError: There is no such folder, repository, revision or file, or the Hub cannot be reached.
-        """
-        name, folder = self.name, Path(self.name)
-        if folder.is_dir():
-            if not (folder / filename).is_file():
-                raise PruneZooError(f"{folder}: {filename} is missing; give a folder written by save_pretrained")
-            return folder / filename
-        if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise PruneZooError(f"'{name}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'")
-        try:
-            path = Path(
-                hf_hub_download(name, filename, revision=self.revision, library_name="prunezoo", **self.options)
-            )
-        except LocalEntryNotFoundError as error:
-            offline = constants.HF_HUB_OFFLINE or self.options["local_files_only"]
-            why = "only the cache may be asked" if offline else "the Hub cannot be reached"
-            raise PruneZooError(f"'{name}' is no folder here, {filename} is not in the cache, and {why}") from error
-        except RevisionNotFoundError as error:
-            raise PruneZooError(f"the Hub repository '{name}' has no revision '{self.revision}'") from error
-        except EntryNotFoundError as error:
-            raise PruneZooError(f"{filename} is missing in the Hub repository '{name}'; is it a pruner?") from error
-        except GatedRepoError as error:
-            raise PruneZooError(f"'{name}' is gated: ask for access on its page, then `hf auth login`") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise PruneZooError(f"'{name}' is neither a folder here nor a Hub repository that you can read") from error
-        except Exception as error:  # whatever the network stack raises: the user needs the name and one line
-            raise PruneZooError(f"cannot download {filename} of '{name}': {str(error).splitlines()[0]}") from error
-        # in the cache a file lies under its commit, where all others must come from too, though a push came between
-        self.revision = path.parents[filename.count("/")].name
-        return path
 
 
 def parts_of(module: "Configured") -> dict[str, Part]:
@@ -214,13 +139,6 @@ def file_names(module: "Configured") -> tuple[str, ...]:
 def read_method(source: Source) -> str:
     """The method that a folder or a Hub repository was saved from."""
     return str(_read_config(source.file(CONFIG_FILE))["method"])
-
-
-def read_base_model(source: Source) -> BaseModel | None:
-    """The model that it was trained for; None where for none in particular."""
-    path = source.file(CONFIG_FILE)
-    stored = _read_config(path)
-    return BaseModel.from_dict(stored[BASE_MODEL], where=f"{path}: ") if BASE_MODEL in stored else None
 
 
 def load(cls: type[P], source: Source) -> P:
@@ -302,48 +220,6 @@ def _own_state(module: "Configured") -> dict[str, Tensor]:
     """The state of a module without its parts'."""
     parts = tuple(f"{name}." for name in parts_of(module))
     return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(parts)}
-
-
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each tensor of a safetensors file, without reading them; PruneZooError if it is none."""
-    with _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        PruneZooError: It cannot be read, or a tensor holds NaN.
-    """
-    with _open(path) as file:
-        # cloned: what is mapped from a file changes with it
-        stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    for name, tensor in stored.items():
-        if bool(tensor.isnan().any()):
-            raise PruneZooError(f"{path}: tensor '{name}' holds NaN; train or download it again")
-    return stored
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
-
-
-def read_json(path: Path) -> Any:
-    """A small JSON file; PruneZooError if it is none."""
-    try:
-        if path.stat().st_size <= MOST_CONFIG_BYTES:
-            return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
-    raise PruneZooError(f"{path}: larger than any config; download it again")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from .base_model import check_base_model
 from .contract import Pruner, PrunerConfig
 from .errors import PruneZooError
-from .hub import Source, load, read_method
+from .hub import load, read_method
 from .signals import parse_signal
+from .source import Source
 
 METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
 _PRUNERS: dict[str, type[Pruner]] = {}
@@ -87,7 +88,7 @@ def load_pruner(
             it `attach` does.
         any_model: Forget which model it was trained for, so that it goes with any that its widths allow.
         options: For a Hub id, as `transformers` takes them: ``cache_dir``, ``token``, ``local_files_only``,
-            ``force_download``; see :class:`hub.Source`.
+            ``force_download``; see :class:`source.Source`.
 
     Raises:
         PruneZooError: Nothing of that name, what is there is not whole, or it is of another model than ``vlm``.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import PruneZooError
-from ..core.hub import Part, read_json, read_tensors
+from ..core.files import read_json, read_tensors
+from ..core.hub import Part
 from .families import find_family
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import PruneZooError
-from ..core.hub import read_tensors
+from ..core.files import read_tensors
 from .one_d_piece import OneDPiece
 
 HEAD_WIDTH = 64  # channels of an attention head, in all published sizes
