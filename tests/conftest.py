@@ -158,11 +158,30 @@ class StopAt(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def local(weight):
+    """Elements of a parameter that are in this process."""
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).numel()
+
+
 class Losses(L.Callback):
-    """Writes the loss of every step and process: a line each, of its number and the loss in full."""
+    """Writes the loss of every step and process, a line each, of its number and the loss in full; and in `share.RANK`
+    how many of the frozen model's parameters a process keeps, and how many of them any optimizer has.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+
+    def on_train_start(self, trainer, pl_module):
+        weights = list(pl_module.vlm.parameters())
+        kept = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else local(weight) for weight in weights)
+        known = {id(weight) for weight in pl_module.parameters()} | {
+            id(weight)
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for weight in group["params"]
+        }
+        trained = sum(id(weight) in known for weight in weights)
+        (self.folder / f"share.{trainer.global_rank}").write_text(f"{kept} {trained}")
 
     def on_before_backward(self, trainer, pl_module, loss):
         with (self.folder / f"losses.{trainer.global_rank}").open("a") as file:

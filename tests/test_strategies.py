@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 STEPS, HALF = 20, 10
 DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 STRATEGIES = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=DEEPSPEED) for stage in (1, 2, 3, "3_offload"))]
+SHARED = ("fsdp2", "zero3", "zero3_offload")
 # Sums of float32 in another order, 20 steps of AdamW long; a wrong share or average is off by parts of a hundred.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -95,6 +96,16 @@ def test_two_processes_train_as_one_does(strategy, single, spread):
     ours, theirs = losses(out), losses(single)
     assert len(ours) == len(theirs) == STEPS and (theirs[0] - theirs[HALF - 1]).abs() > 0.1, "nothing was learnt"
     torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_frozen_model_is_shared_out_where_parameters_are_and_never_trained(strategy, single, spread):
+    """Halves may be filled up to be equal."""
+    shares = [[int(word) for word in path.read_text().split()] for path in sorted(spread(strategy).glob("share.*"))]
+    ((whole, _),) = [[int(word) for word in path.read_text().split()] for path in single.glob("share.*")]
+    assert len(shares) == 2 and [trained for _, trained in shares] == [0, 0]
+    for kept, _ in shares:
+        assert kept == pytest.approx(whole / 2, rel=0.01) if strategy in SHARED else kept == whole
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
