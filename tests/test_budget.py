@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,9 @@ def test_the_recipe_goes_from_rewards_to_a_folder_that_sets_budgets(fit, tmp_pat
     values = [float(row["train/value"]) for row in rows if row["train/value"]]
     assert values[-1] < values[0]
     assert {"train/reward", "train/entropy", "train/information", "train/price"} <= set(rows[0])
+    share, price = ([float(row[f"train/{name}"]) for row in rows if row["train/share"]] for name in ("share", "price"))
+    risen = [after > before for before, after in pairwise(price)]
+    assert risen == [mean > 0.2 for mean in share[1:]]  # the dual ascent: dearer where more is spent than wanted
     validated = next(row for row in rows if row["val/tokens_auto"])
     histogram = [float(value) for name, value in validated.items() if name.startswith("val/reading_at_") and value]
     assert len(histogram) == 6 and sum(histogram) == pytest.approx(1)

@@ -13,6 +13,8 @@ from conftest import make_image
 from modules import PruneZooError, attach, build_pruner, encode, load_pruner, pruned_forward
 from modules.core.contract import PruneOutput
 from modules.core.plan import mask_to_index
+from modules.core.subsets import subset_mask
+from trainers.distill import DistillModule
 from trainers.fit import main
 from trainers.policy_gradient import PolicyModule, distinct_share
 from trainers.warm_start import start_from
@@ -112,6 +114,28 @@ def test_the_reward_is_what_the_really_pruned_model_says(module, tiny_llava):
                 kl = (teacher.exp() * (teacher - ours)).sum(-1).mean()
                 assert kl > 1e-3
                 torch.testing.assert_close(reward[draw, sample], 0.5 * likelihood - 2.0 * kl, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_counts_by_how_much_the_choice_decides(module, tiny_llava):
+    """The advantage is the reward against its group's, in units of the group's spread and a floor."""
+    module.total_steps = 1
+    batch = labelled(tiny_llava)
+    rollout = module.roll_out(dict(batch))
+    with torch.no_grad():
+        reward = module.reward(encode(module.vlm, batch), subset_mask(rollout.order, rollout.drawn))
+    spread = reward.std(0)
+    assert spread.min() > 1e-3
+    torch.testing.assert_close(rollout.advantage, (reward - reward.mean(0)) / (spread + 0.2))
+    with pytest.raises(PruneZooError, match="spread_floor must be above 0"):
+        PolicyModule(str(tiny_llava.folder), module.pruner, "unused", spread_floor=0.0)
+
+
+def test_distillation_starts_from_a_trained_ppm(world, tiny_llava):
+    trained, fresh = load_pruner(world / "ppm"), build_pruner("ppm", **PPM)
+    name, weight = next(iter(trained.state_dict().items()))
+    assert not torch.equal(weight, fresh.state_dict()[name])
+    started = DistillModule(str(tiny_llava.folder), fresh, "float32", warm_start=str(world / "ppm")).pruner
+    assert all(torch.equal(weight, started.state_dict()[name]) for name, weight in trained.state_dict().items())
 
 
 def test_updates_make_better_subsets_likelier(fit, tmp_path, world, tiny_llava):

@@ -179,7 +179,7 @@ class BudgetModule(FrozenModule):
         values, groups = [], []
         needs = encode_needs(self.pruner)
         for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            batch = self.on_after_batch_transfer(self.trainer.strategy.batch_to_device(batch, self.device), 0)
             groups += [self.groups.index(group) for group in batch.pop(GROUPS)]
             values.append(self.pruner.values(encode(self.vlm, batch, needs).inputs))
         return torch.cat(values), torch.tensor(groups, device=self.device)

@@ -120,6 +120,8 @@ class FrozenModule(L.LightningModule):
 
     def evenly(self, mean: Tensor, count: int) -> Tensor:
         """A mean over ``count`` things of this process, such that its mean over processes is that over all things."""
+        if self._trainer is None:  # no training, and so no other process
+            return mean
         counts = torch.tensor(float(count), device=mean.device)
         return mean * (count / self.trainer.strategy.reduce(counts, reduce_op="mean"))
 
