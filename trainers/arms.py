@@ -120,12 +120,12 @@ class EarnedItems(Sequence[EarnedItem]):
 
 
 class EarnedCollator(GroupedCollator):
-    """A GroupedCollator that also hands on what the arms earn, (B, A), where that is known."""
+    """A GroupedCollator that also hands on what the arms earn, (B, A)."""
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Processor output, labels, groups, rewards."""
         earned = [item.earned for item in items if isinstance(item, EarnedItem) and item.earned is not None]
-        return {**super().__call__(items), **({EARNED: torch.stack(earned)} if earned else {})}
+        return {**super().__call__(items), EARNED: torch.stack(earned)}
 
 
 class ArmDataModule(ItemDataModule):
@@ -193,7 +193,7 @@ class ArmDataModule(ItemDataModule):
         """Open the items, and read their rewards."""
         if self.train_set is None:
             super().setup(stage)
-            self.collate = EarnedCollator(self.collate.processor, max_length=self.max_length)
+            self.train_collate = EarnedCollator(self.collate.processor, max_length=self.max_length)
             assert self.train_set is not None
             earned = torch.cat([shard[self.reward] for shard in self.cache().read()])
             self.train_set = EarnedItems(self.train_set, earned)

@@ -24,7 +24,7 @@ from modules.learned.budget import BudgetPolicy
 
 from .adaptive import adopt
 from .arms import EARNED
-from .data.modules import GROUPS
+from .data.modules import GROUPS, IDS
 from .frozen import Dtype, FrozenModule
 from .warm_start import start_from
 
@@ -179,7 +179,8 @@ class BudgetModule(FrozenModule):
         values, groups = [], []
         needs = encode_needs(self.pruner)
         for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            batch = self.on_after_batch_transfer(self.trainer.strategy.batch_to_device(batch, self.device), 0)
+            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            batch.pop(IDS, None)
             groups += [self.groups.index(group) for group in batch.pop(GROUPS)]
             values.append(self.pruner.values(encode(self.vlm, batch, needs).inputs))
         return torch.cat(values), torch.tensor(groups, device=self.device)
