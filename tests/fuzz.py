@@ -219,11 +219,11 @@ def main(count: int, seed: int) -> None:
     print(json.dumps(outcomes))
 
 
-def attempt(case: int, folder: Path, size: int, watch: Watch) -> str:
+def attempt(case: int, folder: Path, size: int, watch: Watch, allowance: int = ALLOWANCE) -> str:
     """Load a folder under limits; what comes of it."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * size + ALLOWANCE, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * size + allowance, hard))
     signal.alarm(SECONDS)
     watch.folder = folder
     try:
@@ -242,5 +242,20 @@ def attempt(case: int, folder: Path, size: int, watch: Watch) -> str:
     return outcome
 
 
+def large() -> None:
+    """Load a file so large that the allowance is little beside it, and then with a config that asks for more still."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = {"width": 2048, "hidden": 1024, "heads": 8, "blocks": 1, "text_blocks": 1}
+        folder = build_pruner("ppm", **sizes).save_pretrained(Path(scratch, "ppm"))
+        config, size = folder / "config.json", (folder / "model.safetensors").stat().st_size
+        assert size > ALLOWANCE, size
+        stored = json.loads(config.read_text())
+        found = [attempt(0, folder, size, Watch(), size // 4)]
+        for change in ({"hidden": 2**15}, {"blocks": 1000}, {"width": 2**40}):
+            config.write_text(json.dumps({**stored, "config": {**stored["config"], **change}}))
+            found.append(attempt(len(found), folder, size, Watch(), size // 4))
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    large() if sys.argv[1:] == ["large"] else main(int(sys.argv[1]), int(sys.argv[2]))

@@ -25,6 +25,16 @@ def test_spoiled_folders_are_refused_or_load():
     assert outcomes["refused"] > 1000 and outcomes["loaded"] > 20  # it has spoiled them, and not all of them
 
 
+def test_loading_takes_no_more_than_twice_the_file():
+    """A file of more than 96 MiB, under a limit of twice that and a quarter: it loads, and no config asks for more."""
+    words = [sys.executable, "tests/fuzz.py", "large"]
+    ran = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads(ran.stdout.splitlines()[-1]) == ["loaded", "refused", "refused", "refused"]
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
