@@ -3,19 +3,18 @@
 import ast
 from pathlib import Path
 
-COMMANDS = (
-    *("list", "show", "fit", "teacher", "evaluate", "benchmark", "cards", "publish", "codec"),
-    *("convert", "adaptive", "pretrain", "demo"),
-)
+OFTEN = ("list", "show", "fit", "evaluate", "benchmark", "cards", "publish")
+"""What most people come for, which is listed first."""
 
 
 def main() -> None:
-    """Print them with the first words of their files."""
+    """Print all files here that can be run, with the first words of each."""
     print("usage: python -m trainers.COMMAND [--help]\n")
-    for name in COMMANDS:
-        tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-        first = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ").partition(": `")[0]
-        print(f"  {name:<10} {first.partition('. ')[0].rstrip('.')}")
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))}
+    names = [name for name, text in texts.items() if 'if __name__ == "__main__":' in text]
+    for name in dict.fromkeys((*OFTEN, *names)):
+        first = (ast.get_docstring(ast.parse(texts[name])) or "").split("\n\n")[0].replace("\n", " ")
+        print(f"  {name:<14} {first.partition(': `')[0].partition('. ')[0].rstrip('.')}")
 
 
 main()
