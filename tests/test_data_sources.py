@@ -3,7 +3,10 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -19,6 +22,8 @@ from trainers.data.loading import ResumableLoader, begin_worker
 from trainers.data.modules import HubDataModule, LlavaJsonDataModule, WebShardsDataModule
 from trainers.data.talks import SkipBroken
 from trainers.data.web_shards import WebShards, braces
+
+ROOT = Path(__file__).parent.parent
 
 TALK = [
     {"from": "human", "value": "<image>\nwhat color is the ball ?"},
@@ -213,3 +218,22 @@ def test_batches_of_like_length_repeat_nothing_and_go_on_in_mid_epoch():
     resumed.load_state_dict(other.state_dict())
     assert done + [batch for _ in range(2) for batch in resumed] == straight
     assert straight[:125] != straight[125:], "each epoch has its own order"
+
+
+ABANDONED = """
+import sys
+from trainers.data.loading import ResumableLoader
+
+loader = ResumableLoader(list(range(100)), 2, list, num_workers=1)
+batches = iter(loader)
+print(len(next(batches)), flush=True)
+sys.modules["kept"] = batches  # so that nothing shuts the worker down before the process ends
+raise SystemExit(3)
+"""
+
+
+def test_a_process_ends_though_its_workers_heed_no_signal():
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3 and done.stdout == "2\n", done.stderr

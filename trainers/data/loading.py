@@ -1,6 +1,6 @@
 """A loader that can stop in mid-epoch and go on there, alone or on many processes."""
 
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -30,6 +30,15 @@ def leave_with_parent() -> None:
     parent.join()
     os._exit(1)
 
+
+def kill_left_behind() -> None:
+    """Kill the workers that are left when this process ends: it would ask them to leave and wait without end."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+multiprocessing.util.Finalize(None, kill_left_behind, exitpriority=0)  # before multiprocessing waits for them
 
 CHUNK = 50
 """Batches of all processes together out of which items of like length are brought together."""
