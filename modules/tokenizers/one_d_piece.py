@@ -50,6 +50,7 @@ class OneDPieceConfig(PrunerConfig):
     codes: int = 4096  # V, a power of two, so that a code is a whole number of bits
     code_width: int = 12  # C
     head: str = "codes"  # "codes": logits over MaskGIT-VQGAN codes, painted by its decoder; "pixels": pixels at once
+    spread: bool = True  # the tokens' places start spread evenly over the picture; False: at random
     legacy_reshape: bool = False  # mix queries and channels as the published weights were trained; never for new ones
 
     def __post_init__(self) -> None:
@@ -205,7 +206,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch)
         self.class_embedding = nn.Parameter(NOISE * torch.randn(1, c.width))
         self.positional_embedding = nn.Parameter(grid_places(c.grid, c.width, gives=True))
-        places = spread_places(c.tokens, c.grid, c.width, gives=False)
+        places = token_places(c, gives=False)
         self.latent_token_positional_embedding = nn.Parameter(places)
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.transformer = make_layers(c.encoder_layers, c.width, c.heads)
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         self.class_embedding = nn.Parameter(NOISE * torch.randn(1, c.width))
         self.positional_embedding = nn.Parameter(grid_places(c.grid, c.width, gives=False))
         self.mask_token = nn.Parameter(NOISE * torch.randn(1, 1, c.width))
-        places = spread_places(c.tokens, c.grid, c.width, gives=True)
+        places = token_places(c, gives=True)
         self.latent_token_positional_embedding = nn.Parameter(places)
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.transformer = make_layers(c.decoder_layers, c.width, c.heads)
@@ -323,9 +324,12 @@ def grid_places(grid: int, width: int, gives: bool) -> Tensor:
     return F.pad(mark_places(torch.cartesian_prod(middles, middles), grid, width, gives), (0, 0, 1, 0))
 
 
-def spread_places(count: int, grid: int, width: int, gives: bool) -> Tensor:
-    """Places for the tokens of a row, such that each prefix of it is spread evenly over the picture: (count, W)."""
-    return mark_places(torch.quasirandom.SobolEngine(2).fast_forward(1).draw(count), grid, width, gives)
+def token_places(config: OneDPieceConfig, gives: bool) -> Tensor:
+    """Places for the tokens of a row: (N, W). Spread evenly, so is every prefix of them."""
+    c = config
+    if not c.spread:
+        return 0.5 * torch.randn(c.tokens, c.width)  # about as large as the marks of a place
+    return mark_places(torch.quasirandom.SobolEngine(2).fast_forward(1).draw(c.tokens), c.grid, c.width, gives)
 
 
 def mark_places(places: Tensor, grid: int, width: int, gives: bool) -> Tensor:
