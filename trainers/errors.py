@@ -34,10 +34,5 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error on one line; out of a loader worker it comes wrapped in the worker's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines)
+    """The message of an error on one line; its kind, where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
