@@ -106,6 +106,13 @@ def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
 
 
+def test_nothing_ships_without_a_card_and_the_record_behind_it():
+    folders = [path.parent for path in cards.SHIPPED.glob("*/config.json")]
+    assert len(folders) > len(shipped_pruners()) > 1
+    for folder in folders:
+        assert (folder / "README.md").is_file() and (folder / "metrics.json").is_file(), folder
+
+
 @pytest.mark.parametrize("folder", shipped_pruners(), ids=lambda folder: folder.name)
 def test_every_shipped_card_is_what_was_measured(folder):
     """Rendered anew from the records in the folder, it is the card that ships, letter by letter."""
