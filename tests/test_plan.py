@@ -1,5 +1,6 @@
 """Plans, against what really happens: memory at its peak, operations, parameters."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_what_is_computed_anew_gives_the_same_gradients(tiny_llava_folder, tiny_
 
 
 def test_two_shallow_decoders_tell_of_a_deep_one(tiny_llava):
-    text = tiny_llava.vlm.config.get_text_config()
+    text = copy.deepcopy(tiny_llava.vlm.config.get_text_config())
     text.num_hidden_layers = 9
     told, real = simulate(text, torch.float32, 2, 50, False), run(text, torch.float32, 2, 50, False)
     for name, value in vars(real).items():

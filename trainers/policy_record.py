@@ -231,11 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PruneZooError(
             f"{args.folder / RUN_FILE}: {error.strerror}; name the folder of a trained policy"
         ) from None
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it says of each trainer that times something is of no use here
+    try:
+        cost = measure_cost(args.folder, recipe, args.updates)
+    finally:
+        log.setLevel(level)
     record = {
         "command": shlex.join(["python", "-m", "trainers.policy_record", *argv]),
         "figures": read_figures(args.folder),
-        "cost": measure_cost(args.folder, recipe, args.updates),
+        "cost": cost,
     }
     path = args.folder / POLICY_FILE
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
