@@ -23,7 +23,7 @@ from .data.suite import Item
 from .evaluation.loading import default_device
 from .frozen import judge, load_frozen
 from .losses import answer_slots
-from .teacher import dtype_of, fingerprint, sample_of
+from .teacher import dtype_of, fingerprint, sample_of, worker_device
 
 Reward = Literal["probability", "log_likelihood", "right"]
 """Of the reference answer: its probability, mean log-probability a token in nats, whether it is the first choice."""
@@ -55,10 +55,7 @@ class ArmWorker:
 
     def __call__(self, number: int) -> Compute:
         """Load it; several processes spread over the GPUs that there are."""
-        device = default_device()
-        if device == "cuda":
-            device = f"cuda:{number % torch.cuda.device_count()}"
-        return self.on(load_frozen(self.vlm, self.dtype).to(device))
+        return self.on(load_frozen(self.vlm, self.dtype).to(worker_device(number)))
 
     def on(self, vlm: Any) -> Compute:
         """The same with a model that is loaded."""

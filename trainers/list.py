@@ -107,8 +107,9 @@ def markdown() -> str:
     rows = [f"| {' | '.join(header)} |", "|---|---|---|---|" + "---:|" * len(SHARES) + "---|"]
     rows += [f"| {' | '.join([f'`{line[0]}`', *line[1:]])} |" for line in lines]
     said = (
-        f"Mean retention in % on `{reference['suite']}`, {reference['split']} split, {reference['n']} questions, with "
-        f"`{reference['vlm']}`; a dash: not measured at that budget in what ships."
+        f"Mean retention in % on `{reference['suite']}`, {reference['split']} split, with `{reference['vlm']}`; how "
+        f"many questions, and the command, stand in each card, for methods without weights {reference['n']} and "
+        "the one below; a dash: not measured at that budget in what ships."
     )
     return "\n".join([*rows, "", said, "", "```", reference["command"], "```", ""])
 

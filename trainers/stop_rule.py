@@ -38,7 +38,7 @@ from .fit import FitCLI, build
 from .frozen import judge, load_frozen
 from .losses import answer_slots
 from .optimizer import adamw_cosine
-from .teacher import dtype_of, fingerprint, sample_of
+from .teacher import dtype_of, fingerprint, sample_of, worker_device
 
 STOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 
@@ -67,9 +67,7 @@ class LossWorker:
 
     def __call__(self, number: int) -> Compute:
         """Load them; several processes spread over the GPUs that there are."""
-        device = default_device()
-        if device == "cuda":
-            device = f"cuda:{number % torch.cuda.device_count()}"
+        device = worker_device(number)
         vlm = load_frozen(self.vlm, self.dtype).to(device)
         return self.on(vlm, with_stops(load_latents(self.pruner), self.stops).to(device))
 
