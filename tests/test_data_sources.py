@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -153,6 +154,14 @@ def test_all_sources_train_with_the_same_data_module(folder, tmp_path, tiny_llav
         held = [name for batch in data.val_dataloader() for name in batch["ids"]]
         assert len(train) == len(set(train)) and not set(train) & set(held)
         assert len(train) + len(held) == 2 * NUMBER and len(held) < len(train)
+
+
+def test_shards_that_are_moved_keep_their_split(folder, tmp_path):
+    def held_out(place):
+        return [item.id for item in WebShards(str(place / "train-*.tar")).part("validation", 0.5)]
+
+    copies = [shutil.copytree(folder, tmp_path / str(number)) for number in range(4)]
+    assert all(held_out(copy) == held_out(folder) for copy in copies)
 
 
 # Broken pictures

@@ -30,7 +30,7 @@ class Entry:
     """A picture and a conversation about it."""
 
     name: str  # for messages and ids
-    picture: str  # where it is, in the source's own words; entries with the same one share a split
+    picture: str  # where it is, in the source's own words
     turns: tuple[tuple[str, str], ...]  # (question, answer) pairs
 
 
@@ -60,8 +60,12 @@ class Talks(Sequence[Item]):
             OSError: It cannot be read; so do PIL's own errors.
         """
 
+    def split_by(self, entry: Entry) -> str:
+        """What decides an entry's split: the same for all entries of one picture, and wherever the data is moved."""
+        return entry.picture
+
     def part(self: Self, split: str, validation_share: float, limit: int | None = None) -> Self:
-        """The items of one split; all items of one picture fall into the same one, by a hash of where it is.
+        """The items of one split; all items of one picture fall into the same one, by a hash of ``split_by``.
 
         Args:
             split: ``train`` or ``validation``.
@@ -70,7 +74,7 @@ class Talks(Sequence[Item]):
         """
         if not 0 < validation_share < 1:
             raise PruneZooError(f"validation_share must lie in (0, 1), got {validation_share}")
-        held_out = [crc32(entry.picture.encode()) / 2**32 < validation_share for entry in self.entries]
+        held_out = [crc32(self.split_by(entry).encode()) / 2**32 < validation_share for entry in self.entries]
         chosen = copy(self)
         chosen.places = [p for p in self.places if held_out[p[0]] == (split == "validation")][:limit]
         if not chosen.places:

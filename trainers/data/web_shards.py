@@ -56,6 +56,10 @@ class WebShards(Talks):
             file.seek(int(start))
             return Image.open(io.BytesIO(file.read(int(size))))
 
+    def split_by(self, entry: Entry) -> str:
+        """See Talks. A picture's place holds the shards' folder, its sample's name does not."""
+        return entry.name
+
     def _samples(self, url: str, index: Path | None) -> list[Any]:
         """Of one shard: key, (start, bytes) of its picture, and its JSON."""
         path = index / f"{Path(url).stem}-{sha256(url.encode()).hexdigest()[:12]}.json" if index else None
