@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from modules import attach, build_pruner, encode, load_pruner
 from modules.host import run_pruned
+from trainers import teacher
 from trainers.budget_policy import entropy, policy_loss
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
@@ -99,8 +100,8 @@ def fit(tiny_llava_folder, tmp_path, monkeypatch):
     """Run the recipe on the smallest model; gives back the last checkpoint."""
     monkeypatch.setattr(sys, "argv", ["fit"])
 
-    def run(out, *extra):
-        main(
+    def run(out, *extra, command=main):
+        command(
             [
                 f"--config={CONFIGS / 'budget_tiny.yaml'}",
                 f"--model.vlm={tiny_llava_folder}",
@@ -126,7 +127,8 @@ def fit(tiny_llava_folder, tmp_path, monkeypatch):
                 *extra,
             ]
         )
-        return torch.load(out / "training" / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+        last = out / "training" / "checkpoints" / "last.ckpt"
+        return torch.load(last, weights_only=False)["state_dict"] if last.exists() else None
 
     return run
 
@@ -160,6 +162,20 @@ def test_the_recipe_goes_from_rewards_to_a_folder_that_sets_budgets(fit, tmp_pat
         fit(tmp_path / "other", "--model.pruner.config.arms=[0.1,0.5]")
     assert "was made with arms=" in capsys.readouterr().err
     assert policy.name == "budget" and bool((policy.means.diff() <= 0).all())
+
+
+def test_rewards_can_be_made_ahead_by_several_processes(fit, tmp_path, capsys):
+    fit(tmp_path / "ahead", "--data.processes=2", command=teacher.main)
+    assert "rewards of arms of 32 out of 32 items" in " ".join(capsys.readouterr().out.split())
+    arms = tmp_path / "arms"
+    written = {path: path.read_bytes() for path in sorted(arms.glob("*"))}
+    assert len(written) == 5
+    fit(tmp_path / "after", "--trainer.max_steps=2")
+    assert written == {path: path.read_bytes() for path in sorted(arms.glob("*"))}
+    ppm = [f"--config={CONFIGS / 'ppm_tiny.yaml'}", "--data.class_path=trainers.arms.SuiteArms", f"--data.arms={arms}"]
+    with pytest.raises(SystemExit):
+        teacher.main(ppm)
+    assert "'ppm' has no arms" in capsys.readouterr().err
 
 
 def test_what_an_arm_earns_is_what_the_really_pruned_model_says(fit, tmp_path, tiny_llava):

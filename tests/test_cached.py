@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from modules import PruneZooError, encode, full_forward
 from trainers import fit, teacher
-from trainers.cached import LogitsWorker, TaughtSuite
+from trainers.cached import LogitsWorker
 from trainers.data.conversation import ConversationCollator
 from trainers.data.shards import ShardedCache
 from trainers.data.suite import load_suite
@@ -177,11 +177,11 @@ def test_a_training_that_would_not_read_the_answers_is_refused(tmp_path, capsys)
     assert "MatryoshkaModule trains from no cached answers" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(tiny, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(LogitsWorker, "bytes_per_item", lambda self, vlm: 10**15)
-    data = TaughtSuite(str(VLM), str(tmp_path / "cache"), train_items=8, workers=0)
+    cli = fit.build(words(tmp_path / "cache", tmp_path))
     with pytest.raises(PruneZooError, match=r"GB will be needed and .* GB are free"):
-        data.make_cache(tiny[0])
+        cli.datamodule.make_cache(cli.model)
     assert not (tmp_path / "cache").exists()
 
 

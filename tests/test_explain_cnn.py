@@ -20,8 +20,7 @@ from trainers.data.conversation import ConversationCollator
 from trainers.data.shards import ShardedCache
 from trainers.data.suite import load_suite
 from trainers.evaluation.loading import load_vlm
-from trainers.explain import MapSet, SuiteMaps, pad_maps
-from trainers.teacher import RelevanceWorker
+from trainers.explain import MapSet, RelevanceWorker, pad_maps
 
 ROOT = Path(__file__).parent.parent
 VLM = ROOT / "checkpoints" / "tiny-llava"
@@ -286,16 +285,18 @@ def test_a_mistake_is_one_line_that_names_it(wrong, said, straight, tmp_path, ca
     assert said in error_of(capsys, fit.main, words(straight / "maps", tmp_path, wrong))
 
 
-def test_a_damaged_shard_is_computed_again_or_named(straight, tiny, tmp_path):
+def test_a_damaged_shard_is_computed_again_or_named(straight, tmp_path):
     maps = tmp_path / "maps"
     shutil.copytree(straight / "maps", maps)
     path = maps / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    data = SuiteMaps(str(VLM), str(maps), shard_items=10, signal="prompt_head_attention", train_items=ITEMS)
+    cli = fit.build(words(maps, tmp_path / "out"))
     with pytest.raises(PruneZooError, match=r"00000.safetensors is damaged.*python -m trainers.teacher"):
-        MapSet(data.cache(tiny[0]))
+        MapSet(cli.datamodule.cache(cli.model))
 
 
 def test_a_recipe_without_maps_has_no_cache_to_make(capsys):
     arguments = [f"--config={ROOT / 'configs' / 'ppm_tiny.yaml'}", f"--model.vlm={VLM}"]
     assert "SuiteDataModule keeps no cache" in error_of(capsys, teacher.main, arguments)
+    arguments = [f"--config={ROOT / 'configs' / 'one_d_piece_ablation.yaml'}", "--data.images=nowhere"]
+    assert "PhotographDataModule keeps no cache" in error_of(capsys, teacher.main, arguments)

@@ -136,16 +136,16 @@ def test_the_rule_learns_the_mean_of_skewed_losses():
 
 
 def test_losses_are_those_of_reading_each_prefix():
-    vlm, _ = load_vlm(str(VLM), "cpu", "float32")
+    vlm, processor = load_vlm(str(VLM), "cpu", "float32")
     items = load_suite("scenes", "train", 6)
     torch.manual_seed(0)
     pruner = TailDrop(width=128, hidden=16, heads=2, blocks=1, text_blocks=1, latents=8, stops=STOPS).eval()
     told: list[int] = []
-    compute = LossWorker(str(VLM), "float32", "", STOPS, items, 2).on(vlm, pruner)
+    compute = LossWorker(str(VLM), "float32", items, 2, None, pruner).on(vlm)
     shard = compute(range(1, 6), told.append)
     assert sum(told) == 5 and shard["item"].tolist() == [1, 2, 3, 4, 5]
     assert shard["loss"].shape == (5, 3) and shard["right"].shape == (5, 4) and shard["known"].shape == (5, 3, 16)
-    encoded = encode(vlm, ConversationCollator(stop_rule.AutoProcessor.from_pretrained(VLM))([items[4]]))
+    encoded = encode(vlm, ConversationCollator(processor)([items[4]]))
     with torch.no_grad():
         full = run_pruned(vlm, encoded, pruner, 144).host
         short = run_pruned(vlm, encoded, pruner, 3).host

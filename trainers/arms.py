@@ -8,22 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoProcessor
 
-from modules.core.contract import Pruner
 from modules.core.errors import PruneZooError
 from modules.host import encode, encode_needs, run_pruned
+from modules.learned.budget import BudgetPolicy
 
 from .data.conversation import ConversationCollator
-from .data.modules import GroupedCollator, ItemDataModule, LlavaJsonDataModule, SuiteDataModule
-from .data.shards import Advance, Compute, ShardedCache, fill
+from .data.modules import GroupedCollator, LlavaJsonDataModule, SuiteDataModule
 from .data.suite import Item
-from .evaluation.loading import default_device
-from .frozen import judge, load_frozen
+from .frozen import FrozenModule, judge
 from .losses import answer_slots
-from .teacher import dtype_of, fingerprint, sample_of, worker_device
+from .vlm_cache import CachedDataModule, PrunedWorker, dtype_of, fingerprint
 
 Reward = Literal["probability", "log_likelihood", "right"]
 """Of the reference answer: its probability, mean log-probability a token in nats, whether it is the first choice."""
@@ -32,56 +28,32 @@ EARNED = "earned"
 
 
 @dataclass(frozen=True)
-class ArmWorker:
-    """Opens the frozen model in some process, to read items there under every arm.
+class ArmWorker(PrunedWorker):
+    """Reads items under every arm.
 
     Attributes:
-        vlm: folder or Hub id.
-        dtype: that the model is held in, as `float32`.
-        pruner: whose budgets the arms are.
         arms: shares of the tokens.
-        items: the questions.
-        batch_size: items of a forward pass.
-        max_length: longest sequence in tokens; see ConversationCollator.
     """
 
-    vlm: str
-    dtype: str
-    pruner: Pruner
     arms: tuple[float, ...]
-    items: Sequence[Item]
-    batch_size: int
-    max_length: int | None
 
-    def __call__(self, number: int) -> Compute:
-        """Load it; several processes spread over the GPUs that there are."""
-        return self.on(load_frozen(self.vlm, self.dtype).to(worker_device(number)))
+    label = "rewards of arms"
 
-    def on(self, vlm: Any) -> Compute:
-        """The same with a model that is loaded."""
-        collate = ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
-        pruner = self.pruner.to(vlm.device).eval()
-        return lambda numbers, advance: self.compute(vlm, pruner, collate, numbers, advance)
+    def bytes_per_item(self, vlm: Any) -> int:
+        """See Worker."""
+        return 8 + 4 * len(get_args(Reward)) * len(self.arms)
 
     @torch.no_grad()
-    def compute(
-        self, vlm: Any, pruner: Pruner, collate: ConversationCollator, numbers: range, advance: Advance
-    ) -> dict[str, Tensor]:
-        """Read some items.
+    def read(self, vlm: Any, collate: ConversationCollator, numbers: range) -> dict[str, Tensor]:
+        """What some items earn.
 
         Returns:
             item (M,) long, the number of each, and each :data:`Reward` (M, A) float32.
         """
-        earned: list[dict[str, Tensor]] = []
-        for first in range(numbers.start, numbers.stop, self.batch_size):
-            items = [self.items[n] for n in range(first, min(first + self.batch_size, numbers.stop))]
-            batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
-            encoded = encode(vlm, batch, encode_needs(pruner))
-            columns = [earn(run_pruned(vlm, encoded, pruner, arm).host, len(items)) for arm in self.arms]
-            earned.append({name: torch.stack([column[name] for column in columns], 1) for name in get_args(Reward)})
-            advance(len(items))
-        rewards = {name: torch.cat([part[name] for part in earned]).cpu() for name in get_args(Reward)}
-        return {"item": torch.arange(numbers.start, numbers.stop), **rewards}
+        encoded = encode(vlm, collate([self.items[number] for number in numbers]), encode_needs(self.pruner))
+        columns = [earn(run_pruned(vlm, encoded, self.pruner, arm).host, len(numbers)) for arm in self.arms]
+        rewards = {name: torch.stack([column[name] for column in columns], 1) for name in get_args(Reward)}
+        return {"item": torch.tensor(numbers), **rewards}
 
 
 def earn(host: Any, items: int) -> dict[str, Tensor]:
@@ -125,7 +97,7 @@ class EarnedCollator(GroupedCollator):
         return {**super().__call__(items), EARNED: torch.stack(earned)}
 
 
-class ArmDataModule(ItemDataModule):
+class ArmDataModule(CachedDataModule):
     """Trains on items with what each arm earns on them; to be mixed into a data module of items.
 
     Args:
@@ -137,6 +109,8 @@ class ArmDataModule(ItemDataModule):
         source: See the data module of items; all its `train_items` are read under every arm.
     """
 
+    content = "rewards of arms 1"
+
     def __init__(
         self,
         vlm: str,
@@ -146,45 +120,20 @@ class ArmDataModule(ItemDataModule):
         processes: int = 1,
         **source: Any,
     ) -> None:
-        super().__init__(vlm, **source)
-        if processes < 1:
-            raise PruneZooError(f"processes must be at least 1, got {processes}")
-        self.arms, self.reward, self.shard_items, self.processes = arms, reward, shard_items, processes
+        super().__init__(vlm, arms, shard_items, processes, **source)
+        self.reward = reward
 
-    def cache(self) -> ShardedCache:
-        """The rewards of these items under this policy's arms.
+    def facts(self, module: FrozenModule) -> dict[str, Any]:
+        """See CachedDataModule."""
+        policy = policy_of(module)
+        pruner = [policy.config.inner, policy.config.inner_config, fingerprint(policy.inner)]
+        return {"pruner": pruner, "arms": list(policy.config.arms)}
 
-        Raises:
-            PruneZooError: The folder holds others; the message names what differs.
-        """
-        vlm, policy, items = self.frozen, self.policy, self.items("train")
-        facts = {
-            "content": "rewards of arms 1",  # the number is to be raised when they are computed differently
-            "vlm": fingerprint(vlm),
-            "dtype": dtype_of(vlm),
-            "pruner": [policy.config.inner, policy.config.inner_config, fingerprint(policy.inner)],
-            "arms": list(policy.config.arms),
-            **self.source,
-            "split": "train",
-            "sample": sample_of(items),
-            "max_length": self.max_length,
-        }
-        return ShardedCache(
-            self.arms, facts, len(items), self.shard_items, "`python -m trainers.fit` computes it again"
-        )
-
-    def prepare_data(self) -> None:
-        """Compute the rewards that are missing, in the first process of a machine."""
-        vlm, policy, cache = self.frozen, self.policy, self.cache()
-        worker = ArmWorker(
-            self.vlm, dtype_of(vlm), policy.inner, policy.config.arms, self.items("train"), self.batch_size,
-            self.max_length,
-        )  # fmt: skip
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("rewards of arms"), *columns) as progress:
-            task = progress.add_task("", total=cache.items)
-            opener = (lambda _: worker.on(vlm.to(default_device()))) if self.processes == 1 else worker
-            fill(cache, opener, self.processes, lambda items: progress.advance(task, items))
+    def worker(self, module: FrozenModule) -> ArmWorker:
+        """See CachedDataModule."""
+        policy, items = policy_of(module), self.items("train")
+        dtype = dtype_of(module.vlm)
+        return ArmWorker(self.vlm, dtype, items, self.batch_size, self.max_length, policy.inner, policy.config.arms)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the items, and read their rewards."""
@@ -192,20 +141,19 @@ class ArmDataModule(ItemDataModule):
             super().setup(stage)
             self.train_collate = EarnedCollator(self.collate.processor, max_length=self.max_length)
             assert self.train_set is not None
-            earned = torch.cat([shard[self.reward] for shard in self.cache().read()])
+            earned = torch.cat([shard[self.reward] for shard in self.cache(self.module).read()])
             self.train_set = EarnedItems(self.train_set, earned)
 
-    @property
-    def frozen(self) -> Any:
-        """The frozen model of the training that this is for."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.vlm
 
-    @property
-    def policy(self) -> Any:
-        """Its budget policy."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.pruner
+def policy_of(module: FrozenModule) -> BudgetPolicy:
+    """The budget policy in training.
+
+    Raises:
+        PruneZooError: Something else is trained.
+    """
+    if not isinstance(module.pruner, BudgetPolicy):
+        raise PruneZooError(f"pruner '{module.pruner.name}' has no arms; only 'budget' trains from what they earn")
+    return module.pruner
 
 
 class SuiteArms(ArmDataModule, SuiteDataModule):

@@ -12,13 +12,11 @@ Letters: M items, S answer slots of some items together, K tokens kept, H hidden
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoProcessor
 
 from modules.core.errors import PruneZooError
 from modules.host import encode, full_forward
@@ -28,58 +26,34 @@ from .data.modules import (
     TEACHER,
     GroupedCollator,
     HubDataModule,
-    ItemDataModule,
     LlavaJsonDataModule,
     SuiteDataModule,
     WebShardsDataModule,
 )
-from .data.shards import Advance, Compute, ShardedCache
+from .data.shards import ShardedCache
 from .data.suite import Item
 from .distill import DistillModule
-from .frozen import load_frozen
+from .frozen import FrozenModule
 from .losses import answer_slots, slot_states
-from .teacher import dtype_of, fill_with_progress, fingerprint, sample_of, worker_device
+from .vlm_cache import CachedDataModule, Worker, dtype_of
 
 
 @dataclass(frozen=True)
-class LogitsWorker:
-    """Opens the frozen model in some process, to note its answers there.
+class LogitsWorker(Worker):
+    """Notes the frozen model's answers.
 
     Attributes:
-        vlm: folder or Hub id.
-        dtype: that the model is held in, as `float32`.
-        items: the questions.
-        batch_size: items of a forward pass.
-        max_length: longest sequence in tokens; see ConversationCollator.
         top: K.
         hidden_layers: hidden states that are kept, 0 for the embeddings, i for those behind decoder layer i.
     """
 
-    vlm: str
-    dtype: str
-    items: Sequence[Item]
-    batch_size: int
-    max_length: int | None
     top: int
     hidden_layers: tuple[int, ...]
 
     label = "teacher's answers"
 
-    def __call__(self, number: int) -> Compute:
-        """Load it; several processes spread over the GPUs that there are."""
-        return self.on(load_frozen(self.vlm, self.dtype).to(worker_device(number)))
-
-    def on(self, vlm: Any) -> Compute:
-        """The same with a model that is loaded."""
-        collate = self.collator()
-        return lambda numbers, advance: self.compute(vlm, collate, numbers, advance)
-
-    def collator(self) -> ConversationCollator:
-        """From items to what the model reads."""
-        return ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
-
     def bytes_per_item(self, vlm: Any) -> int:
-        """What an item takes on the disk, judged by the first few: their answers are not asked, but counted."""
+        """See Worker. The answers of the first few are not asked, but counted."""
         items = [self.items[number] for number in range(min(16, len(self.items)))]
         slots = int((self.collator()(items)["labels"] != IGNORED).sum()) / len(items)
         config = vlm.config.get_text_config()
@@ -87,7 +61,7 @@ class LogitsWorker:
         return 16 + round(slots * (6 * top + 4 + 2 * len(self.hidden_layers) * config.hidden_size))
 
     @torch.no_grad()
-    def compute(self, vlm: Any, collate: ConversationCollator, numbers: range, advance: Advance) -> dict[str, Tensor]:
+    def read(self, vlm: Any, collate: ConversationCollator, numbers: range) -> dict[str, Tensor]:
         """The answers to some items.
 
         Returns:
@@ -95,18 +69,15 @@ class LogitsWorker:
             tokens; log_prob (S, K) float16; tail (S,) float32, the log of all other tokens' mass; hidden (S, H, D)
             bfloat16.
         """
-        parts: list[dict[str, Tensor]] = []
-        for first in range(numbers.start, numbers.stop, self.batch_size):
-            batch = range(first, min(first + self.batch_size, numbers.stop))
-            encoded = encode(vlm, collate([self.items[number] for number in batch]))
-            full = full_forward(vlm, encoded, output_hidden_states=bool(self.hidden_layers))
-            logits, _, sample = answer_slots(full.logits, full.labels)
-            part = keep_top(logits, self.top)
-            part["hidden"] = slot_states(full, self.hidden_layers).to(torch.bfloat16)
-            part["slots"] = torch.bincount(sample, minlength=len(batch))
-            parts.append({name: value.cpu() for name, value in part.items()})
-            advance(len(batch))
-        return {"item": torch.tensor(list(numbers)), **{name: torch.cat([p[name] for p in parts]) for name in parts[0]}}
+        encoded = encode(vlm, collate([self.items[number] for number in numbers]))
+        full = full_forward(vlm, encoded, output_hidden_states=bool(self.hidden_layers))
+        logits, _, sample = answer_slots(full.logits, full.labels)
+        return {
+            "item": torch.tensor(numbers),
+            "slots": torch.bincount(sample, minlength=len(numbers)),
+            **keep_top(logits, self.top),
+            "hidden": slot_states(full, self.hidden_layers).to(torch.bfloat16),
+        }
 
 
 def keep_top(logits: Tensor, top: int) -> dict[str, Tensor]:
@@ -170,7 +141,7 @@ class TaughtCollator(GroupedCollator):
         return {**batch, TEACHER: joined}
 
 
-class TaughtDataModule(ItemDataModule):
+class TaughtDataModule(CachedDataModule):
     """Trains on items with the frozen model's cached answers; to be mixed into a data module of items.
 
     Args:
@@ -183,6 +154,8 @@ class TaughtDataModule(ItemDataModule):
         source: See the data module of items; its `train_items` are asked.
     """
 
+    content = "teacher's answers 1"
+
     def __init__(
         self,
         vlm: str,
@@ -193,60 +166,29 @@ class TaughtDataModule(ItemDataModule):
         processes: int = 1,
         **source: Any,
     ) -> None:
-        super().__init__(vlm, **source)
-        for name, value in {"top": top, "shard_items": shard_items, "processes": processes}.items():
-            if value < 1:
-                raise PruneZooError(f"{name} must be at least 1, got {value}")
+        super().__init__(vlm, teacher_cache, shard_items, processes, **source)
+        if top < 1:
+            raise PruneZooError(f"top must be at least 1, got {top}")
         if min(hidden_layers, default=0) < 0:
             raise PruneZooError(f"hidden_layers must be at least 0, got {list(hidden_layers)}")
-        self.teacher_cache, self.top, self.hidden_layers = Path(teacher_cache), top, tuple(hidden_layers)
-        self.shard_items, self.processes = shard_items, processes
+        self.top, self.hidden_layers = top, tuple(hidden_layers)
 
-    def cache(self, vlm: Any) -> ShardedCache:
-        """The cache of this model's answers to these items.
+    def facts(self, module: FrozenModule) -> dict[str, Any]:
+        """See CachedDataModule."""
+        return {"top": self.top, "hidden_layers": list(self.hidden_layers)}
 
-        Raises:
-            PruneZooError: The folder holds others; the message names what differs.
-        """
-        items = self.items("train")
-        facts = {
-            "content": "teacher's answers 1",  # the number is to be raised when they are computed differently
-            "vlm": fingerprint(vlm),
-            "dtype": dtype_of(vlm),
-            **self.source,
-            "split": "train",
-            "sample": sample_of(items),
-            "max_length": self.max_length,
-            "top": self.top,
-            "hidden_layers": list(self.hidden_layers),
-        }
-        remedy = "`python -m trainers.teacher` with the same recipe computes it again, and nothing else"
-        return ShardedCache(self.teacher_cache, facts, len(items), self.shard_items, remedy)
-
-    def make_cache(self, vlm: Any) -> None:
-        """Compute the answers that are missing."""
-        items = self.items("train")
-        worker = LogitsWorker(
-            self.vlm, dtype_of(vlm), items, self.batch_size, self.max_length, self.top, self.hidden_layers
-        )
-        fill_with_progress(self.cache(vlm), worker, vlm, self.processes)
-
-    @property
-    def frozen(self) -> Any:
-        """The frozen model of the training that this is for.
+    def worker(self, module: FrozenModule) -> LogitsWorker:
+        """See CachedDataModule.
 
         Raises:
             PruneZooError: The training would not read the answers.
         """
-        assert self.trainer is not None
-        module = self.trainer.lightning_module
         if type(module).training_step is not DistillModule.training_step:
             raise PruneZooError(f"{type(module).__name__} trains from no cached answers; only DistillModule does")
-        return module.vlm
-
-    def prepare_data(self) -> None:
-        """Compute the answers that are missing, in the first process of a machine."""
-        self.make_cache(self.frozen)
+        items = self.items("train")
+        return LogitsWorker(
+            self.vlm, dtype_of(module.vlm), items, self.batch_size, self.max_length, self.top, self.hidden_layers
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Open the items, and beside them the answers."""
@@ -254,7 +196,7 @@ class TaughtDataModule(ItemDataModule):
         super().setup(stage)
         if fresh:
             assert self.train_set is not None
-            cache = self.cache(self.frozen)
+            cache = self.cache(self.module)
             self.train_set = TaughtItems(self.train_set, cache)
             self.train_collate = TaughtCollator(self.collate.processor, max_length=self.max_length)
 

@@ -6,6 +6,8 @@ Letters: B maps of a batch, M maps in all, N image tokens of an image (padded).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -15,14 +17,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from modules.core.contract import PruneInputs, Pruner
 from modules.core.errors import PruneZooError
+from modules.host import Encoded, encode, full_forward
+from modules.host.relevance import relevance_map
 from modules.host.signals import check_signals
 
+from .data.conversation import ConversationCollator
 from .data.loading import ResumableLoader
-from .data.modules import ItemDataModule, LlavaJsonDataModule, SuiteDataModule
+from .data.modules import LlavaJsonDataModule, SuiteDataModule
 from .data.shards import ShardedCache
-from .frozen import Dtype, FrozenModule
-from .losses import guide_kl
-from .teacher import RelevanceWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+from .frozen import Dtype, FrozenModule, judge
+from .losses import answer_slots, guide_kl
+from .vlm_cache import CachedDataModule, Worker, dtype_of
 
 
 class ExplainModule(FrozenModule):
@@ -80,6 +85,63 @@ class ExplainModule(FrozenModule):
         return loss
 
 
+@dataclass(frozen=True)
+class RelevanceWorker(Worker):
+    """Computes relevance maps, only of those items that the model answers rightly.
+
+    Attributes:
+        max_tokens: only the first so many tokens of an answer are explained; None: all.
+        signal: kept beside each map, for the network that is to learn the map from it.
+    """
+
+    max_tokens: int | None
+    signal: str
+
+    label = "relevance maps"
+
+    def bytes_per_item(self, vlm: Any) -> int:
+        """See Worker."""
+        inputs = self.encode(vlm, self.collator(), range(min(4, len(self.items)))).inputs
+        values = 1 + inputs.signal(self.signal)[0, 0].numel()  # of a token, 4 bytes each; and two numbers of the item
+        return 16 + 4 * values * round(float(inputs.valid.sum(1).double().mean()))
+
+    def read(self, vlm: Any, collate: ConversationCollator, numbers: range) -> dict[str, Tensor]:
+        """The maps of some items.
+
+        Returns:
+            item (M,) long, the number of each; tokens (M,) long, N of each; relevance (sum of N,) and signal (sum of N,
+            ...), float32, image after image.
+        """
+        encoded = self.encode(vlm, collate, numbers)
+        right = answers_rightly(vlm, encoded).tolist()
+        item = list(compress(numbers, right))
+        if not item:
+            none, nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+            return {"item": none, "tokens": none, "relevance": nothing, "signal": nothing}
+        if not all(right):  # the passes to come are the dear ones
+            encoded = self.encode(vlm, collate, item)
+        valid = encoded.inputs.valid
+        return {
+            "item": torch.tensor(item),
+            "tokens": valid.sum(1),
+            "relevance": relevance_map(vlm, encoded, self.max_tokens)[valid],
+            "signal": encoded.inputs.signal(self.signal)[valid].float(),
+        }
+
+    @torch.no_grad()
+    def encode(self, vlm: Any, collate: ConversationCollator, numbers: Sequence[int]) -> Encoded:
+        """Some items with their labels, and the signal that the network reads."""
+        return encode(vlm, collate([self.items[number] for number in numbers]), (self.signal,))
+
+
+@torch.no_grad()
+def answers_rightly(vlm: Any, encoded: Encoded) -> Tensor:
+    """(B,) bool: the model's first choice is the reference's at every place of the answer."""
+    full = full_forward(vlm, encoded)
+    logits, tokens, sample = answer_slots(full.logits, full.labels)
+    return judge(logits, logits, tokens, sample, len(encoded.mask))[:, 0] > 0
+
+
 class MapSet(Dataset):
     """Pairs out of a cache of maps, held in memory: signal (N, ...) and relevance (N,)."""
 
@@ -104,7 +166,7 @@ def pad_maps(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {"signal": signal, "relevance": relevance, "valid": torch.arange(relevance.shape[1]) < sizes[:, None]}
 
 
-class MapDataModule(ItemDataModule):
+class MapDataModule(CachedDataModule):
     """Trains on cached maps of the training items, and validates on items; to be mixed into a data module of items.
 
     Args:
@@ -120,6 +182,8 @@ class MapDataModule(ItemDataModule):
             rightly; its `batch_size` is that of the frozen model's passes.
     """
 
+    content = "relevance maps 1"
+
     def __init__(
         self,
         vlm: str,
@@ -131,59 +195,30 @@ class MapDataModule(ItemDataModule):
         signal: str = "prompt_attention",
         **source: Any,
     ) -> None:
-        super().__init__(vlm, **source)
-        for name, value in {"maps_per_step": maps_per_step, "processes": processes, "max_tokens": max_tokens}.items():
+        super().__init__(vlm, maps, shard_items, processes, **source)
+        for name, value in {"maps_per_step": maps_per_step, "max_tokens": max_tokens}.items():
             if value is not None and value < 1:
                 raise PruneZooError(f"{name} must be at least 1, got {value}")
-        self.maps, self.maps_per_step, self.shard_items = maps, maps_per_step, shard_items
-        self.processes, self.max_tokens, self.signal = processes, max_tokens, signal
+        self.maps_per_step, self.max_tokens, self.signal = maps_per_step, max_tokens, signal
         check_signals((signal,))
         self.map_set: MapSet | None = None
 
-    def cache(self, vlm: Any) -> ShardedCache:
-        """The cache of this model's maps of these items.
+    def facts(self, module: FrozenModule) -> dict[str, Any]:
+        """See CachedDataModule."""
+        return {"max_tokens": self.max_tokens, "signal": self.signal}
 
-        Raises:
-            PruneZooError: The folder holds others; the message names what differs.
-        """
+    def worker(self, module: FrozenModule) -> RelevanceWorker:
+        """See CachedDataModule."""
         items = self.items("train")
-        facts = {
-            "content": "relevance maps 1",  # the number is to be raised when they are computed differently
-            "vlm": fingerprint(vlm),
-            "dtype": dtype_of(vlm),
-            **self.source,
-            "split": "train",
-            "sample": sample_of(items),
-            "max_length": self.max_length,
-            "max_tokens": self.max_tokens,
-            "signal": self.signal,
-        }
-        remedy = "`python -m trainers.teacher` with the same recipe computes it again, and nothing else"
-        return ShardedCache(self.maps, facts, len(items), self.shard_items, remedy)
-
-    def make_cache(self, vlm: Any) -> None:
-        """Compute the maps that are missing."""
-        items = self.items("train")
-        worker = RelevanceWorker(
-            self.vlm, dtype_of(vlm), items, self.batch_size, self.max_length, self.max_tokens, self.signal
+        return RelevanceWorker(
+            self.vlm, dtype_of(module.vlm), items, self.batch_size, self.max_length, self.max_tokens, self.signal
         )
-        fill_with_progress(self.cache(vlm), worker, vlm, self.processes)
-
-    def prepare_data(self) -> None:
-        """Compute the maps that are missing, in the first process of a machine."""
-        self.make_cache(self.frozen)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the items, and read the maps."""
         super().setup(stage)
         if self.map_set is None:
-            self.map_set = MapSet(self.cache(self.frozen))
-
-    @property
-    def frozen(self) -> Any:
-        """The frozen model of the training that this is for."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.vlm
+            self.map_set = MapSet(self.cache(self.module))
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled maps, endless over epochs, resumable in mid-epoch."""

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PruneZooError(f"--pruner {args.pruner}: it has no stop rule; train one with trainers.stop_rule")
     suite = load_suite(args.suite, args.split, args.limit)
     dtype = args.dtype or default_dtype(default_device())
-    worker = LossWorker(args.vlm, dtype, args.pruner, pruner.config.stops, suite, args.batch_size)
+    worker = LossWorker(args.vlm, dtype, suite, args.batch_size, None, pruner)
     table = losses_of(worker, args.cache / args.suite / args.split)
     groups = [item.group for item in suite]
     group_of = np.array([suite.groups.index(group) for group in groups])

@@ -10,7 +10,6 @@ leads, for `keep="auto:16"`. Stopped, the command goes on where it was; run agai
 Letters: I items, S lengths, E hidden width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import Subset
-from transformers import AutoProcessor
 
 from modules.core.errors import PruneZooError
 from modules.core.registry import load_pruner
@@ -30,78 +27,52 @@ from modules.host.run import run_pruned
 from modules.learned.tail_drop import StopRule, TailDrop
 
 from .data.conversation import ConversationCollator
-from .data.shards import Advance, Compute, ShardedCache, fill
-from .data.suite import Item
+from .data.shards import ShardedCache
 from .errors import command
-from .evaluation.loading import default_device
 from .fit import FitCLI, build
 from .frozen import judge, load_frozen
 from .losses import answer_slots
 from .optimizer import adamw_cosine
-from .teacher import dtype_of, fingerprint, sample_of, worker_device
+from .vlm_cache import PrunedWorker, dtype_of, fill_with_progress, fingerprint, sample_of
 
 STOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 
 
 @dataclass(frozen=True)
-class LossWorker:
-    """Opens model and latents in some process, to compute losses there.
+class LossWorker(PrunedWorker):
+    """Computes losses; its pruner is latents with a rule for the lengths, whose weights do not matter."""
 
-    Attributes:
-        vlm: folder or Hub id.
-        dtype: that the model is held in, as `float32`.
-        pruner: folder of the latents, whose rule, if there is one, does not matter.
-        stops: the lengths.
-        items: the questions, one image each.
-        batch_size: items of a forward pass.
-        max_length: longest sequence in tokens; see ConversationCollator.
-    """
+    pruner: TailDrop
 
-    vlm: str
-    dtype: str
-    pruner: str
-    stops: tuple[int, ...]
-    items: Sequence[Item]
-    batch_size: int
-    max_length: int | None = None
+    label = "losses of prefixes"
 
-    def __call__(self, number: int) -> Compute:
-        """Load them; several processes spread over the GPUs that there are."""
-        device = worker_device(number)
-        vlm = load_frozen(self.vlm, self.dtype).to(device)
-        return self.on(vlm, with_stops(load_latents(self.pruner), self.stops).to(device))
-
-    def on(self, vlm: Any, pruner: TailDrop) -> Compute:
-        """The same with what is loaded."""
-        collate = ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
-        return lambda numbers, advance: self.compute(vlm, pruner, collate, numbers, advance)
+    def bytes_per_item(self, vlm: Any) -> int:
+        """See Worker."""
+        stops, width = len(self.pruner.config.stops), self.pruner.config.hidden
+        return 8 + 4 * stops + 1 + stops + stops * width * self.pruner.queries.element_size()
 
     @torch.no_grad()
-    def compute(
-        self, vlm: Any, pruner: TailDrop, collate: ConversationCollator, numbers: range, advance: Advance
-    ) -> dict[str, Tensor]:
+    def read(self, vlm: Any, collate: ConversationCollator, numbers: range) -> dict[str, Tensor]:
         """Read each item with all tokens and with every prefix.
 
         Returns:
             item (I,) long; loss (I, S) float32; right (I, 1 + S) bool, whether the answer is the reference's, with all
             tokens first; known (I, S, E), see TailDrop.known.
         """
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for first in range(numbers.start, numbers.stop, self.batch_size):
-            batch = range(first, min(first + self.batch_size, numbers.stop))
-            encoded = encode(vlm, collate([self.items[number] for number in batch]), pruner.needs)
-            full = full_forward(vlm, encoded)
-            teacher, tokens, sample = answer_slots(full.logits, full.labels)
-            judged = [judge(teacher, teacher, tokens, sample, len(batch))]
-            for stop in self.stops:
-                host = run_pruned(vlm, encoded, pruner, stop).host
-                judged.append(judge(answer_slots(host.logits, host.labels)[0], teacher, tokens, sample, len(batch)))
-            table = torch.stack(judged, dim=1)  # (B, 1 + S, 3)
-            known = pruner.known(encoded.inputs.to(pruner.queries.dtype))
-            parts.append((table[:, 1:, 2].clamp_min(0), table[..., 0] > 0, known))
-            advance(len(batch))
-        loss, right, known = (torch.cat(values) for values in zip(*parts, strict=True))
-        return {"item": torch.tensor(list(numbers)), "loss": loss, "right": right, "known": known}
+        encoded = encode(vlm, collate([self.items[number] for number in numbers]), self.pruner.needs)
+        full = full_forward(vlm, encoded)
+        teacher, tokens, sample = answer_slots(full.logits, full.labels)
+        judged = [judge(teacher, teacher, tokens, sample, len(numbers))]
+        for stop in self.pruner.config.stops:
+            host = run_pruned(vlm, encoded, self.pruner, stop).host
+            judged.append(judge(answer_slots(host.logits, host.labels)[0], teacher, tokens, sample, len(numbers)))
+        table = torch.stack(judged, dim=1)  # (B, 1 + S, 3)
+        return {
+            "item": torch.tensor(numbers),
+            "loss": table[:, 1:, 2].clamp_min(0),
+            "right": table[..., 0] > 0,
+            "known": self.pruner.known(encoded.inputs.to(self.pruner.queries.dtype)),
+        }
 
 
 def load_latents(source: str) -> TailDrop:
@@ -130,22 +101,17 @@ def losses_of(worker: LossWorker, folder: Path, processes: int = 1, shard_items:
     Raises:
         PruneZooError: In the folder lies something of another model, other latents or other items.
     """
-    vlm, pruner = load_frozen(worker.vlm, worker.dtype), load_latents(worker.pruner)
+    vlm = load_frozen(worker.vlm, worker.dtype)
     facts = {
         "vlm": fingerprint(vlm),
         "vlm_dtype": dtype_of(vlm),
-        "pruner": fingerprint(with_stops(pruner, ())),
-        "stops": worker.stops,
+        "pruner": fingerprint(with_stops(worker.pruner, ())),
+        "stops": worker.pruner.config.stops,
         "data": sample_of(worker.items),
         "max_length": worker.max_length,
     }
     cache = ShardedCache(folder, facts, len(worker.items), shard_items, "run the same command again")
-    device = default_device()
-    here = worker.on(vlm.to(device), with_stops(pruner, worker.stops).to(device))
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(f"losses, {folder}"), *columns) as progress:
-        task = progress.add_task("", total=cache.items)
-        fill(cache, (lambda _: here) if processes == 1 else worker, processes, lambda n: progress.advance(task, n))
+    fill_with_progress(cache, worker, vlm, processes)
     shards = list(cache.read())
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
@@ -233,12 +199,12 @@ def main(args: list[str] | None = None) -> None:
     if not stops:
         raise PruneZooError("stops: name two or more lengths for the rule to choose among")
     replace(latents.config, stops=stops, tolerance=config.tolerance)  # refuses at once what is out of range
-    tables = []
+    reader, tables = with_stops(latents, stops), []
     for split in ("train", "validation"):
         items = data.items(split)
         if split == "train":
             items = Subset(items, range(min(config.train_items, len(items))))
-        worker = LossWorker(model.vlm, model.vlm_dtype, config.pruner, stops, items, data.batch_size, data.max_length)
+        worker = LossWorker(model.vlm, model.vlm_dtype, items, data.batch_size, data.max_length, reader)
         tables.append(losses_of(worker, Path(config.cache) / split, config.processes))
     train, held_out = tables
     torch.manual_seed(config.seed_everything)

@@ -69,14 +69,6 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def groups(self) -> tuple[str, ...]:
         """Groups that validation reports apart; known after `setup`."""
 
-    def make_cache(self, vlm: Any) -> None:
-        """Compute ahead what training reads from disk; only some data modules have such a thing.
-
-        Args:
-            vlm: The frozen model.
-        """
-        raise PruneZooError(f"{type(self).__name__} keeps no cache: there is nothing to make before training")
-
     def setup(self, stage: str | None = None) -> None:
         """Open processor and data, and check them."""
         if self.train_set is None:
