@@ -195,6 +195,19 @@ def test_what_is_not_whole_or_not_measured_is_refused(published, capsys, spoil, 
     assert message in line
 
 
+@pytest.mark.parametrize("name", [folder.name for folder in shipped_pruners()])
+def test_all_that_a_card_rests_on_is_published(name, tmp_path):
+    """From the published files alone the same is published again: record of a policy, stop rule, pictures and all."""
+    files = publish.check(cards.SHIPPED / name, f"org/{name}").files
+    for file, content in files.items():
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert publish.check(tmp_path / name, f"org/{name}").files == files
+    left = {path.name for path in (cards.SHIPPED / name).iterdir()} - {Path(file).parts[0] for file in files}
+    assert not left, "nothing else lies in what ships"
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine, a token that it takes, and a cache that is empty."""

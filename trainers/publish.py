@@ -37,6 +37,7 @@ from .cards import (
     CARD_FILE,
     METRICS_FILE,
     PICTURE_FILE,
+    POLICY_FILE,
     SPEED_FILE,
     STOP_FIGURE,
     STOP_FILE,
@@ -48,7 +49,7 @@ from .evaluation.record import read_record
 from .names import find_pruner
 from .run_record import RUN_FILE
 
-OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE, STOP_FILE, STOP_FIGURE)
+OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE, STOP_FILE, STOP_FIGURE, POLICY_FILE)
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""
 HOW = "write it with `python -m trainers.evaluate … --card {folder}`"
