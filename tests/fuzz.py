@@ -1,8 +1,8 @@
 """Load mutated checkpoint folders: `python tests/fuzz.py COUNT SEED`. For a process of its own, which may not survive.
 
-Each case takes a good folder, spoils one file and loads it. That must give a PruneZooError of one line or a pruner,
-within seconds, without memory above twice the file (and a fixed allowance), without a file outside the folder, and
-without running anything: an audit hook sees every import, compilation, unpickling, process and connection.
+Each case takes a good folder, spoils one file and loads it. That must give a PruneZooError of one line, or a pruner or
+tokenizer, within seconds, without memory above twice the file (and a fixed allowance), without a file outside the
+folder, and without running anything: an audit hook sees every import, compilation, unpickling, process and connection.
 """
 
 import copy
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from modules import PruneZooError, build_pruner, load_pruner
+from modules import OneDPiece, PruneZooError, build_pruner, load_pruner
 
 SECONDS, ALLOWANCE = 20, 96 << 20  # of one case; what malloc's arenas and short-lived temporaries may take
 SMALL = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1}
@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "shares": [0.5, 0.5],
     },
 }
+TOKENIZER: dict[str, Any] = {"image_size": 48, "tokens": 24, "width": 32, "heads": 2, "head": "pixels"}
+TOKENIZER |= {"encoder_layers": 1, "decoder_layers": 1, "codes": 64, "code_width": 4}
 NASTY: tuple[Any, ...] = (
     *(0, 1, -1, 3, 2**20, 2**31, 2**40, 2**63, 10**30, 10**400, -(2**62), 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *(
@@ -180,7 +182,12 @@ def good_folders(root: Path) -> list[Path]:
     stored = json.loads((root / "ppm" / "config.json").read_text())
     stored["base_model"] = {"name": "n", "family": "llava", "width": 32, "depth": 2, "tower": "clip", "tower_width": 24}
     (root / "ppm" / "config.json").write_text(json.dumps(stored))
-    return [*folders, lora_folder(root / "lora")]
+    return [*folders, lora_folder(root / "lora"), OneDPiece(**TOKENIZER).save_pretrained(root / OneDPiece.name)]
+
+
+def load(folder: Path) -> object:
+    """What is in a folder, as its owner would load it."""
+    return OneDPiece.from_pretrained(folder) if folder.name == OneDPiece.name else load_pruner(folder)
 
 
 def lora_folder(folder: Path) -> Path:
@@ -199,7 +206,7 @@ def main(count: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = good_folders(Path(scratch))
         for folder in folders:
-            load_pruner(folder)  # whatever is imported late is imported now
+            load(folder)  # whatever is imported late is imported now
         for case in range(count):
             folder = folders[case % len(folders)]
             files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -227,7 +234,7 @@ def attempt(case: int, folder: Path, size: int, watch: Watch, allowance: int = A
     signal.alarm(SECONDS)
     watch.folder = folder
     try:
-        load_pruner(folder)
+        load(folder)
         outcome = "loaded"
     except PruneZooError as error:
         outcome = "refused"

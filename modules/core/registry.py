@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .base_model import check_base_model
-from .contract import Pruner, PrunerConfig
+from .contract import Configured, Pruner, PrunerConfig
 from .errors import PruneZooError
 from .hub import load, read_method
 from .signals import parse_signal
@@ -66,6 +66,9 @@ def list_pruners() -> tuple[str, ...]:
 def pruner_class(name: str) -> type[Pruner]:
     """The class registered under ``name``; an unknown name is an error that lists the known ones."""
     if name not in list_pruners():
+        for cls in Configured.__subclasses__():
+            if cls.name and cls.name == name:
+                raise PruneZooError(f"'{name}' is no pruner: load it with {cls.__name__}.from_pretrained")
         raise PruneZooError(f"unknown pruner '{name}'; known: {', '.join(list_pruners())}")
     return _PRUNERS[name]
 

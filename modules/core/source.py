@@ -1,4 +1,4 @@
-"""Where a pruner is loaded from: a folder, or a repository of the Hugging Face Hub."""
+"""Where a pruner or tokenizer is loaded from: a folder, or a repository of the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -71,7 +71,7 @@ class Source:
         except RevisionNotFoundError as error:
             raise PruneZooError(f"the Hub repository '{name}' has no revision '{self.revision}'") from error
         except EntryNotFoundError as error:
-            raise PruneZooError(f"{filename} is missing in the Hub repository '{name}'; is it a pruner?") from error
+            raise PruneZooError(f"{filename} is missing in the Hub repository '{name}'; is it prunezoo's?") from error
         except GatedRepoError as error:
             raise PruneZooError(f"'{name}' is gated: ask for access on its page, then `hf auth login`") from error
         except (RepositoryNotFoundError, HFValidationError) as error:
