@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hub_server import hub  # noqa: F401 - a fixture
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (

@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
 TOKEN = "hf_right"
 
 
@@ -82,6 +86,24 @@ class FakeHub:
         oid = hashlib.sha1(f"{name}{len(repo.commits)}".encode()).hexdigest()
         repo.commits.append(Commit(oid, summary, files, large))
         return repo.commits[-1]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, a token that it takes, and a cache that is empty."""
+    server = FakeHub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("trainers.publish.PAUSE", 0.01)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    yield server
+    server.close()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -307,7 +307,7 @@ def test_a_lora_without_weights_is_not_saved(tmp_path):
 @pytest.mark.parametrize("name", ["m3-tiny", "m3-lora-tiny"])
 def test_what_is_shipped_is_whole_and_runs(name):
     shipped = ROOT / "checkpoints"
-    pruner = publish.check(shipped / name, f"org/{name}").pruner
+    pruner = publish.check(shipped / name, f"org/{name}").module
     vlm = AutoModelForImageTextToText.from_pretrained(shipped / "tiny-llava", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(shipped / "tiny-llava")
     items = list(load_suite("scenes", "validation", 14))

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_llava
-from hub_server import TOKEN, Failure, FakeHub
+from hub_server import Failure
 from huggingface_hub import ModelCard, constants
-from huggingface_hub.utils import _http
 from test_evaluate_statistics import measurement
 
 from modules import AutoPruner, attach
@@ -20,6 +19,7 @@ from trainers import cards, publish
 from trainers.cards import render_card, weights_digest, write_card
 from trainers.evaluation.record import build_record, read_record, write_record
 from trainers.evaluation.scores import Measurement
+from trainers.names import methods_shipped
 from trainers.readme import shipped_pruners
 from trainers.run_record import RunRecord
 
@@ -195,7 +195,7 @@ def test_what_is_not_whole_or_not_measured_is_refused(published, capsys, spoil, 
     assert message in line
 
 
-@pytest.mark.parametrize("name", [folder.name for folder in shipped_pruners()])
+@pytest.mark.parametrize("name", sorted(methods_shipped()))
 def test_all_that_a_card_rests_on_is_published(name, tmp_path):
     """From the published files alone the same is published again: record of a policy, stop rule, pictures and all."""
     files = publish.check(cards.SHIPPED / name, f"org/{name}").files
@@ -206,24 +206,6 @@ def test_all_that_a_card_rests_on_is_published(name, tmp_path):
     assert publish.check(tmp_path / name, f"org/{name}").files == files
     left = {path.name for path in (cards.SHIPPED / name).iterdir()} - {Path(file).parts[0] for file in files}
     assert not left, "nothing else lies in what ships"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on this machine, a token that it takes, and a cache that is empty."""
-    server = FakeHub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(publish, "PAUSE", 0.01)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-    yield server
-    server.close()
 
 
 def publish_it(folder: Path, capsys, name: str = "org/ppm-test", *options: str) -> str:
@@ -358,13 +340,13 @@ def test_a_tag_that_was_not_reached_is_made_up_for(published, hub, capsys):
 def test_refusals_of_the_hub_are_one_line(published, hub, capsys, monkeypatch):
     assert "is the organisation yours?" in refused(published, capsys, "others/ppm-test")
     hub.add("org/bert", {"config.json": b"{}", "pytorch_model.bin": b"?"})
-    assert "org/bert is taken: it holds something that is no pruner; choose another name" in refused(
+    assert "org/bert is taken: it holds something that is not prunezoo's; choose another name" in refused(
         published, capsys, "org/bert"
     )
     other = published.with_name("m3-test")
     build_pruner("m3", width=32, hidden=16, heads=2).save_pretrained(other)
     hub.add("org/m3", {name: (other / name).read_bytes() for name in ("config.json", "model.safetensors")})
-    assert "org/m3 is taken: it holds a pruner of the method 'm3'" in refused(published, capsys, "org/m3")
+    assert "org/m3 is taken: it holds the method 'm3'" in refused(published, capsys, "org/m3")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "check the token: `hf auth login`, or HF_TOKEN" in refused(published, capsys)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -29,7 +29,7 @@ from modules.core.errors import PruneZooError
 from modules.tokenizers.one_d_piece import OneDPiece
 
 from .cards import weights_digest
-from .compression.card import write_card
+from .compression.card import read_json, write_card
 from .compression.figures import draw_curves, draw_pictures
 from .compression.measure import (
     file_size,
@@ -186,14 +186,6 @@ def card(args: argparse.Namespace, words: Sequence[str]) -> None:
     """The model card."""
     for path in write_card(args.folder, read_json(args.quality), read_json(args.speed), args.photographs):
         print(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `measure` or `speed` wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruneZooError(f"{path}: not a measurement that can be read ({error})") from None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Publish a trained pruner on the Hugging Face Hub: `python -m trainers.publish CHECKPOINT_DIR ORG/NAME [--dry-run]`.
+"""Publish a pruner or tokenizer on the Hugging Face Hub: `python -m trainers.publish CHECKPOINT_DIR ORG/NAME`.
 
 Only what loads strictly and was measured with these very weights is uploaded, with its card rendered anew, and only the
 files that belong to it: in one commit, which gets the next tag (`v1`, `v2`, …). The same content is not uploaded twice.
@@ -9,12 +9,12 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,11 +27,12 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from modules.core.contract import Pruner
+from modules.core.contract import Configured
 from modules.core.errors import PruneZooError
 from modules.core.hub import CONFIG_FILE, file_names, read_method
 from modules.core.registry import load_pruner
 from modules.core.source import Source
+from modules.tokenizers.one_d_piece import OneDPiece
 
 from .cards import (
     CARD_FILE,
@@ -44,19 +45,61 @@ from .cards import (
     render_card,
     weights_digest,
 )
+from .compression import card as tokenizer_card
 from .errors import command, one_line
 from .evaluation.record import read_record
 from .names import find_pruner
 from .run_record import RUN_FILE
 
-OPTIONAL = (RUN_FILE, SPEED_FILE, PICTURE_FILE, STOP_FILE, STOP_FIGURE, POLICY_FILE)
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""
-HOW = "write it with `python -m trainers.evaluate … --card {folder}`"
 TRIES, PAUSE = 3, 1.0
 """How often it is tried where the Hub fails to serve, and the seconds before the second time; they double."""
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of checkpoint is loaded, and what its card rests on.
+
+    Attributes:
+        load: it, strictly, from its folder.
+        read: the record `metrics.json`.
+        measured: SHA-256 of the weights that a record measured.
+        render: the card of a folder, by its record and Hub id.
+        required: files that every card shows or rests on.
+        optional: those that some do.
+        how: the command that writes them, into `{folder}`.
+    """
+
+    load: Callable[[Path], Configured]
+    read: Callable[[Path], dict[str, Any]]
+    measured: Callable[[Mapping[str, Any]], set[str]]
+    render: Callable[[Path, Mapping[str, Any], str], ModelCard]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    how: str
+
+
+PRUNER = Kind(
+    load_pruner,
+    read_record,
+    lambda metrics: set(metrics["weights"].values()),
+    render_card,
+    (METRICS_FILE,),
+    (RUN_FILE, SPEED_FILE, PICTURE_FILE, STOP_FILE, STOP_FIGURE, POLICY_FILE),
+    "python -m trainers.evaluate … --card {folder}",
+)
+TOKENIZER = Kind(
+    OneDPiece.from_pretrained,
+    tokenizer_card.read_json,
+    tokenizer_card.measured_weights,
+    tokenizer_card.render_card,
+    (METRICS_FILE, tokenizer_card.CURVES, tokenizer_card.PICTURES),
+    (RUN_FILE,),
+    "python -m trainers.codec card {folder} …",
+)
 
 
 @dataclass(frozen=True)
@@ -67,14 +110,14 @@ class Package:
         folder: the checkpoint folder.
         repo: ORG/NAME.
         files: contents of the files, by their names in the repository.
-        pruner: the pruner, loaded strictly.
+        module: the pruner or tokenizer, loaded strictly.
         card: the metadata of its card.
     """
 
     folder: Path
     repo: str
     files: dict[str, bytes]
-    pruner: Pruner
+    module: Configured
     card: ModelCardData
 
 
@@ -107,20 +150,26 @@ def check(folder: Path, repo: str) -> Package:
         raise PruneZooError(f"{repo!r} is no Hub id: write ORG/NAME")
     if not folder.is_dir():
         raise PruneZooError(f"{folder}: no such folder")
-    pruner = load_pruner(folder)
-    how = HOW.format(folder=folder)
-    if not (folder / METRICS_FILE).is_file():
-        raise PruneZooError(f"{folder}: {METRICS_FILE} is missing; {how}")
-    metrics = read_record(folder / METRICS_FILE)
-    if weights_digest(folder) not in metrics.get("weights", {}).values():
-        raise PruneZooError(f"{folder / METRICS_FILE}: measured with other weights than lie there now; {how}")
-    if "pruner" not in metrics:
-        raise PruneZooError(f"{folder / METRICS_FILE}: not what a card rests on; {how}")
-    card = render_card(folder, metrics, repo)
-    names = (*file_names(pruner), METRICS_FILE, *(name for name in OPTIONAL if (folder / name).is_file()))
+    kind = TOKENIZER if read_method(Source(folder)) == OneDPiece.name else PRUNER
+    module = kind.load(folder)
+    how = f"write it with `{kind.how.format(folder=folder)}`"
+    for name in kind.required:
+        if not (folder / name).is_file():
+            raise PruneZooError(f"{folder}: {name} is missing; {how}")
+    metrics = kind.read(folder / METRICS_FILE)
+    try:
+        if kind.measured(metrics) != {weights_digest(folder)}:
+            raise PruneZooError(f"{folder / METRICS_FILE}: measured with other weights than lie there now; {how}")
+        card = kind.render(folder, metrics, repo)
+    except PruneZooError:
+        raise
+    except Exception as error:  # whatever a record that is not whole makes the template stumble over
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise PruneZooError(f"{folder}: its records are not what a card rests on ({why}); {how}") from error
+    names = (*file_names(module), *kind.required, *(name for name in kind.optional if (folder / name).is_file()))
     files = {name: (folder / name).read_bytes() for name in names} | {CARD_FILE: str(card).encode()}
     assert isinstance(card.data, ModelCardData)
-    return Package(folder, repo, files, pruner, card.data)
+    return Package(folder, repo, files, module, card.data)
 
 
 def show(package: Package, console: Console) -> None:
@@ -131,10 +180,10 @@ def show(package: Package, console: Console) -> None:
     for name, content in package.files.items():
         table.add_row(name, f"{len(content):,}")
     console.print(table)
-    parameters = sum(p.numel() for p in package.pruner.parameters())
+    parameters = sum(p.numel() for p in package.module.parameters())
     results = package.card.eval_results or []
     console.print(
-        f"method {package.pruner.name}, {parameters:,} parameters; the card has {len(results)} measured results"
+        f"method {package.module.name}, {parameters:,} parameters; the card has {len(results)} measured results"
     )
     uploaded = {Path(name).parts[0] for name in package.files}
     left = sorted(p.name for p in package.folder.iterdir() if p.name not in uploaded)
@@ -180,7 +229,7 @@ def _upload(api: HfApi, package: Package, private: bool) -> Published:
     if changed:
         # on top of what was looked at: somebody else's push in between is refused, not overwritten
         operations = [CommitOperationAdd(name, package.files[name]) for name in changed]
-        message = f"Upload {package.pruner.name}"
+        message = f"Upload {package.module.name}"
         head = api.create_commit(repo, operations, commit_message=message, parent_commit=info.sha).oid
     refs = api.list_repo_refs(repo)
     tag = next((ref.name for ref in refs.tags if ref.target_commit == head), None)
@@ -192,7 +241,7 @@ def _upload(api: HfApi, package: Package, private: bool) -> Published:
 
 
 def refuse_another(api: HfApi, info: ModelInfo, package: Package) -> None:
-    """Refuse a repository that holds anything but an earlier version of this pruner."""
+    """Refuse a repository that holds anything but an earlier version of this method."""
     names = {file.rfilename for file in info.siblings or ()} - {".gitattributes", CARD_FILE}
     if not names:
         return
@@ -200,8 +249,8 @@ def refuse_another(api: HfApi, info: ModelInfo, package: Package) -> None:
         method = read_method(Source(package.repo, info.sha, token=api.token)) if CONFIG_FILE in names else None
     except PruneZooError:
         method = None
-    if method != package.pruner.name:
-        held = f"a pruner of the method '{method}'" if method else "something that is no pruner"
+    if method != package.module.name:
+        held = f"the method '{method}'" if method else "something that is not prunezoo's"
         raise PruneZooError(f"{package.repo} is taken: it holds {held}; choose another name")
 
 
@@ -237,8 +286,10 @@ def patiently(call: Callable[[], R]) -> R:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish, or with --dry-run only say what would be published."""
-    p = argparse.ArgumentParser(prog="python -m trainers.publish", description="Publish a pruner on the Hub.")
-    p.add_argument("folder", type=Path, help="the pruner's folder")
+    p = argparse.ArgumentParser(
+        prog="python -m trainers.publish", description="Publish a pruner or tokenizer on the Hub."
+    )
+    p.add_argument("folder", type=Path, help="its folder, or the short name of one that ships")
     p.add_argument("repo", help="ORG/NAME on the Hub")
     p.add_argument("--dry-run", action="store_true", help="check, and show what would be uploaded")
     p.add_argument("--private", action="store_true", help="make a new repository private")

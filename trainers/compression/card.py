@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -42,13 +42,11 @@ def write_card(folder: Path, quality: Mapping[str, Any], speed: Mapping[str, Any
     Raises:
         PruneZooError: Other weights were measured, or not the held-out split.
     """
-    digest = weights_digest(folder)
-    name = next(iter(quality["weights"]))
-    if quality["weights"][name] != digest or speed["weights"] != digest:
+    metrics = {"photographs": photographs, "quality": dict(quality), "speed": dict(speed)}
+    if measured_weights(metrics) != {weights_digest(folder)}:
         raise PruneZooError(f"{folder}: other weights were measured than lie there now; measure it again")
     if quality["split"] != "test":
         raise PruneZooError(f"{folder}: a card needs the held-out test split, not {quality['split']!r}")
-    metrics = {"photographs": photographs, "quality": dict(quality), "speed": dict(speed)}
     write_record(metrics, folder / METRICS_FILE)
     (folder / CARD_FILE).write_text(str(render_card(folder, metrics)), encoding="utf-8")
     draw_curves(quality, folder / CURVES)
@@ -56,6 +54,19 @@ def write_card(folder: Path, quality: Mapping[str, Any], speed: Mapping[str, Any
     squares = [to_tensor(square) for square in sample_squares(tokenizer.config.image_size)]
     draw_pictures(tokenizer, squares, shown_lengths(tokenizer)).save(folder / PICTURES, quality=90)
     return [folder / file for file in (CARD_FILE, METRICS_FILE, CURVES, PICTURES)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `trainers.codec measure` or `speed`, or :func:`write_card`, wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruneZooError(f"{path}: not a measurement that can be read ({error})") from None
+
+
+def measured_weights(metrics: Mapping[str, Any]) -> set[str]:
+    """SHA-256 of the tokenizer's weights, by the records of its quality, where it is the first, and of its speed."""
+    return {next(iter(metrics["quality"]["weights"].values())), metrics["speed"]["weights"]}
 
 
 def sample_squares(size: int) -> list[Image.Image]:
@@ -67,8 +78,14 @@ def sample_squares(size: int) -> list[Image.Image]:
     return squares
 
 
-def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
-    """The card of the tokenizer in a folder, from what :func:`write_card` put into its `metrics.json`."""
+def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = None) -> ModelCard:
+    """The card of the tokenizer in a folder.
+
+    Args:
+        folder: What `save_pretrained` wrote, with the training's `run.json` where there is one.
+        metrics: What :func:`write_card` put into its `metrics.json`.
+        repo: Its Hub id, where it is rendered for the Hub.
+    """
     tokenizer = OneDPiece.from_pretrained(folder)
     run_path = folder / RUN_FILE
     run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else None
@@ -87,6 +104,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
             *(f"arxiv:{paper}" for paper in method.papers),
         ],
         model_name=folder.resolve().name,
+        eval_results=eval_results(quality, name),
     )
     text = (
         templates()
@@ -94,7 +112,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
         .render(
             card_data=data.to_yaml(),
             name=folder.resolve().name,
-            folder=shown_path(folder),
+            source=repo or shown_path(folder),
             about=method.text,
             papers=method.papers,
             parameters=f"{sum(p.numel() for p in tokenizer.parameters()):,}",
@@ -121,6 +139,24 @@ def render_card(folder: Path, metrics: Mapping[str, Any]) -> ModelCard:
         )
     )
     return ModelCard(text)
+
+
+def eval_results(quality: Mapping[str, Any], name: str) -> list[EvalResult]:
+    """Every metric at every length."""
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=quality["images"],
+            dataset_name=quality["images"],
+            dataset_split=quality["split"],
+            metric_type=metric,
+            metric_name=f"{title}, {row['tokens']} tokens",
+            metric_value=row[metric],
+        )
+        for row in rows_of(quality, name)
+        for metric, title in METRICS.items()
+        if row[metric] is not None
+    ]
 
 
 def own_table(quality: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
