@@ -35,6 +35,10 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if message['role'] == 'assistant' %} </s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
+LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
+SHORT = "<s> USER: <image> what ? ASSISTANT:"
+TWO = "<s> USER: <image> <image> what box ? ASSISTANT:"
+NONE = "<s> USER: is the ball red ? ASSISTANT:"
 
 
 def make_processor():
@@ -146,6 +150,13 @@ def tiny_llava(tiny_llava_folder):
 def deep_llava(tmp_path_factory):
     """As `tiny_llava`, with decoder layers enough for several stages between them."""
     return load_llava(save_llava(tmp_path_factory.mktemp("deep-llava"), num_hidden_layers=4))
+
+
+@pytest.fixture
+def mixed(deep_llava):
+    """A batch for `deep_llava`: prompts with one image, two, none, and one."""
+    images = [[make_image(0)], [make_image(5), make_image(6)], [], [make_image(1)]]
+    return deep_llava.batch([LONG, TWO, NONE, SHORT], images)
 
 
 class StopAt(L.Callback):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import make_image, make_llava
+from conftest import LONG, SHORT, make_image
 from layer_oracle import Watch, masked
-from test_layers import LONG, SHORT, _no_rotation
+from layer_pruners import eager_copy, no_rotation
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward
 from modules.host import encode_needs, run_pruned
@@ -17,12 +17,10 @@ def batch(deep_llava):
 
 def eager_rows(vlm, encoded, layer, gone=None, rotary=True):
     """``(B, N)``: what the last column attends to of the image, in eager maps."""
-    eager = make_llava(num_hidden_layers=4)
-    eager.load_state_dict(vlm.state_dict())
-    eager.set_attn_implementation({"text_config": "eager"})
+    eager = eager_copy(vlm)
     with masked(eager, gone or {}):
         if not rotary:
-            eager.get_decoder().layers[layer].register_forward_pre_hook(_no_rotation, with_kwargs=True)
+            eager.get_decoder().layers[layer].register_forward_pre_hook(no_rotation, with_kwargs=True)
         maps = full_forward(eager, encoded, output_attentions=True).attentions[layer]
     return maps.mean(1)[:, -1].gather(1, encoded.slots)
 
