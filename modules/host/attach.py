@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,8 @@ from .stats import AttachStats, StageStats, kv_bytes_saved
 from .vision import check_vision_stage
 
 Attachable = Pruner | str | Path
+NOTE = "_prunezoo_prompt"
+"""Attribute of a cache: the :class:`ShortPrompt` that it begins with. So copies have it, and later blocks find it."""
 ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """Options of `generate` that bring candidates to take or leave."""
 
@@ -105,7 +106,6 @@ class Attachment:
         self._generating: Running | None = None  # it is on a prompt with images
         self._filling: Running | None = None  # the first forward on such a prompt is under way
         self._prompt: Prompt | None = None  # what the layer stage does to it
-        self._short: WeakKeyDictionary[Any, ShortPrompt] = WeakKeyDictionary()
 
     def __enter__(self) -> Self:
         """Attach."""
@@ -199,6 +199,10 @@ class Attachment:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         filled = cache is not None and cache.get_seq_length() > 0
+        if cache is not None and not filled:  # it may be an old one, emptied
+            vars(cache).pop(NOTE, None)
+            if self.layers:
+                self.layers.pasts.pop(cache, None)
         running = None if filled else self._generating
         if self._inside:
             # `generate` drops a mask of ones; without mask and cache, gaps in the positions would be read as the seams
@@ -247,12 +251,12 @@ class Attachment:
             else:
                 last = (mask if self._inside else torch.ones_like(mask)).sum(1, keepdim=True) - 1
             ids, mask, last = (part.repeat_interleave(copies, -2) for part in (batch["input_ids"], mask.long(), last))
-            self._short[cache] = ShortPrompt(ids, mask, last, running.length)
+            setattr(cache, NOTE, ShortPrompt(ids, mask, last, running.length))
 
     def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
         """What the cache of a call begins with, if that was rewritten."""
         cache = kwargs.get("past_key_values")
-        return self._short.get(cache) if cache is not None else None
+        return getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
 
     def _go_on(self, kwargs: Mapping[str, Any], short: ShortPrompt, generating: bool, whole: bool) -> dict[str, Any]:
         """A call on a cache whose prompt was rewritten: ids, mask and positions as that cache has them.
@@ -267,6 +271,8 @@ class Attachment:
         if ids is None:
             raise PruneZooError("a pruned conversation goes on with input_ids, not with inputs_embeds")
         held = length + int(kwargs["past_key_values"].get_seq_length()) - short.ids.shape[1]  # the caller's columns
+        if held < length:
+            raise PruneZooError("this cache was cropped into its pruned prompt: pass the whole conversation again")
         total = ids.shape[1] if whole else held + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if mask is None else mask
         if len(ids) != len(short.ids) or mask.shape != (len(ids), total) or total <= held:
@@ -321,8 +327,9 @@ def attach(
 
     ``vlm.generate(**inputs)`` and ``vlm(**inputs)`` are called as always: batches padded on either side, samples with
     no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
-    the cache that an earlier call filled (inside the block). `generate` returns sequences that begin with the caller's
-    own prompt; a direct call returns logits of the shorter prompt (labels are shortened alike, for the loss).
+    the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). `generate`
+    returns sequences that begin with the caller's own prompt; a direct call returns logits of the shorter prompt (labels
+    are shortened alike, for the loss).
 
     Args:
         vlm: A supported model, perhaps with PEFT adapters around it.

@@ -1,0 +1,68 @@
+"""Caches that a pruned prompt filled, and what users do with them: copies, later blocks, emptying, cropping; threads."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_image
+
+from modules import PruneZooError, attach
+
+LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
+NONE = "<s> USER: " + "is the ball red ? " * 10 + "ASSISTANT:"  # longer than the shortened prompt and what it lost
+NEXT = " red </s> USER: is the box left ? ASSISTANT:"
+OPTIONS = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module")
+def talk(tiny_llava):
+    """A first turn's batch, and a function that makes the second turn's inputs of its output."""
+    batch, words = tiny_llava.batch([LONG], [[make_image(0)]]), tiny_llava.batch([NEXT], [[]])["input_ids"]
+
+    def second(first):
+        ids = torch.cat([first.sequences, words], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return tiny_llava.vlm, batch, second
+
+
+def test_a_copied_cache_and_one_of_an_earlier_block_go_on_alike(talk):
+    vlm, batch, second = talk
+    with attach(vlm, "uniform", keep=4):
+        first = vlm.generate(**batch, **OPTIONS)
+        turn, copied = second(first), copy.deepcopy(first.past_key_values)
+        later = copy.deepcopy(first.past_key_values)
+        expected = vlm.generate(**turn, past_key_values=first.past_key_values, **OPTIONS).logits[0]
+        of_copy = vlm.generate(**turn, past_key_values=copied, **OPTIONS).logits[0]
+    with attach(vlm, "pool", keep=9):
+        of_later = vlm.generate(**turn, past_key_values=later, **OPTIONS).logits[0]
+    whole = vlm.generate(**turn, pixel_values=batch["pixel_values"], **OPTIONS).logits[0]
+    assert (expected - whole).abs().max() > 1e-2
+    assert torch.equal(of_copy, expected) and torch.equal(of_later, expected)
+
+
+@pytest.mark.parametrize("pruner", ["uniform", "fastv"])
+def test_an_emptied_cache_begins_anew(pruner, deep_llava):
+    vlm, text = deep_llava.vlm, deep_llava.batch([NONE], [[]])
+    expected = vlm.generate(**text, **OPTIONS)
+    with attach(vlm, pruner, keep=4):
+        cache = vlm.generate(**deep_llava.batch([LONG], [[make_image(0)]]), **OPTIONS).past_key_values
+        for layer in cache.layers:
+            layer.crop(-layer.get_seq_length())
+        for turn in range(2):  # the second goes on behind the first
+            out = vlm.generate(**text, past_key_values=cache if not turn else out.past_key_values, **OPTIONS)
+            torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=0, atol=1e-5)
+            text = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+            expected = vlm.generate(**text, **OPTIONS)
+
+
+def test_a_cache_cropped_into_its_pruned_prompt_is_refused(talk):
+    vlm, batch, second = talk
+    with attach(vlm, "uniform", keep=4):
+        first = vlm.generate(**batch, **OPTIONS)
+        turn, cache = second(first), first.past_key_values
+        cache.crop(-4)  # two are answers
+        with pytest.raises(PruneZooError, match="cropped into its pruned prompt"):
+            vlm.generate(**turn, past_key_values=cache, **OPTIONS)
+        with pytest.raises(PruneZooError, match="cropped into its pruned prompt"):
+            vlm(batch["input_ids"][:, -2:], past_key_values=cache)
