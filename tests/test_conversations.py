@@ -1,6 +1,7 @@
 """Caches that a pruned prompt filled, and what users do with them: copies, later blocks, emptying, cropping; threads."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -66,3 +67,62 @@ def test_a_cache_cropped_into_its_pruned_prompt_is_refused(talk):
             vlm.generate(**turn, past_key_values=cache, **OPTIONS)
         with pytest.raises(PruneZooError, match="cropped into its pruned prompt"):
             vlm(batch["input_ids"][:, -2:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("pruner", ["fastervlm", "fastv"])
+def test_threads_take_turns(pruner, deep_llava):
+    vlm = deep_llava.vlm
+    batches = [deep_llava.batch([LONG.replace("left ", "left " * i)], [[make_image(i)]]) for i in range(6)]
+    with attach(vlm, pruner, keep=4), ThreadPoolExecutor(3) as pool:
+        expected = [vlm.generate(**batch, max_new_tokens=8) for batch in batches]
+        assert len({tuple(sequence[0, -8:].tolist()) for sequence in expected}) > 1
+        for _ in range(3):
+            threads = [pool.submit(vlm.generate, **batch, max_new_tokens=8) for batch in batches]
+            assert all(torch.equal(thread.result(), one) for thread, one in zip(threads, expected, strict=True))
+
+
+def test_a_direct_call_from_another_thread_is_refused_while_one_generates(talk):
+    vlm, batch, _ = talk
+
+    class CallOnce:
+        """Where a streamer is told of the first tokens, another thread calls the model."""
+
+        error = None
+
+        def put(self, _):
+            if self.error is None:
+                with ThreadPoolExecutor(1) as pool:
+                    self.error = pool.submit(vlm, **batch).exception()
+
+        def end(self):
+            pass
+
+    streamer = CallOnce()
+    with attach(vlm, "uniform", keep=4):
+        vlm.generate(**batch, max_new_tokens=2, streamer=streamer)
+        assert vlm(**batch).logits.shape[1] < batch["input_ids"].shape[1]
+    assert isinstance(streamer.error, PruneZooError) and "another thread generates" in str(streamer.error)
+
+
+def test_calls_of_parts_of_the_model_pass_untouched(deep_llava):
+    """The layers' hooks know only what they were told of the last call of the whole."""
+    vlm, text = deep_llava.vlm, deep_llava.batch([NEXT], [[]])
+    with attach(vlm, "fastv", keep=4):
+        vlm(**deep_llava.batch([LONG], [[make_image(0)]]))
+        states = vlm.model.language_model(**text).last_hidden_state
+    assert torch.equal(states, vlm.model.language_model(**text).last_hidden_state)
+
+
+@pytest.mark.parametrize("pruner", ["uniform", "fastv"])
+def test_guidance_by_the_model_without_a_prompt(pruner, deep_llava):
+    vlm, batch = deep_llava.vlm, deep_llava.batch([LONG], [[make_image(0)]])
+    with attach(vlm, pruner, keep=4):
+        plain = vlm.generate(**batch, **OPTIONS)
+        guided = vlm.generate(**batch, **OPTIONS, output_scores=True, guidance_scale=2.0)
+    assert torch.equal(guided.logits[0], plain.logits[0])
+    length = batch["input_ids"].shape[1]
+    for step, (logits, scores) in enumerate(zip(guided.logits, guided.scores, strict=True)):
+        blind = vlm(guided.sequences[:, length - 1 : length + step]).logits[:, -1].log_softmax(-1)
+        expected = blind + 2 * (logits.log_softmax(-1) - blind)
+        assert (scores - logits.log_softmax(-1)).abs().max() > 1e-2
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)

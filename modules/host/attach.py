@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock, get_ident
 from typing import Any, Self
 
 import torch
@@ -57,9 +58,14 @@ class Running:
     rewritten: bool  # it is not the caller's prompt any more
 
     @property
+    def width(self) -> int:
+        """Columns of it."""
+        return self.encoded.mask.shape[1]
+
+    @property
     def dropped(self) -> int:
         """Columns by which it is shorter."""
-        return self.length - self.encoded.mask.shape[1]
+        return self.length - self.width
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Attachment:
         self._stack = ExitStack()
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._encoding = False  # the call under way is our own, to compute signals
-        self._inside = False  # a `generate` call is under way
+        self._turn = RLock()  # held by the thread that generates: hooks tell of one call at a time
+        self._inside: int | None = None  # a `generate` call is under way, in this thread
         self._generating: Running | None = None  # it is on a prompt with images
         self._filling: Running | None = None  # the first forward on such a prompt is under way
         self._prompt: Prompt | None = None  # what the layer stage does to it
@@ -137,6 +144,11 @@ class Attachment:
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` on the shorter prompt; what it returns begins with the caller's own prompt."""
+        with self._turn:
+            return self._generate(inputs, *args, **kwargs)
+
+    def _generate(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Of one thread at a time."""
         own = self._shadowed or type(self.vlm).generate.__get__(self.vlm)
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -160,11 +172,11 @@ class Attachment:
                     before, after = short.length, short.ids.shape[1]
         self._check_options(kwargs)
         self._move_lengths(kwargs, before - after)
-        self._inside, self._generating, self._filling = True, running, running
+        self._inside, self._generating, self._filling = get_ident(), running, running
         try:
             result = own(None, *args, **kwargs)
         finally:
-            self._inside, self._generating, self._filling = False, None, None
+            self._inside, self._generating, self._filling = None, None, None
         if not before:
             return result
         assert prompt is not None  # without ids there are no images and no short prompt
@@ -190,6 +202,8 @@ class Attachment:
     @torch.compiler.disable
     def _before_forward(self, _vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Rewrite a direct call; inside `generate` only guard against the packed-sequence reading. Tell the layers."""
+        if self._inside not in (None, get_ident()):
+            raise PruneZooError("another thread generates with this model: call it directly when that has ended")
         if self._encoding:  # a signal looks into the language model, which reads all tokens for it
             if self.layers:
                 self.layers.pass_by()
@@ -205,6 +219,9 @@ class Attachment:
                 self.layers.pasts.pop(cache, None)
         running = None if filled else self._generating
         if self._inside:
+            ids = kwargs.get("input_ids")
+            if running is not None and cache is None and ids is not None and ids.shape[1] < running.width:
+                running = None  # the first step of a model without prompt, which guides this one
             # `generate` drops a mask of ones; without mask and cache, gaps in the positions would be read as the seams
             # of packed sequences.
             bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
@@ -231,16 +248,21 @@ class Attachment:
     @torch.compiler.disable
     def _after_forward(self, _vlm: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """Count what was pruned, and remember the cache that it filled."""
-        if self._encoding or self._filling is None:
+        if self._encoding:
+            return
+        prompt, self._prompt = self._prompt, None
+        if self.layers:
+            self.layers.pass_by()  # until the next call of the whole model
+        if self._filling is None:
             return
         running, self._filling = self._filling, None
-        self.stats.add([*running.cuts, *(self._prompt.cuts if self._prompt else ())], self.depth)
+        self.stats.add([*running.cuts, *(prompt.cuts if prompt else ())], self.depth)
         cache = next((part for part in _values(output) if isinstance(part, Cache)), None)
         if cache is None:
             return
         past = self.layers.pasts.get(cache) if self.layers else None
         segments = [past.at(layer) if past else None for layer in range(self.depth)]
-        width = running.encoded.mask.shape[1]
+        width = running.width
         gone = [running.dropped + (width - segment.columns.shape[1] if segment else 0) for segment in segments]
         self.stats.kv_bytes_saved += kv_bytes_saved(cache, gone)
         if running.rewritten:
@@ -327,8 +349,8 @@ def attach(
 
     ``vlm.generate(**inputs)`` and ``vlm(**inputs)`` are called as always: batches padded on either side, samples with
     no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
-    the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). `generate`
-    returns sequences that begin with the caller's own prompt; a direct call returns logits of the shorter prompt (labels
+    the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). Threads
+    that call `generate` take turns; direct calls are for one thread. `generate` returns sequences that begin with the caller's own prompt; a direct call returns logits of the shorter prompt (labels
     are shortened alike, for the loss).
 
     Args:
