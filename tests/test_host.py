@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_image, make_llava
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
 from modules.core.contract import PruneOutput
@@ -269,6 +269,17 @@ def test_max_length_counts_the_callers_prompt(tiny):
     with attach(tiny.vlm, "uniform", keep=4):
         assert tiny.vlm.generate(**batch, max_length=length + 3, min_length=length + 3).shape[1] == length + 3
         assert tiny.vlm.generate(batch.pop("input_ids"), **batch, max_new_tokens=2).shape[1] <= length + 2
+
+
+def test_lengths_of_the_models_own_config_count_the_callers_prompt(tiny, monkeypatch):
+    """A config of the caller's that says nothing of lengths leaves them to the model's."""
+    batch = tiny.batch([LONG], [[make_image(0)]])
+    length = batch["input_ids"].shape[1]
+    for name in ("max_length", "min_length"):
+        monkeypatch.setattr(tiny.vlm.generation_config, name, length + 3)
+    with attach(tiny.vlm, "uniform", keep=4):
+        for config in ({}, {"generation_config": GenerationConfig(do_sample=False)}):
+            assert tiny.vlm.generate(**batch, **config).shape[1] == length + 3
 
 
 def test_forward_takes_positions_labels_and_no_images(tiny, mixed):

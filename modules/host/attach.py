@@ -332,10 +332,15 @@ class Attachment:
 
     def _move_lengths(self, kwargs: dict[str, Any], dropped: int) -> None:
         """Lengths that count the prompt, given for the caller's, become those for the shorter one."""
-        config = kwargs.get("generation_config") or self.vlm.generation_config
+        # `generate` takes what a caller's config leaves open from the model's own.
+        configs = [kwargs.get("generation_config"), self.vlm.generation_config]
+
+        def given(name: str) -> int | None:
+            return next(filter(None, [kwargs.get(name), *(getattr(config, name, None) for config in configs)]), None)
+
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            value = kwargs.get(total) or getattr(config, total)
-            if dropped and value and not (kwargs.get(new) or getattr(config, new)):
+            value = given(total)
+            if dropped and value and not given(new):
                 kwargs[total] = max(value - dropped, 0)
 
 
