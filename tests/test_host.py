@@ -338,6 +338,15 @@ def test_what_would_fail_silently_is_refused(tiny, mixed):
             vlm(input_ids=mixed["input_ids"][:, :-30], pixel_values=mixed["pixel_values"])
         with pytest.raises(PruneZooError, match="input_ids"):
             vlm(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=mixed["pixel_values"])
+        with pytest.raises(PruneZooError, match="input_ids"):
+            vlm.generate(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=mixed["pixel_values"])
+        with pytest.raises(PruneZooError, match="input_ids, not with inputs_embeds"):
+            vlm.generate(inputs_embeds=torch.zeros(4, 3, 32), past_key_values=filled.past_key_values)
+        seen = torch.ones(4, 1, *mixed["input_ids"].shape[1:] * 2).tril()
+        with pytest.raises(PruneZooError, match="the processor's attention_mask"):
+            vlm(**{**mixed, "attention_mask": seen})
+        with pytest.raises(PruneZooError, match="logits_to_keep as a tensor"):
+            vlm(**mixed, logits_to_keep=torch.tensor([3]))
 
 
 def test_wrong_arguments_are_refused_before_any_call(tiny):

@@ -155,10 +155,11 @@ class Attachment:
         if args:
             kwargs["generation_config"], args = args[0], args[1:]
         prompt, short, running = kwargs.get("input_ids"), self._short_prompt(kwargs), None
+        rows = 0 if prompt is None else len(prompt)
         before, after = 0, 0  # columns that stand for each other: the caller's, and those of the shorter prompt
         with torch.no_grad():
             images = self._has_images(kwargs)
-            if (images or short) and kwargs.get("attention_mask") is None and len(kwargs["input_ids"]) > 1:
+            if (images or short) and kwargs.get("attention_mask") is None and rows > 1:
                 raise PruneZooError("a batch may be padded: pass the processor's attention_mask to generate")
             if images:
                 running, kwargs = self._reduce(kwargs, generating=True)
@@ -166,7 +167,7 @@ class Attachment:
                     before, after = running.length, kwargs["input_ids"].shape[1]
             elif short is not None:
                 mask = kwargs.get("attention_mask")
-                whole = mask is None or mask.shape[1] == kwargs["input_ids"].shape[1]
+                whole = mask is None or prompt is None or mask.shape[1] == prompt.shape[1]
                 kwargs = self._go_on(kwargs, short, generating=True, whole=whole)
                 if whole:
                     before, after = short.length, short.ids.shape[1]
@@ -228,6 +229,8 @@ class Attachment:
             if bare and running is not None and running.rewritten:
                 kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
         elif self._has_images(kwargs):
+            if isinstance(kwargs.get("logits_to_keep"), Tensor):
+                raise PruneZooError("logits_to_keep as a tensor counts columns that pruning moves: give a number, or 0")
             running, kwargs = self._reduce(kwargs, generating=False)
             self._filling = running
             if running.encoded.labels is not None:

@@ -155,6 +155,9 @@ def encode(
     family = find_family(vlm)
     if batch.get("input_ids") is None:
         raise PruneZooError("pruning needs input_ids: inputs_embeds alone do not say where the images are")
+    mask = batch.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch["input_ids"].shape):
+        raise PruneZooError("pruning needs the processor's attention_mask, as many rows and columns as input_ids")
     device = family.vlm.device
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
     ids = given["input_ids"]
