@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from modules import attach, build_pruner, encode, load_pruner
 from modules.host import run_pruned
 from trainers import teacher
-from trainers.budget_policy import entropy, policy_loss
+from trainers.budget_policy import BudgetModule, entropy, policy_loss
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
 from trainers.evaluate import main as evaluate
@@ -198,6 +198,17 @@ def test_what_an_arm_earns_is_what_the_really_pruned_model_says(fit, tmp_path, t
 
 def test_entropy_of_the_policy():
     assert entropy(torch.tensor([[0.0, 0.0], [100.0, 0.0]])).tolist() == pytest.approx([0.6931, 0.0], abs=1e-4)
+
+
+def test_a_policy_that_gives_all_the_same_is_told_even_where_an_arm_has_no_chance_left(tiny_llava_folder, recwarn):
+    """At a high price the chance of the dearest arm is 0 in float32."""
+    module = BudgetModule(str(tiny_llava_folder), make_policy(), "uniform", prices=(10.0, 10.0))
+    values = torch.zeros(8, 3)
+    logits = module.pruner.logits(values, module.draw_prices(values))
+    assert (logits.softmax(-1)[:, 2] == 0).all()
+    for _ in range(50):
+        module.watch(values, logits, values)
+    assert any("gives every question the same" in str(warning.message) for warning in recwarn)
 
 
 def test_an_evaluation_and_the_card_show_who_gets_how_much(fit, tmp_path, tiny_llava_folder):

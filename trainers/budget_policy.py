@@ -137,13 +137,13 @@ class BudgetModule(FrozenModule):
             self.log_price += self.ascent * (share - self.target) / self.target
         # at one price for all, so that what differs is the question
         at_one = self.pruner.logits(values, self.log_price.exp().expand(len(values)))
-        informed = entropy(at_one.softmax(-1).mean(0, keepdim=True).log()) - entropy(at_one).mean()
+        informed = torch.special.entr(at_one.softmax(-1).mean(0)).sum() - entropy(at_one).mean()
         figures = {
             "train/reward": (chance * earned).sum(-1).mean(),
             "train/reward_of_best_arm": earned.amax(-1).mean(),
             "train/share": share,
             "train/entropy": entropy(logits).mean(),
-            "train/information": informed.squeeze(),
+            "train/information": informed,
             "train/price": self.log_price.exp(),
         }
         self.log_dict(figures, batch_size=len(earned))
