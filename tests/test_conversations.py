@@ -1,4 +1,4 @@
-"""Caches that a pruned prompt filled, and what users do with them: copies, later blocks, emptying, cropping; threads."""
+"""Caches that a pruned prompt filled: copies, later blocks, emptying, cropping; calls that come in between; threads."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +50,8 @@ def test_an_emptied_cache_begins_anew(pruner, deep_llava):
         cache = vlm.generate(**deep_llava.batch([LONG], [[make_image(0)]]), **OPTIONS).past_key_values
         for layer in cache.layers:
             layer.crop(-layer.get_seq_length())
-        for turn in range(2):  # the second goes on behind the first
-            out = vlm.generate(**text, past_key_values=cache if not turn else out.past_key_values, **OPTIONS)
+        for _ in range(2):  # the second goes on behind the first
+            out = vlm.generate(**text, past_key_values=cache, **OPTIONS)
             torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=0, atol=1e-5)
             text = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
             expected = vlm.generate(**text, **OPTIONS)

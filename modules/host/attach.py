@@ -358,8 +358,8 @@ def attach(
     ``vlm.generate(**inputs)`` and ``vlm(**inputs)`` are called as always: batches padded on either side, samples with
     no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
     the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). Threads
-    that call `generate` take turns; direct calls are for one thread. `generate` returns sequences that begin with the caller's own prompt; a direct call returns logits of the shorter prompt (labels
-    are shortened alike, for the loss).
+    that call `generate` take turns; direct calls are for one thread. `generate` returns sequences that begin with the
+    caller's own prompt; a direct call returns logits of the shorter prompt (labels are shortened alike, for the loss).
 
     Args:
         vlm: A supported model, perhaps with PEFT adapters around it.
