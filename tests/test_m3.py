@@ -23,7 +23,8 @@ from modules.host.run import run_pruned
 from modules.learned.m3 import M3
 from modules.training_free.pool import PoolPruner
 from trainers import publish
-from trainers.cards import weights_digest, write_card
+from trainers.card_parts import weights_digest
+from trainers.cards import write_card
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
 from trainers.fit import main

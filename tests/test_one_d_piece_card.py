@@ -11,7 +11,7 @@ from PIL import Image
 
 from modules import OneDPiece
 from trainers import codec
-from trainers.cards import weights_digest
+from trainers.card_parts import weights_digest
 from trainers.compression.card import falls, render_card, sample_squares, tally, verdicts
 from trainers.compression.measure import shown_lengths
 from trainers.data.photographs import to_tensor

@@ -16,7 +16,8 @@ from modules.core.base_model import BaseModel
 from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
 from trainers import cards, publish
-from trainers.cards import render_card, weights_digest, write_card
+from trainers.card_parts import weights_digest
+from trainers.cards import render_card, write_card
 from trainers.evaluation.record import build_record, read_record, write_record
 from trainers.evaluation.scores import Measurement
 from trainers.names import methods_shipped

@@ -15,7 +15,7 @@ from modules import AutoPruner, PruneZooError, attach, encode
 from modules.host.run import run_pruned
 from modules.learned.tail_drop import StopRule, TailDrop
 from trainers import stop_curve, stop_rule
-from trainers.cards import STOP_FILE, stop_rule_of
+from trainers.card_parts import STOP_FILE, stop_rule_of
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
 from trainers.evaluation.loading import load_vlm

@@ -28,7 +28,7 @@ from rich.table import Table
 from modules.core.errors import PruneZooError
 from modules.tokenizers.one_d_piece import OneDPiece
 
-from .cards import weights_digest
+from .card_parts import weights_digest
 from .compression.card import read_json, write_card
 from .compression.figures import draw_curves, draw_pictures
 from .compression.measure import (

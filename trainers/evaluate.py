@@ -22,7 +22,8 @@ from modules.core.base_model import check_base_model
 from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
 
-from .cards import PICTURES, weights_digest, write_card
+from .card_parts import weights_digest
+from .cards import PICTURES, write_card
 from .data.suite import SPLITS, list_suites, load_suite
 from .errors import command
 from .evaluation.budgets import parse_budget, parse_budgets

@@ -18,7 +18,7 @@ from rich.table import Table
 from modules.core.registry import list_pruners, pruner_class
 
 from .about import About, about
-from .cards import METRICS_FILE
+from .card_parts import METRICS_FILE
 from .errors import command
 from .evaluation.record import MEAN, Row, read_record, select
 from .evaluation.tables import percent

@@ -36,7 +36,7 @@ from modules.learned.policy import KeepPolicy
 
 from .arms import EARNED, earn
 from .budget_policy import BudgetModule
-from .cards import POLICY_FILE
+from .card_parts import POLICY_FILE
 from .data.conversation import ConversationCollator
 from .distill import DistillModule
 from .errors import command

@@ -34,7 +34,7 @@ from modules.core.registry import load_pruner
 from modules.core.source import Source
 from modules.tokenizers.one_d_piece import OneDPiece
 
-from .cards import (
+from .card_parts import (
     CARD_FILE,
     METRICS_FILE,
     PICTURE_FILE,
@@ -42,9 +42,9 @@ from .cards import (
     SPEED_FILE,
     STOP_FIGURE,
     STOP_FILE,
-    render_card,
     weights_digest,
 )
+from .cards import render_card
 from .compression import card as tokenizer_card
 from .errors import command, one_line
 from .evaluation.record import read_record

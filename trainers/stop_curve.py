@@ -28,7 +28,7 @@ from rich.table import Table
 from modules.core.errors import PruneZooError
 from modules.learned.tail_drop import StopRule
 
-from .cards import weights_digest
+from .card_parts import weights_digest
 from .data.suite import SPLITS, load_suite
 from .errors import command
 from .evaluation.curves import COLOURS, GREY

@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 from modules.core.errors import PruneZooError
 from modules.tokenizers.one_d_piece import OneDPiece
 from trainers.about import about
-from trainers.cards import CARD_FILE, METRICS_FILE, shown_path, templates, weights_digest
+from trainers.card_parts import CARD_FILE, METRICS_FILE, shown_path, weights_digest
+from trainers.cards import templates
 from trainers.data.photographs import centre_square, to_tensor
 from trainers.evaluation.record import write_record
 from trainers.run_record import RUN_FILE
