@@ -20,8 +20,8 @@ from trainers.card_parts import weights_digest
 from trainers.cards import render_card, write_card
 from trainers.evaluation.record import build_record, read_record, write_record
 from trainers.evaluation.scores import Measurement
+from trainers.evaluation.summary import read_zoo
 from trainers.names import methods_shipped
-from trainers.readme import shipped_pruners
 from trainers.run_record import RunRecord
 
 CONFIG = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
@@ -109,14 +109,15 @@ def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
 
 def test_nothing_ships_without_a_card_and_the_record_behind_it():
     folders = [path.parent for path in cards.SHIPPED.glob("*/config.json")]
-    assert len(folders) > len(shipped_pruners()) > 1
+    assert len(folders) > len(read_zoo().shipped) > 1
     for folder in folders:
         assert (folder / "README.md").is_file() and (folder / "metrics.json").is_file(), folder
 
 
-@pytest.mark.parametrize("folder", shipped_pruners(), ids=lambda folder: folder.name)
-def test_every_shipped_card_is_what_was_measured(folder):
+@pytest.mark.parametrize("name", read_zoo().shipped)
+def test_every_shipped_card_is_what_was_measured(name):
     """Rendered anew from the records in the folder, it is the card that ships, letter by letter."""
+    folder = cards.SHIPPED / name
     stored = json.loads((folder / "config.json").read_text())
     card = str(render_card(folder, read_record(folder / "metrics.json")))
     assert card == (folder / "README.md").read_text(encoding="utf-8"), f"run `python -m trainers.cards {folder}`"

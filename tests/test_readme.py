@@ -10,7 +10,7 @@ import pytest
 
 from modules.core.errors import PruneZooError
 from trainers.evaluation.record import MEAN, select
-from trainers.evaluation.summary import read_records, summary_section
+from trainers.evaluation.summary import gather, read, summary_section
 from trainers.readme import README, rendered
 from trainers.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
 
@@ -23,16 +23,18 @@ def test_readme_is_what_was_measured():
 
 
 def test_retention_stands_where_as_many_tokens_were_measured():
-    records = read_records([ROOT / "checkpoints" / name for name in ("ppm-tiny", "m3-tiny", "atp-tiny")])
+    names = ("ppm-tiny", "m3-tiny", "atp-tiny")
+    records = {name: read(ROOT / "checkpoints" / name / "metrics.json") for name in names}
     more = dict(records["m3-tiny"], n=4200)
-    lines = summary_section({**records, "m3-tiny": more}).splitlines()
+    zoo = gather({**records, "m3-tiny": more})
+    lines = summary_section(zoo).splitlines()
     (m3,) = (line for line in lines if line.startswith("| [`m3-tiny`]"))
-    assert "4,200 questions" in m3 and [cell.strip() == "–" for cell in m3.split("|")[2:-1]] == [1, 1, 0, 1, 0]
+    assert "4,200 questions" in m3 and [cell.strip() == "–" for cell in m3.split("|")[2:-1]] == [1, 1, 1, 0, 1, 0]
     (ppm,) = (line for line in lines if line.startswith("| [`ppm-tiny`]"))
     (row,) = (
         r for r in select(records["ppm-tiny"], pruner=records["ppm-tiny"]["pruner"], keep="1/9") if r["group"] == MEAN
     )
-    assert ppm.split("|")[4].strip().startswith(f"{row['retention']:.1f} (")
+    assert ppm.split("|")[5].strip().startswith(f"{row['retention']:.1f} (")
     assert [line.startswith("| [") for line in lines[2:5]] == [True] * 3 and "| random |" in lines[-3]
 
 

@@ -5,7 +5,8 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
     python -m trainers.readme     write them anew
 
 No number and no "yes" in them is typed: `support` comes from tests/support.json, which `make support` writes, `speed`
-from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the shipped modules.
+from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the shipped modules
+and in hub_cards/measured/.
 """
 
 import json
@@ -17,14 +18,12 @@ from modules.core.errors import PruneZooError
 
 from .benchmarking.tables import speed_section
 from .errors import command
-from .evaluation.summary import read_records, summary_section
+from .evaluation.summary import read_zoo, summary_section
 from .list import markdown
 from .support import support_section
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-CHECKPOINTS = ROOT / "checkpoints"
-"""Of what is shipped. Only pruners stand in the table: those whose record names them."""
 
 
 def support() -> str:
@@ -34,18 +33,12 @@ def support() -> str:
 
 def measured() -> str:
     """Retention of the shipped modules and of their rivals."""
-    return summary_section(read_records(shipped_pruners()))
+    return summary_section(read_zoo())
 
 
 def speed() -> str:
     """What pruning saves in time."""
     return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"))
-
-
-def shipped_pruners() -> list[Path]:
-    """Folders in checkpoints/ whose record is of a pruner."""
-    found = sorted(path.parent for path in CHECKPOINTS.glob("*/metrics.json"))
-    return [folder for folder in found if "pruner" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": speed}

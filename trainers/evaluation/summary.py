@@ -1,85 +1,148 @@
-"""One table over all shipped modules, beside their rivals at equal measured tokens, from the records of their cards."""
+"""What was measured of the whole zoo at equal tokens, from the records that ship: the README's table, and the zoo's list.
+
+A shipped module has its record in its own folder, `checkpoints/NAME/metrics.json`, with its rivals'; what was measured
+of other methods lies in `hub_cards/measured/`.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from modules.core.errors import PruneZooError
 
+from ..names import CHECKPOINTS, ROOT
 from .record import MEAN, Row, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
-from .tables import display_name, methods_of, percent, span
+from .tables import methods_of, percent, span
 
-SHARES = ("1/3", "2/9", "1/9", "1/18", "1/36")
+OTHERS = ROOT / "hub_cards" / "measured"
+SHARES = ("1/2", "1/3", "2/9", "1/9", "1/18", "1/36")
 """Columns: shares of all image tokens."""
 NEAR = 0.05
 """A figure stands in a column whose tokens it was measured with, up to this share of them."""
 COMMON = ("vlm", "suite", "split", "seed")
 """What records that stand in one table agree in."""
 
+Record = Mapping[str, Any]
 
-def read_records(folders: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
-    """The `metrics.json` of shipped modules, by folder name.
+
+@dataclass(frozen=True)
+class Line:
+    """What was measured of one pruner.
+
+    Attributes:
+        n: questions.
+        rows: means over the groups, one a budget.
+    """
+
+    n: int
+    rows: list[Row]
+
+    def at(self, tokens: float) -> Row | None:
+        """The row nearest to so many tokens; None if none is near."""
+        near = [row for row in self.rows if abs(row["tokens"] - tokens) <= NEAR * tokens]
+        return min(near, key=lambda row: abs(row["tokens"] - tokens), default=None)
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """What was measured of all.
+
+    Attributes:
+        shipped: the trained modules, by folder name.
+        rivals: the methods without weights, by what `--pruner` takes.
+        record: one of the records that were measured over as many questions as most.
+    """
+
+    shipped: dict[str, Line]
+    rivals: dict[str, Line]
+    record: Record
+
+    @property
+    def tokens(self) -> float:
+        """Image tokens of the full model."""
+        return float(_mean(self.record, FULL, ALL_TOKENS)["tokens"])
+
+    def columns(self) -> dict[str, int]:
+        """Tokens of each of :data:`SHARES`."""
+        return {share: round(self.tokens * Fraction(share)) for share in SHARES}
+
+
+def read_zoo() -> Zoo:
+    """What ships."""
+    paths = sorted(CHECKPOINTS.glob("*/metrics.json"))
+    records = {path.parent.name: read(path) for path in paths}
+    own = {name: record for name, record in records.items() if "pruner" in record}  # not the frozen model's
+    return gather(own, [read(path) for path in sorted(OTHERS.glob("*.json"))])
+
+
+def read(path: Path) -> Record:
+    """A record.
 
     Raises:
-        PruneZooError: One cannot be read, or they were measured on another model or suite.
+        PruneZooError: it cannot be read.
     """
-    records: dict[str, Mapping[str, Any]] = {}
-    for folder in folders:
-        path = folder / "metrics.json"
-        try:
-            records[folder.name] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PruneZooError(f"{path}: not readable ({error}); `trainers.evaluate --card` writes it") from error
-    first = next(iter(records.values()))
-    for name, record in records.items():
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruneZooError(f"{path}: not readable ({error}); `trainers.evaluate` writes it") from error
+
+
+def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
+    """Put records together.
+
+    Args:
+        own: of shipped modules, by folder name; at least one.
+        others: of the same model and suite. What one says of a shipped module counts if it measured the same weights.
+
+    Raises:
+        PruneZooError: They were measured on another model or suite.
+    """
+    records = [*own.values(), *others]
+    usual = Counter(record["n"] for record in records).most_common(1)[0][0]
+    first = next(record for record in records if record["n"] == usual)
+    for record in records:
         for key in COMMON:
             if record[key] != first[key]:
                 raise PruneZooError(
-                    f"checkpoints/{name}/metrics.json: {key} is {record[key]}, elsewhere {first[key]}: they do not "
-                    "compare; measure it as the others"
+                    f"{record['command']}: {key} is {record[key]}, elsewhere {first[key]}: they do not compare; "
+                    "measure it as the others"
                 )
-    return records
+    shipped: dict[str, Line] = {}
+    for folder, record in own.items():
+        name, digest = record["pruner"], record["weights"][record["pruner"]]
+        same = [other for other in others if other["n"] == record["n"] and other["weights"].get(name) == digest]
+        shipped[folder] = Line(record["n"], [row for part in (record, *same) for row in _means(part, name)])
+    rivals: dict[str, Line] = {}
+    for record in records:
+        for name in methods_of(record):
+            if "/" not in name and not is_diagnostic(name) and record["n"] == usual:
+                line = rivals.setdefault(name, Line(usual, []))
+                known = {(row["keep"], row["tokens"]) for row in line.rows}
+                line.rows.extend(row for row in _means(record, name) if (row["keep"], row["tokens"]) not in known)
+    return Zoo(shipped, rivals, first)
 
 
-def summary_section(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: mean retention of every shipped module, then of the rivals, best at 1/9 of the tokens first.
-
-    Args:
-        records: As :func:`read_records` gives them, at least one.
-    """
-    usual = Counter(record["n"] for record in records.values()).most_common(1)[0][0]  # questions
-    first = next(record for record in records.values() if record["n"] == usual)
-    (full,) = (row for row in select(first, pruner=FULL, keep=ALL_TOKENS) if row["group"] == MEAN)
-    (blind,) = (row for row in select(first, pruner=NONE, keep=NO_TOKENS) if row["group"] == MEAN)
-    columns = [round(full["tokens"] * Fraction(share)) for share in SHARES]
-    own: dict[str, list[Row | None]] = {}
-    rivals: dict[str, list[Row | None]] = {}
-    for folder, record in records.items():
-        for method in methods_of(record):
-            is_own = method == record["pruner"]
-            if not is_own and ("/" in method or "?" in method or is_diagnostic(method) or record["n"] != usual):
-                continue  # another shipped module, which has a record of its own, or what is no rival
-            more = f", {record['n']:,} questions" if record["n"] != usual else ""
-            name = f"[`{folder}`](checkpoints/{folder}/README.md){more}" if is_own else display_name(method)
-            line = (own if is_own else rivals).setdefault(name, [None] * len(columns))
-            for row in select(record, pruner=method):
-                for place, tokens in enumerate(columns):
-                    if row["group"] == MEAN and abs(row["tokens"] - tokens) <= NEAR * tokens:
-                        line[place] = line[place] or row
-    heads = [f"{share}: {tokens} tokens" for share, tokens in zip(SHARES, columns, strict=True)]
+def summary_section(zoo: Zoo) -> str:
+    """Markdown: mean retention of every shipped module, then of the rivals, best at 1/9 of the tokens first."""
+    columns, usual = zoo.columns(), zoo.record["n"]
+    full, blind = _mean(zoo.record, FULL, ALL_TOKENS), _mean(zoo.record, NONE, NO_TOKENS)
+    heads = [f"{share}: {tokens} tokens" for share, tokens in columns.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
-    for table in (own, rivals):
-        ordered = sorted(table.items(), key=lambda line: -_best(line[1][SHARES.index("1/9")]))
-        lines += [f"| {name} | {' | '.join(map(_cell, line))} |" for name, line in ordered]
+    for group in (zoo.shipped, zoo.rivals):
+        for name, line in sorted(group.items(), key=lambda item: _order(item[1], columns)):
+            shown = f"[`{name}`](checkpoints/{name}/README.md)" if group is zoo.shipped else name
+            more = f", {line.n:,} questions" if line.n != usual else ""
+            lines.append(f"| {shown}{more} | {' | '.join(_cell(line.at(tokens)) for tokens in columns.values())} |")
     lines += [
         "",
-        f"Mean retention over {len(first['groups'])} groups of questions: accuracy in % of the full model's, with 95 % "
-        f"bootstrap interval; the first {usual:,} questions of the {first['split']} split of `{first['suite']}`, or "
-        f"as many as a line says. With all {full['tokens']:.0f} tokens the model answers "
+        f"Mean retention over {len(zoo.record['groups'])} groups of questions: accuracy in % of the full model's, with "
+        f"95 % bootstrap interval; the first {usual:,} questions of the {zoo.record['split']} split of "
+        f"`{zoo.record['suite']}`, or as many as a line says. With all {full['tokens']:.0f} tokens the model answers "
         f"{100 * full['accuracy']:.1f} %, with none {100 * blind['accuracy']:.1f} %. Columns are by measured "
         f"tokens, mean over the model's layers and the questions, within {100 * NEAR:.0f} %; – was not measured there.",
         "",
@@ -87,8 +150,20 @@ def summary_section(records: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _best(row: Row | None) -> float:
-    return row["retention"] if row and row["retention"] is not None else 0.0
+def _means(record: Record, name: str) -> list[Row]:
+    return [row for row in select(record, pruner=name) if row["group"] == MEAN]
+
+
+def _mean(record: Record, name: str, keep: str) -> Row:
+    (row,) = select(record, pruner=name, keep=keep, group=MEAN)
+    return row
+
+
+def _order(line: Line, columns: Mapping[str, int]) -> tuple[bool, float]:
+    """The best at 1/9 first; then, of what was not measured there, the best at the first column that it stands in."""
+    row = line.at(columns["1/9"])
+    best = row or next(filter(None, map(line.at, columns.values())), None)
+    return row is None, -(best["retention"] or 0.0) if best else 0.0
 
 
 def _cell(row: Row | None) -> str:
