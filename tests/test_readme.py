@@ -38,6 +38,22 @@ def test_retention_stands_where_as_many_tokens_were_measured():
     assert [line.startswith("| [") for line in lines[2:5]] == [True] * 3 and "| random |" in lines[-3]
 
 
+def test_what_other_records_say_of_a_module_counts_for_the_same_weights():
+    record = read(ROOT / "checkpoints" / "ppm-tiny" / "metrics.json")
+    name = record["pruner"]
+    rows = [dict(row, keep="1/2", tokens=72) for row in select(record, pruner=name, keep="1/3")]
+    other = {**record, "rows": [*record["rows"], *rows, *(dict(row, pruner="fastv?layer=1") for row in rows)]}
+    assert gather({"ppm-tiny": record}).shipped["ppm-tiny"].at(72) is None
+    zoo = gather({"ppm-tiny": record}, [other])
+    assert zoo.shipped["ppm-tiny"].at(72) == zoo.shipped["ppm-tiny"].at(72.5) != zoo.shipped["ppm-tiny"].at(48)
+    assert len(zoo.rivals["divprune"].rows) == len(gather({"ppm-tiny": record}).rivals["divprune"].rows)
+    assert summary_section(zoo).splitlines()[-3].startswith("| fastv?layer=1 |")
+    stale = gather({"ppm-tiny": record}, [{**other, "weights": {name: "another"}}])
+    assert stale.shipped["ppm-tiny"].at(72) is None and "fastv?layer=1" in stale.rivals
+    with pytest.raises(PruneZooError, match="split is train, elsewhere test"):
+        gather({"ppm-tiny": record}, [{**other, "split": "train"}])
+
+
 def test_every_outcome_reaches_the_table():
     both = {
         "prompt-llava-half": "yes", "prompt-llava-video": "refused: LLaVA reads no clips: pass images",

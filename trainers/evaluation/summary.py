@@ -1,6 +1,6 @@
-"""What was measured of the whole zoo at equal tokens, from the records that ship: the README's table, and the zoo's list.
+"""What was measured of the zoo at equal tokens, from the records that ship: the README's table, and the zoo's list.
 
-A shipped module has its record in its own folder, `checkpoints/NAME/metrics.json`, with its rivals'; what was measured
+A shipped module has its record, with its rivals, in its own folder, `checkpoints/NAME/metrics.json`; what was measured
 of other methods lies in `hub_cards/measured/`.
 """
 
