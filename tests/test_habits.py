@@ -9,7 +9,7 @@ import pytest
 
 from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
-from trainers import evaluate, fit, names
+from trainers import benchmark, codec, evaluate, fit, names, show, step_cost, stop_curve
 from trainers import list as zoo
 from trainers.names import CHECKPOINTS, ROOT, find_config, find_pruner, find_vlm
 
@@ -103,3 +103,40 @@ def test_the_commands_name_themselves():
     ).stdout
     for name in COMMANDS:
         assert f"  {name} " in said
+
+
+VLM, TOKENIZER = "checkpoints/tiny-llava", "checkpoints/one-d-piece-tiny"
+EVALUATE = f"--vlm {VLM} --pruner ppm --suite scenes"
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (evaluate.main, f"{EVALUATE} --json FOLDER", "--json FOLDER: a folder is there; name a file"),
+        (evaluate.main, f"{EVALUATE} --json FILE/a.json", "--json FILE/a.json: FILE is no folder"),
+        (evaluate.main, f"{EVALUATE} --report FILE", "--report FILE: a file is there; name a folder"),
+        (evaluate.main, f"{EVALUATE} --card FOLDER", "--card FOLDER: not among what is measured"),
+        (benchmark.main, f"--vlm {VLM} --pruner uniform --json FOLDER", "--json FOLDER: a folder is there"),
+        (step_cost.main, f"--vlm {VLM} --json FOLDER", "--json FOLDER: a folder is there"),
+        (stop_curve.main, f"--vlm {VLM} --pruner x --suite scenes --figure FOLDER", "--figure FOLDER: a folder is"),
+        (codec.main, f"speed --tokenizer {TOKENIZER} --json FOLDER", "--json FOLDER: a folder is there"),
+        (codec.main, f"measure --tokenizer {TOKENIZER} --images FOLDER --report FILE", "--report FILE: a file is"),
+        (show.main, "scenes:3 --out FOLDER", "--out FOLDER: a folder is there"),
+        (show.main, "scenes:3 --out FOLDER/kept", "--out FOLDER/kept: not the name of a picture"),
+        (show.main, "scenes:3 --serve --port 70000", "--port 70000: a port is a number from 0 to 65535"),
+        # found out only when it is written
+        (codec.main, f"compress docs/scene.png FOLDER --bytes 96 --tokenizer {TOKENIZER}", "FOLDER: Is a directory"),
+        (codec.main, f"compress docs/scene.png FOLDER/a/b --bytes 96 --tokenizer {TOKENIZER}", "No such file or dir"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, words, message, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    places = {"FOLDER": str(tmp_path / "folder"), "FILE": str(tmp_path / "file")}
+    for name, place in places.items():
+        words, message = words.replace(name, place), message.replace(name, place)
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ") and message in line
+    assert (tmp_path / "file").read_text() == "mine" and not any((tmp_path / "folder").iterdir())

@@ -26,7 +26,7 @@ from modules.host import attach
 from .benchmarking.measure import Setting, cases_of
 from .benchmarking.models import RANDOM, SIZES, Request, load_for_timing, load_model
 from .benchmarking.tables import print_record
-from .errors import command
+from .errors import check_output, command
 from .evaluation.budgets import parse_budgets
 from .evaluation.loading import DTYPES
 from .evaluation.record import versions, write_record
@@ -65,12 +65,13 @@ def picture_size(text: str) -> tuple[int, int]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
+    """Refuse numbers that mean nothing, and a place that nothing can be written to."""
     for option in ("batch", "length", "decode", "repeats"):
         values = getattr(args, option)
         for value in values if isinstance(values, list) else [values]:
             if value < 1:
                 raise PruneZooError(f"--{option} {value}: at least 1")
+    check_output("--json", args.json)
 
 
 def device_name(device: torch.device) -> str:

@@ -44,7 +44,7 @@ from .compression.rivals import RIVALS
 from .compression.speed import measure_speed
 from .data.photographs import Photographs, photographs, spread
 from .data.suite import SPLITS
-from .errors import command
+from .errors import check_output, command
 from .evaluation.record import versions, write_record
 from .run_record import RUN_FILE
 
@@ -120,6 +120,8 @@ def decompress(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Quality against bytes."""
+    check_output("--json", args.json)
+    check_output("--report", args.report, folder=True)
     tokenizers = {name: load(name) for name in args.tokenizer}
     first = next(iter(tokenizers.values()))
     if len({t.config.image_size for t in tokenizers.values()}) > 1:
@@ -167,6 +169,7 @@ def training_of(source: str) -> dict[str, Any] | None:
 
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Pictures a second."""
+    check_output("--json", args.json)
     tokenizer = load(args.tokenizer).to(args.device)
     side = tokenizer.config.image_size
     images = torch.rand(args.batch, 3, side, side, device=args.device)

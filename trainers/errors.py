@@ -1,9 +1,11 @@
 """How the commands fail: `error: …` on one line and exit code 2 where the user can mend it, no traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from modules.core.errors import PruneZooError
@@ -13,9 +15,15 @@ R = TypeVar("R")
 
 FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "too big"}
 
+PLACES = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
+}
+"""A path that cannot be read or written as it was named."""
+
 
 def command(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for a command's `main`: a PruneZooError, or a disk that is full, ends it with one line and code 2."""
+    """Decorator for a command's `main`: a PruneZooError, a full disk or a wrong path ends it with one line and code 2."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -24,13 +32,42 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
         except PruneZooError as error:
             message = one_line(error)
         except OSError as error:
-            if error.errno not in FULL:
+            place = error.filename2 or error.filename
+            if error.errno in FULL:
+                message = f"{place or 'output'}: {FULL[error.errno]}; free some or choose another folder"
+            elif error.errno in PLACES and place:
+                message = f"{place}: {error.strerror}; name another file or folder"
+            else:
                 raise
-            message = f"{error.filename or 'output'}: {FULL[error.errno]}; free some or choose another folder"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
     return run
+
+
+def check_output(option: str, path: Path | None, folder: bool = False) -> None:
+    """Refuse a place for results before they are computed, since it is dear to learn of it afterwards.
+
+    Args:
+        option: of the command line, for the message.
+        path: of the file, or None where none is asked for; folders above it need not exist.
+        folder: whether it is a folder that is to be made.
+
+    Raises:
+        PruneZooError: nothing can be written there.
+    """
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        there, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise PruneZooError(f"{option} {path}: {there} is there; name {wanted}")
+    place = path if folder else path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise PruneZooError(f"{option} {path}: {place} is no folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PruneZooError(f"{option} {path}: {place} cannot be written to; choose another place")
 
 
 def one_line(error: Exception) -> str:

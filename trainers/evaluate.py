@@ -25,7 +25,7 @@ from modules.core.registry import list_pruners
 from .card_parts import weights_digest
 from .cards import PICTURES, write_card
 from .data.suite import SPLITS, list_suites, load_suite
-from .errors import command
+from .errors import check_output, command
 from .evaluation.budgets import parse_budget, parse_budgets
 from .evaluation.examples import pick_items, show_examples
 from .evaluation.instrument import BUDGETS, judge
@@ -115,8 +115,18 @@ def suite_options(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse, before hours of measuring, places that nothing can be written to, and a card of what is not measured."""
+    check_output("--json", args.json)
+    check_output("--report", args.report, folder=True)
+    measured = [args.vlm, *(name.partition("?")[0] for name in args.pruner)]
+    if args.card and args.card.resolve() not in [Path(name).resolve() for name in measured]:
+        raise PruneZooError(f"--card {args.card}: not among what is measured; name that folder at --pruner too")
+
+
 def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
     """Measure, print, and write what was asked for; gives the record back."""
+    check_outputs(args)
     budgets = parse_budgets(args.keep)
     if args.instrument:
         budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())

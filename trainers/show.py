@@ -26,7 +26,7 @@ from rich.table import Table
 from modules.core.errors import PruneZooError
 
 from .data.suite import Item, list_suites, load_suite
-from .errors import command, one_line
+from .errors import check_output, command, one_line
 from .evaluation.budgets import parse_budgets
 from .evaluation.examples import Example, answer_of, show_examples
 from .evaluation.loading import load_vlm
@@ -210,8 +210,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Show, or serve until Ctrl-C."""
     args = parser().parse_args(argv)
+    if not 0 <= args.port < 2**16:
+        raise PruneZooError(f"--port {args.port}: a port is a number from 0 to 65535")
     if not args.serve and args.picture is None:
         raise PruneZooError("which picture? python -m trainers.show scenes:3, or --serve for a page")
+    check_output("--out", args.out)
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise PruneZooError(f"--out {args.out}: not the name of a picture; name it .png, .jpg or .webp")
     item = None if args.serve else read_item(args.picture, args.question)
     parse_budgets(args.keep)  # before anything is loaded
     names = [find_pruner(name) for name in args.pruner]

@@ -37,7 +37,7 @@ from .callbacks import GracefulStop, SeedSteps, StopAtNaN
 from .data.conversation import IGNORED
 from .data.modules import TEACHER
 from .distill import DistillModule
-from .errors import command
+from .errors import check_output, command
 from .evaluation.record import versions, write_record
 from .frozen import recompute_layers
 from .losses import answer_slots
@@ -219,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--dtype", help="by default float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--json", type=Path, help="write all numbers here")
     args = p.parse_args(argv)
+    check_output("--json", args.json)
     found = measure(args)
     show(found, Console())
     if args.json:

@@ -30,7 +30,7 @@ from modules.learned.tail_drop import StopRule
 
 from .card_parts import weights_digest
 from .data.suite import SPLITS, load_suite
-from .errors import command
+from .errors import check_output, command
 from .evaluation.curves import COLOURS, GREY
 from .evaluation.loading import DTYPES, default_device, default_dtype
 from .evaluation.record import versions, write_record
@@ -187,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args, console = parser().parse_args(argv), Console()
+    check_output("--json", args.json)
+    check_output("--figure", args.figure)
     pruner = load_latents(args.pruner)
     if pruner.stop is None:
         raise PruneZooError(f"--pruner {args.pruner}: it has no stop rule; train one with trainers.stop_rule")
