@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from modules.core.errors import PruneZooError
 
+from .errors import one_line
 from .strategies import exportable
 
 
@@ -213,6 +215,20 @@ class WholeCheckpoints(TorchCheckpointIO):
     Lightning's own way goes through the system's folder for temporary files and copies from there; where the disk fills
     up, the checkpoint that was there before is lost.
     """
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read.
+
+        Raises:
+            PruneZooError: It is no checkpoint, or not a whole one.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = one_line(error)
+            raise PruneZooError(f"{path}: not a checkpoint that can be read ({reason:.200}); name another") from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write.

@@ -15,11 +15,12 @@ import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modules.core.errors import PruneZooError
 
 from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, StopAtNaN, WholeCheckpoints
-from .errors import command
+from .errors import check_output, command
 from .names import CONFIGS, expand_configs
 from .run_record import RunRecord
 
@@ -110,7 +111,7 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False},
         )
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, MisconfigurationException) as error:
         raise PruneZooError(root_message(error)) from error
 
 
@@ -119,7 +120,33 @@ def root_message(error: BaseException) -> str:
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, PruneZooError):
         inner = inner.__cause__ or inner.__context__
-    return str(inner) if inner else f"configuration: {' '.join(str(error).split())}"
+    return str(inner) if inner else f"configuration: {plain(str(error))}"
+
+
+def plain(message: str) -> str:
+    """What jsonargparse says, without the types that it tried in vain and the whole configuration around the mistake."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "- Expected a <class 'NoneType'>")
+    whole = ("Given value: Namespace(", "Given value: NestedArg(")
+    lines = [line.strip() for line in message.splitlines()]
+    said = " ".join(line for line in lines if not line.startswith((*noise, *whole))).replace(": - ", ": ")
+    unknown = "is not accepted" in said or "unrecognized arguments" in said
+    return f"{said}; --print_config shows every key" if unknown else said
+
+
+def check(config: Any) -> None:
+    """Refuse what Lightning takes, and fails on or does something else with.
+
+    Raises:
+        PruneZooError: Nowhere to write to, no checkpoint to read, or a validation every 0 steps.
+    """
+    if not config.out:
+        raise PruneZooError("--out is empty: name the folder of the trained pruner")
+    check_output("--out", Path(config.out), folder=True)
+    path = config.ckpt_path
+    if path not in (None, "last") and not Path(path).is_file():
+        raise PruneZooError(f"--ckpt_path={path}: no such file; name a checkpoint, or write last")
+    if config.trainer.val_check_interval == 0:
+        raise PruneZooError("trainer.val_check_interval=0: at least 1 step from one validation to the next")
 
 
 def short_help() -> str:
@@ -151,6 +178,7 @@ def main(args: list[str] | None = None) -> None:
     if "--help-all" in words:
         args = ["--help"]
     cli = build(args)
+    check(cli.config)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
 
 

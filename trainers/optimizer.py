@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modules.core.errors import PruneZooError
+
 
 def adamw_cosine(
     weights: Iterable[nn.Parameter], lr: float, weight_decay: float, warm_up: float, steps: float
@@ -19,7 +21,12 @@ def adamw_cosine(
         weight_decay: Of the matrices; vectors have none.
         warm_up: Share of the steps in which the rate rises from 0; from there it falls to 0 by a cosine.
         steps: Of the whole run.
+
+    Raises:
+        PruneZooError: The learning rate is none.
     """
+    if lr < 0:
+        raise PruneZooError(f"model.lr={lr}: a learning rate is at least 0")
     weights = list(weights)
     groups = [
         {"params": [p for p in weights if p.ndim >= 2], "weight_decay": weight_decay},
