@@ -23,7 +23,7 @@ PLACES = {
 
 
 def command(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for a command's `main`: a PruneZooError, a full disk or a wrong path ends it with one line and code 2."""
+    """Decorator for a `main`: a PruneZooError, a full disk or a wrong path ends it with one line and code 2."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

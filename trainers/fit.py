@@ -124,7 +124,7 @@ def root_message(error: BaseException) -> str:
 
 
 def plain(message: str) -> str:
-    """What jsonargparse says, without the types that it tried in vain and the whole configuration around the mistake."""
+    """What jsonargparse says, without the types it tried in vain and the whole configuration around the mistake."""
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "- Expected a <class 'NoneType'>")
     whole = ("Given value: Namespace(", "Given value: NestedArg(")
     lines = [line.strip() for line in message.splitlines()]
