@@ -35,6 +35,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if message['role'] == 'assistant' %} </s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
+EOS = SPECIAL.index("</s>")
 LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
 SHORT = "<s> USER: <image> what ? ASSISTANT:"
 TWO = "<s> USER: <image> <image> what box ? ASSISTANT:"
@@ -150,6 +151,18 @@ def tiny_llava(tiny_llava_folder):
 def deep_llava(tmp_path_factory):
     """As `tiny_llava`, with decoder layers enough for several stages between them."""
     return load_llava(save_llava(tmp_path_factory.mktemp("deep-llava"), num_hidden_layers=4))
+
+
+@pytest.fixture(scope="session")
+def ending_llava():
+    """A random model that likes to end its answers, so that greedy decoding writes short answers and stops."""
+    vlm = make_llava(seed=3)
+    with torch.no_grad():
+        special = torch.arange(len(SPECIAL))[:, None]  # other special tokens than the end are no words of an answer
+        vlm.lm_head.weight[: len(SPECIAL)] *= torch.where(special == EOS, 2.0, 0.0)
+    vlm.generation_config.eos_token_id = EOS
+    vlm.generation_config.pad_token_id = 0
+    return vlm, make_processor()
 
 
 @pytest.fixture
