@@ -67,6 +67,21 @@ def test_the_card_says_what_was_measured(measured):
         assert sheet.width == 4 * 52 - 4 and curves.width > 1000
 
 
+def test_a_card_is_rendered_anew_from_its_own_metrics(measured, capsys):
+    folder = measured / "mine"
+    codec.main(card_words(measured, "mine"))
+    written = (folder / "README.md").read_text()
+    (folder / "README.md").write_text("lost")
+    codec.main(["card", str(folder)])
+    assert (folder / "README.md").read_text() == written
+    codec.main(["card", str(folder), "--photographs", "other squares"])
+    assert (folder / "README.md").read_text() == written.replace("squares of noise", "other squares")
+    (folder / "metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        codec.main(["card", str(folder), "--quality", str(measured / "quality.json")])
+    assert "there is no 'speed' in it: give --speed" in capsys.readouterr().err
+
+
 def test_a_card_of_other_weights_is_refused(measured, capsys):
     with pytest.raises(SystemExit):
         codec.main(card_words(measured, "other"))

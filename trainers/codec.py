@@ -7,7 +7,8 @@
     python -m trainers.codec card F --quality JSON --speed JSON --photographs "what they are"
 
 `measure` paints held-out photographs from prefixes of their rows, beside JPEG and WebP within the same bytes, headers
-included. `card` writes the tokenizer's model card from what `measure` and `speed` wrote.
+included. `card` writes the tokenizer's model card from what `measure` and `speed` wrote, and later anew from the
+folder's own metrics, or from those but for what is given.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from rich.table import Table
 from modules.core.errors import PruneZooError
 from modules.tokenizers.one_d_piece import OneDPiece
 
-from .card_parts import weights_digest
+from .card_parts import METRICS_FILE, weights_digest
 from .compression.card import read_json, write_card
 from .compression.figures import draw_curves, draw_pictures
 from .compression.measure import (
@@ -79,9 +80,9 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--json", type=Path, help="write all numbers here")
     card = commands.add_parser("card", help="the model card, from what was measured")
     card.add_argument("folder", type=Path, help="the tokenizer's folder")
-    card.add_argument("--quality", type=Path, required=True, help="what `measure --json` wrote")
-    card.add_argument("--speed", type=Path, required=True, help="what `speed --json` wrote")
-    card.add_argument("--photographs", required=True, help="what it was trained and measured on, in a few words")
+    card.add_argument("--quality", type=Path, help="what `measure --json` wrote")
+    card.add_argument("--speed", type=Path, help="what `speed --json` wrote")
+    card.add_argument("--photographs", help="what it was trained and measured on, in a few words")
     return p
 
 
@@ -186,8 +187,15 @@ def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def card(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """The model card."""
-    for path in write_card(args.folder, read_json(args.quality), read_json(args.speed), args.photographs):
+    """The model card. What is not given stays as it is in the folder's own metrics."""
+    measured = {name: read_json(path) for name in ("quality", "speed") if (path := getattr(args, name))}
+    given = {**measured, **({"photographs": args.photographs} if args.photographs else {})}
+    own = args.folder / METRICS_FILE
+    metrics = {**(read_json(own) if own.is_file() else {}), **given}
+    for name in ("quality", "speed", "photographs"):
+        if name not in metrics:
+            raise PruneZooError(f"{own}: there is no '{name}' in it: give --{name}")
+    for path in write_card(args.folder, metrics["quality"], metrics["speed"], metrics["photographs"]):
         print(path)
 
 
