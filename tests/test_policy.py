@@ -170,6 +170,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(passes, fit, tmp_path):
     assert wanted <= set(log.split(",")) and (passes == 1 or "train/clipped" in log)
 
 
+def test_a_run_of_epochs_learns_to_its_end_with_several_updates_of_a_batch(fit, tmp_path):
+    epochs = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.val_check_interval=1.0")
+    stop = ("--trainer.callbacks+=conftest.StopAt", "--trainer.callbacks.step=4")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--model.passes=2", "--trainer.check_val_every_n_epoch=1", *epochs, *stop)
+    last = torch.load(tmp_path / "training" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert 4 <= last["global_step"] < 8  # 4 batches, 2 updates of each
+    assert 0 < last["lr_schedulers"][0]["_last_lr"][0] < 0.005  # 0.01 at its peak
+
+
 def test_the_warm_start_is_checked_and_left_alone(module, world):
     before = copy.deepcopy(module.reference.state_dict())
     for parameter in module.pruner.parameters():

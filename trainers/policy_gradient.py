@@ -123,6 +123,8 @@ class PolicyModule(FrozenModule):
     def setup(self, stage: str) -> None:
         """Move what is frozen to where training happens."""
         super().setup(stage)
+        limit = self.trainer.max_steps  # of updates, while the trainer estimates one of each batch
+        self.total_steps = self.total_steps * self.passes if limit == -1 else min(self.total_steps * self.passes, limit)
         self.reference.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
