@@ -139,8 +139,10 @@ def test_ragged_batch_equals_singles(name):
         same(batch, alone, row, 0, batch.kept_features(inputs), alone.kept_features(single))
 
 
-def test_all_tokens_pass_unchanged(name):
-    inputs, pruner = make_inputs(), build(name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_tokens_pass_unchanged(name, dtype):
+    """Whatever the type of the pruner's weights."""
+    inputs, pruner = make_inputs(), build(name).to(dtype)
     output = pruner(inputs, 1.0)
     if pruner.exact or name == "full":
         assert torch.equal(output.valid, inputs.valid)

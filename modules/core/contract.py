@@ -291,6 +291,7 @@ class Pruner(Configured):
             PruneZooError: ``keep`` is outside its range, a score is NaN, or the method broke the contract.
         """
         self.check_keep(keep)
+        given = inputs.features
         weight = next((p for p in self.parameters() if p.is_floating_point()), None)
         if weight is not None:  # a pruner works in the type of its own weights, whatever the host's
             inputs = inputs.to(weight.dtype)
@@ -304,6 +305,11 @@ class Pruner(Configured):
             raise PruneZooError(
                 f"pruner '{self.name}' kept {output.count.tolist()} tokens where {counts.tolist()} were asked for"
             )
+        if self.exact and output.features is not None and output.features.dtype != given.dtype:
+            # An image that keeps all its tokens keeps them to the bit, not as rounded to the pruner's type.
+            whole = (output.count == inputs.valid.sum(1))[:, None, None]
+            features = torch.where(whole, gather_rows(given, output.index), output.features.to(given.dtype))
+            output = replace(output, features=features)
         return output
 
     @property
