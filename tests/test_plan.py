@@ -159,7 +159,11 @@ def test_the_command_prints_it_all(capsys, monkeypatch):
     ("wrong", "said"),
     [
         (["--model.vlm=/nowhere/at/all"], "no configuration of '/nowhere/at/all'"),
-        (["--gpus", "0"], "--gpus, --text-tokens, --tflops and --memory must be above 0"),
+        (["--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--items", "-4"], "--items -4: must be above 0"),
+        (["--image-tokens", "0"], "--image-tokens 0: must be above 0"),
+        (["--data.batch_size=0"], "data.batch_size=0: at least 1"),
+        (["--trainer.strategy=deepspeed_stage_2"], "trainer.strategy=deepspeed_stage_2 is not planned"),
         (["--trainer.max_steps=-1"], "trainer.max_steps must say"),
         ([f"--config={ROOT / 'configs' / 'm3_llava.yaml'}"], "plans are for trainers.distill.DistillModule"),
     ],

@@ -28,6 +28,8 @@ from .planning.simulate import ANSWER, Pass, Weights, count_weights, simulate, v
 
 GIB, TERA = 2**30, 1e12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+"""Begin the names of those whose memory is known."""
 LIVE = 10**9
 """Parameters that ZeRO-3 lets lie gathered, its default."""
 
@@ -197,13 +199,20 @@ def make_job(args: argparse.Namespace, words: list[str]) -> tuple[Job, str]:
         raise PruneZooError(f"plans are for trainers.distill.DistillModule, not for {recipe.model.class_path}")
     if recipe.trainer.max_steps < 1:
         raise PruneZooError("trainer.max_steps must say how long the training is")
-    if min(args.gpus, args.text_tokens, args.tflops, args.memory) <= 0:
-        raise PruneZooError("--gpus, --text-tokens, --tflops and --memory must be above 0")
+    for option in ("gpus", "image_tokens", "text_tokens", "items", "tflops", "memory"):
+        value = getattr(args, option)
+        if value is not None and value <= 0:
+            raise PruneZooError(f"--{option.replace('_', '-')} {value}: must be above 0")
+    if recipe.data.init_args.batch_size < 1:
+        raise PruneZooError(f"data.batch_size={recipe.data.init_args.batch_size}: at least 1")
     config, source = load_config(recipe.model.init_args.vlm)
     image_tokens = args.image_tokens or getattr(config, "image_seq_length", None)
     if not image_tokens:
         raise PruneZooError(f"{recipe.model.init_args.vlm} does not say how many tokens an image has: --image-tokens")
-    return Job(recipe, config, args.gpus, image_tokens + args.text_tokens, image_tokens), source
+    job = Job(recipe, config, args.gpus, image_tokens + args.text_tokens, image_tokens)
+    if not job.strategy.startswith(STRATEGIES):
+        raise PruneZooError(f"trainer.strategy={job.strategy} is not planned: take a file of configs/strategy/")
+    return job, source
 
 
 @command
