@@ -1,6 +1,8 @@
 """What makes the commands pleasant: short names, helps that read well, errors in one line with the remedy, the list."""
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -9,7 +11,19 @@ import pytest
 
 from modules.core.errors import PruneZooError
 from modules.core.registry import list_pruners
-from trainers import benchmark, codec, evaluate, fit, names, show, step_cost, stop_curve
+from trainers import (
+    benchmark,
+    codec,
+    evaluate,
+    fit,
+    names,
+    policy_record,
+    readme,
+    show,
+    step_cost,
+    stop_curve,
+    unpickle,
+)
 from trainers import list as zoo
 from trainers.names import CHECKPOINTS, ROOT, find_config, find_pruner, find_vlm
 
@@ -140,3 +154,57 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and line.startswith("error: ") and message in line
     assert (tmp_path / "file").read_text() == "mine" and not any((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (evaluate.main, f"{EVALUATE} --device foo", "--device foo: cannot be used here (Expected one of cpu"),
+        (benchmark.main, "--vlm random:llava-120m --pruner uniform --device foo", "--device foo: cannot be used here"),
+        (codec.main, "speed --tokenizer one-d-piece-tiny --device foo", "--device foo: cannot be used here"),
+        (codec.main, "speed --tokenizer one-d-piece-tiny --repeats 0", "--repeats 0: at least 1"),
+        (codec.main, "speed --tokenizer one-d-piece-tiny --batch 0", "--batch 0: at least 1"),
+        (codec.main, "measure --tokenizer one-d-piece-tiny --images docs --limit 0", "--limit 0: at least 1"),
+        (step_cost.main, "--vlm tiny-llava --repeats 0", "--repeats 0: at least 1"),
+        (step_cost.main, "--vlm tiny-llava --batch 0", "--batch 0: at least 1"),
+        (step_cost.main, "--vlm tiny-lava", "no model is called 'tiny-lava'; did you mean 'tiny-llava'?"),
+        (stop_curve.main, "--vlm tiny-llava --pruner tail_drop --suite scenes --mean 0", "--mean 0: at least 1"),
+        (stop_curve.main, "--vlm tiny-lava --pruner tail_drop --suite scenes", "did you mean 'tiny-llava'?"),
+        (stop_curve.main, "--vlm tiny-llava --pruner ppm --suite scenes", "ppm-tiny: a stop rule is for 'tail_drop'"),
+        (policy_record.main, "checkpoints/policy-tiny --updates 0", "--updates 0: at least 1"),
+        (policy_record.main, "FOLDER", "FOLDER/run.json: no record of a training; name the folder of a trained policy"),
+        (unpickle.main, "FOLDER/run.json x --yes", "FOLDER/run.json: refused by torch's weights-only loader"),
+        (evaluate.main, "--vlm FOLDER --pruner uniform --suite scenes", "--vlm FOLDER: not a loadable image-text-to"),
+        (stop_curve.main, "--vlm FOLDER --pruner tail_drop --suite scenes --limit 7 --cache FOLDER/c", "from 'FOLDER'"),
+    ],
+)
+def test_mistakes_are_one_line_in_every_command(main, words, message, tmp_path, capfd):
+    shutil.copytree(VLM, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
+    (tmp_path / "cut" / "run.json").write_text("hello")
+    words, message = (text.replace("FOLDER", str(tmp_path / "cut")) for text in (words, message))
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and line.startswith("error: ") and message in line
+
+
+def test_asking_the_table_maker_for_help_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(readme, "PAGES", {})
+    assert readme.main([]) == 0
+    monkeypatch.setattr(readme, "PAGES", None)  # a page that were read now would fail
+    for words, code in ((["--help"], 0), (["--hlep"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            readme.main(words)
+        assert caught.value.code == code
+    assert capsys.readouterr().out.startswith("usage: python -m trainers.readme")
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stop_curve, "load_suite", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        stop_curve.main("--vlm tiny-llava --pruner tail_drop --suite scenes".split())
+    assert caught.value.code == 130 and capsys.readouterr().err.strip() == "stopped"

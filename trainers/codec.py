@@ -46,7 +46,9 @@ from .compression.speed import measure_speed
 from .data.photographs import Photographs, photographs, spread
 from .data.suite import SPLITS
 from .errors import check_output, command
+from .evaluation.loading import check_device, default_device
 from .evaluation.record import versions, write_record
+from .names import find_pruner
 from .run_record import RUN_FILE
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("source", type=Path)
     one.add_argument("target", type=Path)
-    one.add_argument("--tokenizer", required=True, help="folder or Hub id")
+    one.add_argument("--tokenizer", required=True, help="folder, Hub id, or one-d-piece-tiny, the embedded one")
     compress = commands.add_parser("compress", parents=[one], help="a picture to a file of so many bytes")
     compress.add_argument("--bytes", type=int, required=True, help="of the whole file")
     commands.add_parser("decompress", parents=[one], help="such a file to a picture")
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--tokenizer", required=True, help="folder or Hub id")
     speed.add_argument("--batch", type=int, default=8)
     speed.add_argument("--repeats", type=int, default=10)
-    speed.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    speed.add_argument("--device", default=default_device())
     speed.add_argument("--json", type=Path, help="write all numbers here")
     card = commands.add_parser("card", help="the model card, from what was measured")
     card.add_argument("folder", type=Path, help="the tokenizer's folder")
@@ -121,6 +123,8 @@ def decompress(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Quality against bytes."""
+    if args.limit < 1:
+        raise PruneZooError(f"--limit {args.limit}: at least 1")
     check_output("--json", args.json)
     check_output("--report", args.report, folder=True)
     tokenizers = {name: load(name) for name in args.tokenizer}
@@ -170,6 +174,10 @@ def training_of(source: str) -> dict[str, Any] | None:
 
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Pictures a second."""
+    for option in ("batch", "repeats"):
+        if getattr(args, option) < 1:
+            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
+    check_device(args.device)
     check_output("--json", args.json)
     tokenizer = load(args.tokenizer).to(args.device)
     side = tokenizer.config.image_size
@@ -221,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
+    if args.command != "card":
+        named = args.tokenizer
+        args.tokenizer = find_pruner(named) if isinstance(named, str) else [find_pruner(name) for name in named]
     {run.__name__: run for run in (compress, decompress, measure, speed, card)}[args.command](args, words)
     return 0
 

@@ -23,7 +23,9 @@ PLACES = {
 
 
 def command(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for a `main`: a PruneZooError, a full disk or a wrong path ends it with one line and code 2."""
+    """Decorator for a `main`: a PruneZooError, a full disk or a wrong path ends it with one line and code 2, Ctrl-C
+    with code 130.
+    """
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -31,6 +33,9 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             return main(*args, **kwargs)
         except PruneZooError as error:
             message = one_line(error)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
         except OSError as error:
             place = error.filename2 or error.filename
             if error.errno in FULL:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
@@ -179,7 +180,7 @@ def load_frozen(vlm: str, dtype: str) -> Any:
     """The model in eval mode, nothing of it trainable."""
     try:
         model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PruneZooError(
             f"cannot load a vision-language model from '{vlm}' ({reason}); give a folder or Hub id"

@@ -225,12 +225,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folder", type=Path, help="the policy's folder, with the logs of its training")
     p.add_argument("--updates", type=int, default=10, help="how many are timed")
     args = p.parse_args(argv)
+    if args.updates < 1:
+        raise PruneZooError(f"--updates {args.updates}: at least 1")
     try:
         recipe = yaml.safe_load(json.loads((args.folder / RUN_FILE).read_text(encoding="utf-8"))["recipe"])
-    except OSError as error:
-        raise PruneZooError(
-            f"{args.folder / RUN_FILE}: {error.strerror}; name the folder of a trained policy"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # not there, no JSON, no run record
+        reason = error.strerror if isinstance(error, OSError) else "no record of a training"
+        raise PruneZooError(f"{args.folder / RUN_FILE}: {reason}; name the folder of a trained policy") from None
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.ERROR)  # what it says of each trainer that times something is of no use here

@@ -9,8 +9,9 @@ from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from 
 and in hub_cards/measured/.
 """
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,13 @@ def _read(path: Path, target: str) -> Any:
 
 
 @command
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write them anew."""
+    p = argparse.ArgumentParser(
+        prog="python -m trainers.readme",
+        description="Write the tables of README.md and docs/choose.md anew, from the records beside what is shipped.",
+    )
+    p.parse_args(argv)
     for page in PAGES:
         page.write_text(rendered(page.read_text(encoding="utf-8"), page), encoding="utf-8")
     return 0

@@ -52,13 +52,17 @@ def read_item(picture: str, question: str | None) -> Item:
     Raises:
         PruneZooError: no picture, or a file without a question.
     """
-    suite, _, number = picture.partition(":")
-    if suite in list_suites() and number.isdigit():
+    suite, colon, number = picture.partition(":")
+    if colon and suite in list_suites():
+        if not number.isdigit():
+            raise PruneZooError(f"{picture}: an item of a suite is written {suite}:3")
         items = load_suite(suite, "test")
         if int(number) >= len(items):
             raise PruneZooError(f"{picture}: the suite has items 0 to {len(items) - 1}")
         item = items[int(number)]
         return item if question is None else replace(item, turns=((question, ""),), relevant=None)
+    if question is None and number.isdigit():
+        raise PruneZooError(f"{picture}: no suite is called '{suite}'; there are: {', '.join(list_suites())}")
     if question is None:
         raise PruneZooError(f'{picture}: what is the question? python -m trainers.show {picture} "what is it?"')
     try:

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner
 
 from .benchmark import device_name
@@ -41,6 +42,7 @@ from .errors import check_output, command
 from .evaluation.record import versions, write_record
 from .frozen import recompute_layers
 from .losses import answer_slots
+from .names import find_vlm
 
 ANSWER = 8
 """Tokens of the answer."""
@@ -210,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     p = argparse.ArgumentParser(prog="python -m trainers.step_cost", description="Measure a step of distillation.")
-    p.add_argument("--vlm", required=True, help="local folder, Hub id, or random:llava-120m")
+    p.add_argument("--vlm", required=True, help="folder, Hub id, tiny-llava, or random:llava-120m")
     p.add_argument("--batch", type=int, default=1, help="pictures at once")
     p.add_argument("--length", type=int, default=64, help="text tokens")
     p.add_argument("--hidden", type=int, default=64, help="width inside the PPM that is trained")
@@ -219,7 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--dtype", help="by default float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--json", type=Path, help="write all numbers here")
     args = p.parse_args(argv)
+    for option in ("batch", "repeats"):
+        if getattr(args, option) < 1:
+            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
     check_output("--json", args.json)
+    args.vlm = find_vlm(args.vlm)
     found = measure(args)
     show(found, Console())
     if args.json:

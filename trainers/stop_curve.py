@@ -35,6 +35,7 @@ from .evaluation.curves import COLOURS, GREY
 from .evaluation.loading import DTYPES, default_device, default_dtype
 from .evaluation.record import versions, write_record
 from .evaluation.statistics import Floats, interval, resample
+from .names import find_pruner, find_vlm
 from .stop_rule import LossWorker, load_latents, losses_of
 
 FIXED, RULE, MIXED = "fixed length", "stop rule", "fixed lengths mixed"
@@ -168,8 +169,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainers.stop_curve", description="Measure a stop rule beside fixed lengths."
     )
-    p.add_argument("--vlm", required=True, help="local folder or Hub id of an image-text-to-text model")
-    p.add_argument("--pruner", required=True, help="folder of tail-drop latents with a stop rule")
+    p.add_argument("--vlm", required=True, help="folder, Hub id, or tiny-llava, the embedded one")
+    p.add_argument("--pruner", required=True, help="folder of tail-drop latents with a stop rule, or tail-drop-tiny")
     p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
     p.add_argument("--split", default="test", choices=SPLITS)
     p.add_argument("--limit", type=int, help="only the first so many items")
@@ -189,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, console = parser().parse_args(argv), Console()
     check_output("--json", args.json)
     check_output("--figure", args.figure)
+    for option, least in {"--batch-size": args.batch_size, "--mean": min(args.mean)}.items():
+        if least < 1:
+            raise PruneZooError(f"{option} {least}: at least 1")
+    args.vlm, args.pruner = find_vlm(args.vlm), find_pruner(args.pruner)
     pruner = load_latents(args.pruner)
     if pruner.stop is None:
         raise PruneZooError(f"--pruner {args.pruner}: it has no stop rule; train one with trainers.stop_rule")

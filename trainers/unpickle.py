@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from modules.core.errors import PruneZooError
 
-from .errors import command
+from .errors import command, one_line
 
 
 def unpickle(source: Path, target: Path) -> int:
@@ -26,8 +26,8 @@ def unpickle(source: Path, target: Path) -> int:
     """
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = one_line(error)
         raise PruneZooError(f"{source}: refused by torch's weights-only loader ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PruneZooError(f"{source}: not a state dict, which maps names to tensors")

@@ -15,7 +15,7 @@ from modules.core.errors import PruneZooError
 from modules.core.registry import build_pruner, list_pruners, load_pruner, pruner_class
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
-from trainers.evaluation.loading import DTYPES, default_device, default_dtype, load_vlm
+from trainers.evaluation.loading import DTYPES, check_device, default_device, default_dtype, load_vlm
 from trainers.pretraining.build import WORD_IDS, new_processor
 
 RANDOM = "random:"
@@ -86,6 +86,7 @@ def load_model(source: str, device: str | None, dtype: str | None) -> tuple[Any,
     if name not in SIZES:
         raise PruneZooError(f"--vlm {source}: no such size; known: {', '.join(RANDOM + known for known in SIZES)}")
     device = device or default_device()
+    check_device(device)
     return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), new_processor(SIDE, PATCH)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modules.core.errors import PruneZooError
@@ -20,6 +21,15 @@ def default_dtype(device: str) -> str:
     return "float32" if torch.device(device).type == "cpu" else "bfloat16"
 
 
+def check_device(device: str) -> None:
+    """PruneZooError where nothing can be computed on it."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's words for no, and not built for
+        reason = str(error).strip().splitlines()[0]
+        raise PruneZooError(f"--device {device}: cannot be used here ({reason}); cpu always can") from None
+
+
 def load_vlm(source: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """Load a model and its processor, frozen and in eval mode.
 
@@ -29,16 +39,17 @@ def load_vlm(source: str, device: str | None = None, dtype: str | None = None) -
         dtype: float32, bfloat16 or float16; by default float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
-        PruneZooError: there is no such model, or it is none that reads images.
+        PruneZooError: there is no such model, or it is none that reads images; or no such device.
     """
     device = device or default_device()
+    check_device(device)
     dtype = dtype or default_dtype(device)
     if dtype not in DTYPES:
         raise PruneZooError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[dtype])
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PruneZooError(f"--vlm {source}: not a loadable image-text-to-text model ({reason})") from None
     return vlm.to(device).eval().requires_grad_(False), processor
