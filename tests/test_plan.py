@@ -106,7 +106,8 @@ def planned(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan"])
 
     def make(*words: str, gpus: int = 8, strategy: str | None = None, image_tokens: int | None = None):
-        args = plan.argparse.Namespace(gpus=gpus, text_tokens=64, image_tokens=image_tokens, tflops=300, memory=80)
+        sizes = {"text_tokens": 64, "image_tokens": image_tokens, "items": None}
+        args = plan.argparse.Namespace(gpus=gpus, tflops=300, memory=80, **sizes)
         second = [f"--config={ROOT / 'configs' / 'strategy' / f'{strategy}.yaml'}"] if strategy else []
         job, _ = plan.make_job(args, [RECIPE, *second, *words])
         return plan.plan(job, 300, None)
