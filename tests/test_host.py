@@ -298,6 +298,17 @@ def test_forward_takes_positions_labels_and_no_images(tiny, mixed):
     assert out.loss == vlm.loss_function(shorter.logits, shorter.labels, vlm.config.text_config.vocab_size)
 
 
+@pytest.mark.parametrize("name", ["ppm", "policy", "explain_cnn", "atp", "fastv"])
+def test_a_prompt_without_words_is_pruned(name, deep_llava):
+    """Where every word is labelled, as in training on whole texts, none is left for the pruner."""
+    cls = pruner_class(name)
+    pruner, vlm = cls(**cls.tiny_config(32, 32)), deep_llava.vlm
+    batch = deep_llava.batch([LONG], [[make_image(0)]])
+    with attach(vlm, pruner, keep=9) as run:
+        assert vlm(**batch, labels=batch["input_ids"]).loss.isfinite()
+    assert run.stats.before == [36] and run.stats.after[0] < 36
+
+
 def test_dropping_every_token_is_the_prompt_without_an_image(tiny):
     vlm, batch = tiny.vlm, tiny.batch([LONG, SHORT], [[make_image(0)], [make_image(1)]])
     with attach(vlm, "none", keep=1, positions="compact"):

@@ -193,14 +193,17 @@ def prompt_words(family: Family, batch: Mapping[str, Any], labels: Tensor | None
         labels: ``(B, L)`` or None.
 
     Returns:
-        Columns ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
+        Columns ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool; T is at least 1.
     """
     is_prompt = _real(batch) & ~family.is_visual(batch["input_ids"])
     if labels is not None:
         # From the right, a labelled token has been met: everything later is template around the end of the answer.
         before_last = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
         is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
-    return mask_to_index(is_prompt)
+    columns, valid = mask_to_index(is_prompt)
+    if not columns.shape[1]:  # no words at all, or all of them are the answer
+        return columns.new_zeros(len(columns), 1), valid.new_zeros(len(valid), 1)
+    return columns, valid
 
 
 def _lay_out(
