@@ -171,6 +171,27 @@ def test_attached_the_lora_is_on_from_prompt_to_last_token(tiny_llava, batch):
         assert torch.equal(vlm(**batch).logits, bare)
 
 
+@torch.no_grad()
+def test_a_conversation_in_between_is_the_bare_models(tiny_llava, batch):
+    """The LoRA is on for what follows on pruned images, and for nothing else, whatever came before."""
+    vlm, pruner = tiny_llava.vlm, made_for(tiny_llava.vlm)
+    text = tiny_llava.batch(["<s> USER: is the ball red ? ASSISTANT:"], [[]])
+    word, mask = batch["input_ids"][:, -1:], torch.ones(len(batch["input_ids"]), batch["input_ids"].shape[1] + 1).long()
+    bare, written = vlm(**text).logits, vlm.generate(**text, max_new_tokens=3)
+    with attach(vlm, pruner, keep=9):
+        cache = vlm(**batch, use_cache=True).past_key_values
+        spare = copy.deepcopy(cache)
+        expected = vlm(word, attention_mask=mask, past_key_values=cache).logits
+        assert torch.equal(vlm(**text).logits, bare)
+        vlm(**batch)
+        assert torch.equal(vlm.generate(**text, max_new_tokens=3), written)
+        assert torch.equal(vlm(word, attention_mask=mask, past_key_values=spare).logits, expected)
+        pruner.lora = None
+    with attach(vlm, pruner, keep=9):
+        plain = vlm(**batch, use_cache=True).past_key_values
+        assert not torch.equal(vlm(word, attention_mask=mask, past_key_values=plain).logits, expected)
+
+
 def test_a_trainable_model_stays_trainable(batch):
     vlm = make_llava().requires_grad_(True)
     run_pruned(vlm, encode(vlm, batch), made_for(vlm), 4)

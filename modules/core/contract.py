@@ -250,6 +250,13 @@ class Pruner(Configured):
         """
         return nullcontext()
 
+    def go_on(self, pruned: bool) -> None:
+        """What the host says before a call without images, inside of :meth:`adapt`, where :meth:`reduce` is not asked.
+
+        Args:
+            pruned: It goes on with a cache whose prompt was shortened; else with any other, or with none.
+        """
+
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
         """Config fields of the smallest sensible instance for tokens of ``feature_dim`` and text of ``text_dim``.

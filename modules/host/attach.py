@@ -279,9 +279,12 @@ class Attachment:
             setattr(cache, NOTE, ShortPrompt(ids, mask, last, running.length))
 
     def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
-        """What the cache of a call begins with, if that was rewritten."""
+        """What the cache of a call begins with, if that was rewritten; the pruners are told."""
         cache = kwargs.get("past_key_values")
-        return getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
+        short = getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
+        for pruner in self.pruners:
+            pruner.go_on(short is not None)
+        return short
 
     def _go_on(self, kwargs: Mapping[str, Any], short: ShortPrompt, generating: bool, whole: bool) -> dict[str, Any]:
         """A call on a cache whose prompt was rewritten: ids, mask and positions as that cache has them.

@@ -83,11 +83,16 @@ class M3(Pruner):
         """Have the LoRA at hand; :meth:`reduce` switches it."""
         return self.lora.ready(vlm) if self.lora is not None else nullcontext()
 
+    def go_on(self, pruned: bool) -> None:
+        """The LoRA is for what follows on a pruned prompt, not for other conversations in between."""
+        if self.lora is not None:
+            self.lora.switch(pruned)
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """K tokens of each image, each for one part of the grid; a part of one token is that token, unchanged.
 
         Where no image of the batch loses tokens the LoRA is off, so that all tokens are read by the model as it was. As
-        the images leave it, it stays for what is generated from them, until other images come or the pruner is let go.
+        the images leave it, it stays for what is generated from them; see :meth:`go_on`.
         """
         if inputs.features.shape[-1] != self.config.width:
             raise PruneZooError(
