@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, SIDE, Gemma3, Sample, tiny_family
-from test_families import CLOSE, LARGE, MIXED, ONE_EACH, SMALL, STEPS, TALL, WIDE, blind, drops, write
+from families import FAMILIES, IMAGE, LARGE, MIXED, ONE_EACH, SIDE, SMALL, TALL, WIDE, Sample, tiny_family
+from families.gemma import Gemma3
+from prompt_oracle import CLOSE, STEPS, blind, drops, write
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
 from modules.core.contract import PruneOutput

@@ -6,9 +6,9 @@ do not look at the tokens that went; it shares nothing with the code under test.
 
 import pytest
 import torch
-from families import FAMILIES, VIDEO_FAMILIES, Sample, tiny_family
+from families import FAMILIES, LARGE, MIXED, ONE_EACH, SMALL, TALL, VIDEO_FAMILIES, Sample, tiny_family
 from layer_oracle import Watch, masked
-from test_families import LARGE, MIXED, ONE_EACH, SMALL, TALL, blind, choose, drops, write
+from prompt_oracle import blind, choose, drops, write
 from torch.nn.functional import pad
 
 from modules import Pruner, PruneZooError, attach, build_pruner, encode, full_forward

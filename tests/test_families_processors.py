@@ -6,7 +6,9 @@ SmolVLM's cannot be made without a package for spelling out numbers; its layout 
 import numpy as np
 import pytest
 import torch
-from families import CELL, FAMILIES, IMAGE, PAD, PINPOINTS, SIDE, WORD, Sample
+from families import FAMILIES, IMAGE, SIDE, Sample
+from families.base import CELL, PAD, WORD
+from families.llava import PINPOINTS
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (

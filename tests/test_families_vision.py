@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, Sample, tiny_family
-from test_families import LARGE, MIXED, ONE_EACH, SMALL, STEPS, TALL, blind, write
+from families import FAMILIES, IMAGE, LARGE, MIXED, ONE_EACH, SMALL, TALL, Sample, tiny_family
+from prompt_oracle import STEPS, blind, write
 from tower_oracle import by_hand, slots_of, tome_by_hand
 
 from modules import PruneZooError, attach, build_pruner, encode
