@@ -104,6 +104,42 @@ def test_a_direct_call_from_another_thread_is_refused_while_one_generates(talk):
     assert isinstance(streamer.error, PruneZooError) and "another thread generates" in str(streamer.error)
 
 
+@pytest.mark.parametrize("pruner", ["uniform", "fastv"])
+def test_a_streamer_may_ask_the_model_itself(pruner, deep_llava):
+    vlm, batch = deep_llava.vlm, deep_llava.batch([LONG], [[make_image(0)]])
+
+    class Ask:
+        """Another question at each token."""
+
+        def __init__(self):
+            self.said = []
+
+        def put(self, _):
+            self.said.append(vlm.generate(**other, max_new_tokens=3))
+
+        def end(self):
+            pass
+
+    with attach(vlm, pruner, keep=4) as run:
+        other = deep_llava.batch([LONG], [[make_image(1)]])
+        expected, alone = vlm.generate(**batch, max_new_tokens=4), vlm.generate(**other, max_new_tokens=3)
+        ask = Ask()
+        assert torch.equal(vlm.generate(**batch, max_new_tokens=4, streamer=ask), expected)
+    assert len(ask.said) > 1 and all(torch.equal(answer, alone) for answer in ask.said)
+    assert len(run.stats.before) == 3 + len(ask.said)
+    call = Ask()
+    call.put = lambda _: vlm(**other)
+    with attach(vlm, pruner, keep=4), pytest.raises(PruneZooError, match="ask the model by `generate` too"):
+        vlm.generate(**batch, max_new_tokens=4, streamer=call)
+
+
+def test_a_reference_to_generate_from_before_is_refused(talk):
+    vlm, batch, _ = talk
+    generate = vlm.generate
+    with attach(vlm, "uniform", keep=4), pytest.raises(PruneZooError, match="not a reference to it from before"):
+        generate(**batch, max_new_tokens=2)
+
+
 def test_calls_of_parts_of_the_model_pass_untouched(deep_llava):
     """The layers' hooks know only what they were told of the last call of the whole."""
     vlm, text = deep_llava.vlm, deep_llava.batch([NEXT], [[]])

@@ -6,8 +6,8 @@ Mechanism, for transformers 5.6 and later: no forward is replaced, no class is t
 * one **instance attribute** ``generate`` that stands before the class's own: it rewrites the prompt *before* the
   generation loop starts and hands on to the class's method. So everything in that loop (cache length, beams, static
   caches, chunked prefill, prompt look-up) sees a prompt that simply is shorter, and nothing has to be repaired at
-  decode steps. It then puts the caller's own prompt back in front of what was generated. Logits processors and
-  streamers that look at the prompt see the shorter one;
+  decode steps. It then puts the caller's own prompt back in front of what was generated. Logits processors,
+  stopping criteria and streamers that look at the prompt see the shorter one;
 * for the layer stage, pre-hooks on decoder layers; see :mod:`layers`. There the prompt keeps its length outside.
 
 A pre-hook alone would also do for the stages in front of the language model, with masks mended at every decode step,
@@ -173,11 +173,13 @@ class Attachment:
                     before, after = short.length, short.ids.shape[1]
         self._check_options(kwargs)
         self._move_lengths(kwargs, before - after)
+        # Of a call from whose streamer or criteria this one comes.
+        outer = (self._inside, self._generating, self._filling) if self._inside else (None, None, None)
         self._inside, self._generating, self._filling = get_ident(), running, running
         try:
             result = own(None, *args, **kwargs)
         finally:
-            self._inside, self._generating, self._filling = None, None, None
+            self._inside, self._generating, self._filling = outer
         if not before:
             return result
         assert prompt is not None  # without ids there are no images and no short prompt
@@ -220,6 +222,8 @@ class Attachment:
                 self.layers.pasts.pop(cache, None)
         running = None if filled else self._generating
         if self._inside:
+            if any(kwargs.get(pixels) is not None for pixels in PIXELS.values()):
+                raise PruneZooError("within `generate`, in a streamer or criteria, ask the model by `generate` too")
             ids = kwargs.get("input_ids")
             if running is not None and cache is None and ids is not None and ids.shape[1] < running.width:
                 running = None  # the first step of a model without prompt, which guides this one
@@ -322,7 +326,10 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         if all(kwargs.get(pixels) is None for pixels in PIXELS.values()):
             if kwargs.get("mm_encoder_outputs"):
-                raise PruneZooError("an attached pruner needs pixel_values, not mm_encoder_outputs")
+                raise PruneZooError(
+                    "an attached pruner needs pixel_values, not mm_encoder_outputs: call the model's `generate`, "
+                    "not a reference to it from before it was attached"
+                )
             return False
         if cache is not None and cache.get_seq_length() > 0:
             raise PruneZooError("images cannot be added to a filled cache while pruning: pass the whole conversation")
