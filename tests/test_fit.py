@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,17 @@ def test_a_mistake_is_one_line_that_names_it(wrong, named, world, tiny_llava_fol
     monkeypatch.chdir(ROOT)
     message = one_line_error(capsys, monkeypatch, [*words(world, tiny_llava_folder, tmp_path), wrong])
     assert named in message and "Subtypes" not in message and len(message) < 500
+
+
+def test_a_checkpoint_of_another_recipe_is_one_line_and_stays(
+    straight, world, tiny_llava_folder, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(straight, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "training" / "checkpoints" / "last.ckpt"
+    arguments = words(world, tiny_llava_folder, tmp_path / "run", "--ckpt_path=last", "--trainer.max_steps=12")
+    message = one_line_error(capsys, monkeypatch, [*arguments, "--model.pruner.config.hidden=32"])
+    assert "--ckpt_path=last: the checkpoint is of another recipe, or of other sizes" in message
+    assert checkpoint.read_bytes() == (straight / "training" / "checkpoints" / "last.ckpt").read_bytes()
 
 
 def test_a_misspelt_key_in_a_file_is_named(world, tiny_llava_folder, tmp_path, capsys, monkeypatch):

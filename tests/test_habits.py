@@ -208,3 +208,18 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         stop_curve.main("--vlm tiny-llava --pruner tail_drop --suite scenes".split())
     assert caught.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
+
+
+def test_a_disk_that_is_full_leaves_what_was_there_and_names_the_file(tmp_path):
+    """A limit on the size of files does what a full disk does, in a process of its own."""
+    (tmp_path / "record.json").write_text("mine")
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "from trainers.errors import command\n"
+        "from trainers.evaluation.record import write_record\n"
+        f"command(write_record)({{'rows': 'x' * 5000}}, {str(tmp_path / 'record.json')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'record.json'}: too big")
+    assert (tmp_path / "record.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

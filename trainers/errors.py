@@ -3,7 +3,8 @@
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -48,6 +49,23 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
         sys.exit(2)
 
     return run
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when all is written, in folders made if need be.
+
+    Where that fails nothing is left of it, and the error names ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.partial")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def check_output(option: str, path: Path | None, folder: bool = False) -> None:

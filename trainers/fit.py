@@ -179,7 +179,15 @@ def main(args: list[str] | None = None) -> None:
         args = ["--help"]
     cli = build(args)
     check(cli.config)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    except RuntimeError as error:
+        if "in loading state_dict" not in str(error):
+            raise
+        raise PruneZooError(
+            f"--ckpt_path={cli.config.ckpt_path}: the checkpoint is of another recipe, or of other sizes; name the "
+            "recipe that it was trained by, or another --out"
+        ) from error
 
 
 if __name__ == "__main__":

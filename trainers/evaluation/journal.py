@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trainers.errors import whole_file
+
 from .scores import ItemScores, Key
 
 
@@ -39,14 +41,11 @@ class Journal:
 
     def write(self, scores: Mapping[Key, ItemScores], groups: list[str], done: int) -> None:
         """Note that the first so many items are measured."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"{p} {k} {name}": values for (p, k), of in scores.items() for name, values in vars(of).items()}
-        scratch = self.path.with_name(f"{self.path.name}.new")
-        with scratch.open("wb") as file:
+        with whole_file(self.path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(
                 file, **arrays, groups=np.array(groups), done=np.array(done), fingerprint=np.array(self.fingerprint)
             )
-        scratch.replace(self.path)
 
     def remove(self) -> None:
         """Forget it all."""

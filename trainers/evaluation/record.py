@@ -12,6 +12,7 @@ import numpy as np
 
 from modules.core.contract import AUTO
 from modules.core.errors import PruneZooError
+from trainers.errors import whole_file
 
 from .scores import ALL_TOKENS, FULL, NONE, Key, Measurement
 from .statistics import Resampled, interval, resample
@@ -194,11 +195,8 @@ def versions() -> dict[str, str]:
 
 def write_record(record: Mapping[str, Any], path: str | Path) -> None:
     """Write the object as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_dump(record), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(Path(path)) as scratch:
+        scratch.write_text(_dump(record), encoding="utf-8")
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from trainers.errors import whole_file
+
 from .curves import draw_curves
 from .examples import Example
 from .panels import page_colours, panels_of
@@ -48,7 +50,8 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
             gallery=gallery_of(record, examples, budgets),
         )
     )
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    with whole_file(folder / PAGE) as scratch:
+        scratch.write_text(page, encoding="utf-8")
     return folder / PAGE
 
 
