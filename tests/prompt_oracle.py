@@ -55,7 +55,7 @@ def drops(encoded, output):
     for row, slots, index, valid in zip(encoded.sample, encoded.slots, output.index, output.valid, strict=True):
         dropped[row, slots[index[valid]]] = False
     lines = encoded.newlines
-    if lines is not None:  # which of them live is tested by hand in test_families_details.py
+    if lines is not None:  # which of them live is tested by hand in test_families_features.py
         alive = lines.alive(output.index, output.valid)
         for row, slots, own in zip(encoded.sample, lines.slots, alive, strict=True):
             dropped[row, slots[own]] = False

@@ -9,9 +9,13 @@ Sizes of pictures are ``(height, width)`` in pixels. They matter where a family 
 where it reads one.
 """
 
+import inspect
 from functools import cache
 
+import pytest
 import torch
+
+from modules.host.families.base import TAKES_FEATURES
 
 from .base import IMAGE, SIDE, VIDEO, Family, Sample
 from .gemma import Gemma3, PaliGemma
@@ -26,6 +30,7 @@ __all__ = [
     "LARGE",
     "MIXED",
     "ONE_EACH",
+    "QWEN",
     "SIDE",
     "SMALL",
     "TALL",
@@ -33,6 +38,7 @@ __all__ = [
     "VIDEO_FAMILIES",
     "WIDE",
     "Sample",
+    "here",
     "tiny_family",
 ]
 
@@ -51,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "paligemma": PaliGemma(),
 }
 VIDEO_FAMILIES = [name for name, family in FAMILIES.items() if family.videos]
+QWEN = [name for name in FAMILIES if name.startswith("qwen")]
 
 LARGE, WIDE, TALL, SMALL = (48, 40), (24, 48), (48, 24), (24, 24)
 ONE_EACH = [Sample((size,), words) for size, words in ((LARGE, 5), (WIDE, 3), (TALL, 6), (SMALL, 4))]
@@ -74,3 +81,11 @@ def tiny_family(name: str) -> Family:
     assert (logits - changed).abs().max() > 0.05, "the picture does not reach the logits"
     assert (logits - dropped).abs().max() > 0.05, "dropping the picture changes nothing"
     return family
+
+
+def here(name: str) -> Family:
+    """A family, unless the release of `transformers` at hand is too old for it, which the matrix sees refused."""
+    embeddings = "inputs_embeds" in inspect.signature(FAMILIES[name].vlm.prepare_inputs_for_generation).parameters
+    if not TAKES_FEATURES and (name == "qwen3_vl" or not embeddings):
+        pytest.skip(f"{name} needs transformers 5.19 or later")
+    return tiny_family(name)
