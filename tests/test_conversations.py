@@ -149,16 +149,21 @@ def test_calls_of_parts_of_the_model_pass_untouched(deep_llava):
     assert torch.equal(states, vlm.model.language_model(**text).last_hidden_state)
 
 
+@pytest.mark.parametrize("negative", [None, NONE])
 @pytest.mark.parametrize("pruner", ["uniform", "fastv"])
-def test_guidance_by_the_model_without_a_prompt(pruner, deep_llava):
+def test_guidance_by_the_model_without_a_prompt(pruner, negative, deep_llava):
     vlm, batch = deep_llava.vlm, deep_llava.batch([LONG], [[make_image(0)]])
+    other = {} if negative is None else {"negative_prompt_ids": deep_llava.batch([NONE], [[]])["input_ids"]}
     with attach(vlm, pruner, keep=4):
         plain = vlm.generate(**batch, **OPTIONS)
-        guided = vlm.generate(**batch, **OPTIONS, output_scores=True, guidance_scale=2.0)
+        guided = vlm.generate(**batch, **OPTIONS, output_scores=True, guidance_scale=2.0, **other)
     assert torch.equal(guided.logits[0], plain.logits[0])
     length = batch["input_ids"].shape[1]
+    begin = other.get("negative_prompt_ids", batch["input_ids"][:, -1:])
+    assert negative is None or begin.shape[1] > length
     for step, (logits, scores) in enumerate(zip(guided.logits, guided.scores, strict=True)):
-        blind = vlm(guided.sequences[:, length - 1 : length + step]).logits[:, -1].log_softmax(-1)
+        words = torch.cat([begin, guided.sequences[:, length : length + step]], 1)
+        blind = vlm(words).logits[:, -1].log_softmax(-1)
         expected = blind + 2 * (logits.log_softmax(-1) - blind)
         assert (scores - logits.log_softmax(-1)).abs().max() > 1e-2
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)

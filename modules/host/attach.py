@@ -62,6 +62,11 @@ class Running:
         """Columns of it."""
         return self.encoded.mask.shape[1]
 
+    def begins(self, ids: Tensor) -> bool:
+        """Whether ``ids (B * copies, …)`` begin with it."""
+        own = self.encoded.batch["input_ids"]
+        return torch.equal(ids[:, : self.width], own.repeat_interleave(max(len(ids) // len(own), 1), 0))
+
     @property
     def dropped(self) -> int:
         """Columns by which it is shorter."""
@@ -225,8 +230,8 @@ class Attachment:
             if any(kwargs.get(pixels) is not None for pixels in PIXELS.values()):
                 raise PruneZooError("within `generate`, in a streamer or criteria, ask the model by `generate` too")
             ids = kwargs.get("input_ids")
-            if running is not None and cache is None and ids is not None and ids.shape[1] < running.width:
-                running = None  # the first step of a model without prompt, which guides this one
+            if running is not None and cache is None and ids is not None and not running.begins(ids):
+                running = None  # the first step without this prompt, or with a negative one, to guide by
             # `generate` drops a mask of ones; without mask and cache, gaps in the positions would be read as the seams
             # of packed sequences.
             bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
