@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_image, make_llava
+from conftest import LONG, NONE, SHORT, TWO, make_image, make_llava
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from modules import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
@@ -11,10 +11,6 @@ from modules.core.plan import KeepPlan
 from modules.core.registry import pruner_class
 from modules.host.families.base import TAKES_FEATURES
 
-LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
-SHORT = "<s> USER: <image> what ? ASSISTANT:"
-TWO = "<s> USER: <image> <image> what box ? ASSISTANT:"
-NONE = "<s> USER: is the ball red ? ASSISTANT:"
 TURNS = "<s> USER: <image> what color ? ASSISTANT: red </s> USER: is the box left ? ASSISTANT:"
 STEPS = 5
 

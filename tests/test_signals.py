@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_image, make_llava
+from conftest import LONG, NONE, TWO, make_image, make_llava
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionConfig
 from transformers import SiglipVisionModel as Siglip
@@ -15,10 +15,6 @@ from modules.host.relevance import relevance_map
 from modules.host.signals import encode_needs
 from modules.host.taps import mean_attention, watch_tower
 from modules.host.tower import Tower
-
-LONG = "<s> USER: <image> what color is the ball left ? ASSISTANT:"
-TWO = "<s> USER: <image> <image> what box ? ASSISTANT:"
-NONE = "<s> USER: is the ball red ? ASSISTANT:"
 
 
 @pytest.fixture
