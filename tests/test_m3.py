@@ -213,6 +213,17 @@ def test_an_error_inside_leaves_the_bare_model(tiny_llava):
     assert list(vlm.modules()) == before
 
 
+def test_a_lora_serves_one_block_at_a_time(tiny_llava, batch):
+    """Within another block it would be gone from the outer one afterwards, without a word."""
+    vlm, pruner = tiny_llava.vlm, made_for(tiny_llava.vlm)
+    other = copy.deepcopy(vlm)
+    with torch.no_grad(), attach(vlm, pruner, keep=4):
+        logits = vlm(**batch).logits
+        with pytest.raises(PruneZooError, match="in use already"), attach(other, pruner, keep=9):
+            pass
+        assert torch.equal(vlm(**batch).logits, logits)
+
+
 def test_saved_in_pefts_own_format(tiny_llava, batch, tmp_path):
     vlm, pruner = tiny_llava.vlm, made_for(tiny_llava.vlm)
     folder = pruner.save_pretrained(tmp_path / "m3")

@@ -72,11 +72,13 @@ class Lora(Part):
         """Be able to :meth:`switch` on a model, off at first; on leaving the model is what it was.
 
         Raises:
-            PruneZooError: The matrices do not fit the model, or peft is not installed.
+            PruneZooError: The matrices do not fit the model, or are in use already, or peft is not installed.
         """
         if not len(self.weights):
             yield
             return
+        if self._switch is not None:
+            raise PruneZooError("this pruner's LoRA is in use already: leave that block, or load the pruner twice")
         own = find_targets(vlm)
         self._check(own)
         tuned = self._layers = self._layers or self._build(own)
