@@ -11,6 +11,7 @@ from conftest import make_image
 from safetensors.torch import load_file
 
 from modules import attach, build_pruner, encode, load_pruner
+from modules.core.contract import PruneInputs
 from modules.host import run_pruned
 from trainers import teacher
 from trainers.budget_policy import BudgetModule, entropy, policy_loss
@@ -44,6 +45,18 @@ def test_drawn_gradients_agree_with_the_exact_one(estimator):
     assert torch.cosine_similarity(drawn, exact).item() > 0.99
     if estimator == "reinforce":
         torch.testing.assert_close(drawn, exact, rtol=0.05, atol=0.01)
+
+
+def test_an_arm_is_as_many_tokens_as_its_share_is():
+    """1/36 of 90 tokens is 2.5, and half a token more or less in another precision."""
+    torch.manual_seed(0)
+    policy = build_pruner("budget", inner="uniform", reader_config=READER, arms=(1 / 36, 1.0)).eval()
+    cells = torch.cartesian_prod(torch.tensor([0]), torch.arange(9), torch.arange(10))[None]
+    valid, word = torch.ones(1, 90, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
+    inputs = PruneInputs(torch.randn(1, 90, 32), valid, cells, torch.randn(1, 1, 32), word)
+    with torch.no_grad():
+        policy.head.bias.copy_(torch.tensor([9.0, -9.0]))
+        assert policy(inputs, "auto").count.tolist() == policy(inputs, 1 / 36).count.tolist() == [2]
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reinforce", "grpo"])

@@ -114,7 +114,9 @@ class BudgetPolicy(Pruner):
         if bool(values.isnan().any()):
             raise PruneZooError(f"pruner '{self.name}' valued NaN: check its weights and the features it was given")
         arm = self.best_arm(values, self.price_of(wanted))
-        return (self.shares[arm].double() * available).round().long().clamp_min(1)
+        # In double precision, as the same share would be counted: an arm is what it was when its rewards were.
+        share = torch.tensor(self.config.arms, dtype=torch.double, device=arm.device)[arm]
+        return (share * available).round().long().clamp_min(1)
 
     @property
     def shares(self) -> Tensor:
