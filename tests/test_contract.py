@@ -299,12 +299,16 @@ def masked_prompt(vlm, encoded, output):
 
 def test_detaching_restores_the_model(name, deep_llava):
     vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(name).train()
+    for part in [*pruner.children()][:1]:
+        part.eval()
+    modes = [part.training for part in pruner.modules()]
     before, state = vlm(**batch).logits, set(vars(vlm))
     hooks = [len(vars(m)["_forward_hooks"]) + len(vars(m)["_forward_pre_hooks"]) for m in vlm.modules()]
     with attach(vlm, pruner, keep=4) as run:
         assert not pruner.training
         vlm(**batch)
-    assert torch.equal(vlm(**batch).logits, before) and set(vars(vlm)) == state and pruner.training
+    assert torch.equal(vlm(**batch).logits, before) and set(vars(vlm)) == state
+    assert pruner.training and [part.training for part in pruner.modules()] == modes
     assert [len(vars(m)["_forward_hooks"]) + len(vars(m)["_forward_pre_hooks"]) for m in vlm.modules()] == hooks
     assert run.stats.before == [36, 36] and (not pruner.exact or run.stats.after == [4, 4])
 

@@ -126,7 +126,8 @@ class Attachment:
             raise PruneZooError("this model has a pruner attached already: leave the other `with attach(...)` first")
         with ExitStack() as stack:  # if one of these fails, those before are undone
             for pruner in self.pruners:
-                stack.callback(pruner.train, pruner.training)
+                for module in pruner.modules():  # a part may be in another mode than the whole
+                    stack.callback(setattr, module, "training", module.training)
                 pruner.to(self.vlm.device).eval()
             stack.enter_context(adapted(self.vlm, self.pruners))
             if self.layers:
