@@ -200,6 +200,14 @@ def test_asking_the_table_maker_for_help_writes_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: python -m trainers.readme")
 
 
+@pytest.mark.parametrize("words", ["list", "fit --help"])
+def test_a_terminal_that_knows_ascii_alone_is_written_to(words):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", *f"trainers.{words}".split()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "ppm" in done.stdout and "?" in done.stdout, done.stderr
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

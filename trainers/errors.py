@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -30,6 +31,9 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal without dashes and lines is no reason to fail
         try:
             return main(*args, **kwargs)
         except PruneZooError as error:
