@@ -14,6 +14,7 @@ from modules.core.registry import list_pruners
 from trainers import (
     benchmark,
     codec,
+    demo,
     evaluate,
     fit,
     names,
@@ -26,6 +27,7 @@ from trainers import (
 )
 from trainers import list as zoo
 from trainers.names import CHECKPOINTS, ROOT, find_config, find_pruner, find_vlm
+from trainers.pretrain import Phase
 
 COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit")
 
@@ -171,6 +173,9 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
         (stop_curve.main, "--vlm tiny-llava --pruner tail_drop --suite scenes --mean 0", "--mean 0: at least 1"),
         (stop_curve.main, "--vlm tiny-lava --pruner tail_drop --suite scenes", "did you mean 'tiny-llava'?"),
         (stop_curve.main, "--vlm tiny-llava --pruner ppm --suite scenes", "ppm-tiny: a stop rule is for 'tail_drop'"),
+        (demo.main, "--steps 0", "--steps 0: at least 1"),
+        (demo.main, "--limit 0", "--limit 0: at least 1"),
+        (demo.main, "--out FOLDER/config.json/demo", "FOLDER/config.json is no folder"),
         (policy_record.main, "checkpoints/policy-tiny --updates 0", "--updates 0: at least 1"),
         (policy_record.main, "FOLDER", "FOLDER/run.json: no record of a training; name the folder of a trained policy"),
         (unpickle.main, "FOLDER/run.json x --yes", "FOLDER/run.json: refused by torch's weights-only loader"),
@@ -206,6 +211,14 @@ def test_a_terminal_that_knows_ascii_alone_is_written_to(words):
     command = [sys.executable, "-m", *f"trainers.{words}".split()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "ppm" in done.stdout and "?" in done.stdout, done.stderr
+
+
+def test_what_trains_the_frozen_model_is_no_recipe_of_pruners(capsys):
+    fit.main(["--help"])
+    said = capsys.readouterr().out
+    assert "tail_drop_tiny" in said and "tiny_llava" not in said
+    with pytest.raises(PruneZooError, match="steps=0 of a phase: at least 1"):
+        Phase(steps=0, batch_size=2)
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):

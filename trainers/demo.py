@@ -24,7 +24,7 @@ from modules import AutoPruner, Pruner, PruneZooError, attach
 
 from .data.conversation import ConversationCollator
 from .data.suite import Item, load_suite
-from .errors import command
+from .errors import check_output, command
 from .evaluation.budgets import parse_budget
 from .evaluation.loading import load_vlm
 from .evaluation.methods import RIVALS
@@ -138,6 +138,10 @@ def ask(console: Console, vlm_source: str, pruner: Pruner, pictures: Path) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code is 0 when all parts ran, whoever came out above."""
     args = parser().parse_args(argv)
+    for option in ("steps", "limit"):
+        if getattr(args, option) < 1:
+            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
+    check_output("--out", args.out, folder=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

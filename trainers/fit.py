@@ -151,7 +151,8 @@ def check(config: Any) -> None:
 
 def short_help() -> str:
     """What a person needs to begin; the whole help is hundreds of lines."""
-    recipes = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CONFIGS.glob("*.yaml"))}
+    recipes = ", ".join(name for name, text in texts.items() if "\nmodel:" in text)  # one is for trainers.pretrain
     return f"""usage: python -m trainers.fit --config RECIPE [--config MORE.yaml …] [--KEY=VALUE …]
 
 Train a pruner beside a frozen model. A recipe is a YAML file, or one of configs/ by its name:

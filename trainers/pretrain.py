@@ -37,6 +37,11 @@ class Phase:
     batch_size: int
     lr: float = 1.5e-3
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise PruneZooError(f"{name}={getattr(self, name)} of a phase: at least 1")
+
 
 @dataclass(frozen=True)
 class Machine:
