@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -79,6 +80,33 @@ def test_threads_take_turns(pruner, deep_llava):
         for _ in range(3):
             threads = [pool.submit(vlm.generate, **batch, max_new_tokens=8) for batch in batches]
             assert all(torch.equal(thread.result(), one) for thread, one in zip(threads, expected, strict=True))
+
+
+def test_leaving_waits_for_a_thread_that_generates(talk):
+    vlm, batch, _ = talk
+    begun, left = Event(), Event()
+
+    class Wait:
+        """At the first tokens, gives the block time to be left."""
+
+        attached = None
+
+        def put(self, _):
+            begun.set()
+            if self.attached is None:
+                left.wait(0.5)
+                self.attached = "generate" in vars(vlm)
+
+        def end(self):
+            pass
+
+    streamer = Wait()
+    with ThreadPoolExecutor(1) as pool:
+        with attach(vlm, "uniform", keep=4):
+            thread = pool.submit(vlm.generate, **batch, max_new_tokens=3, streamer=streamer)
+            assert begun.wait(60)
+        left.set()
+        assert thread.result().shape[1] > batch["input_ids"].shape[1] and streamer.attached
 
 
 def test_a_direct_call_from_another_thread_is_refused_while_one_generates(talk):

@@ -142,11 +142,12 @@ class Attachment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Detach; the model is what it was."""
-        del vars(self.vlm)["generate"]
-        if self._shadowed is not None:
-            vars(self.vlm)["generate"] = self._shadowed
-        self._stack.close()
+        """Detach, when a thread that generates has ended; the model is what it was."""
+        with self._turn:
+            del vars(self.vlm)["generate"]
+            if self._shadowed is not None:
+                vars(self.vlm)["generate"] = self._shadowed
+            self._stack.close()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` on the shorter prompt; what it returns begins with the caller's own prompt."""
