@@ -163,6 +163,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
     [
         (evaluate.main, f"{EVALUATE} --device foo", "--device foo: cannot be used here (Expected one of cpu"),
         (benchmark.main, "--vlm random:llava-120m --pruner uniform --device foo", "--device foo: cannot be used here"),
+        (benchmark.main, "--vlm tiny-llava --pruner ppm-tyni", "called 'ppm-tyni'; did you mean 'ppm-tiny'?"),
+        (benchmark.main, "--vlm tiny-llava --pruner ppm-tiny --keep auto", "and 'ppm' sets none"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --device foo", "--device foo: cannot be used here"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --repeats 0", "--repeats 0: at least 1"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --batch 0", "--batch 0: at least 1"),

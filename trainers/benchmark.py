@@ -31,7 +31,7 @@ from .evaluation.budgets import parse_budgets
 from .evaluation.loading import DTYPES
 from .evaluation.record import versions, write_record
 from .evaluation.tables import WIDE
-from .names import find_vlm
+from .names import find_pruner, find_vlm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made_up = ", ".join(RANDOM + name for name in SIZES)
     p.add_argument("--vlm", required=True, help=f"folder, Hub id, tiny-llava, or with random weights: {made_up}")
-    p.add_argument("--pruner", nargs="+", default=[], help=f"folders, Hub ids, names ({', '.join(list_pruners())})")
+    p.add_argument(
+        "--pruner",
+        nargs="+",
+        default=[],
+        help=f"folders, Hub ids, shipped ones (ppm-tiny), names ({', '.join(list_pruners())})",
+    )
     p.add_argument("--keep", nargs="+", default=["1/3", "1/9"], help="tokens (64) or shares (1/9, 0.25)")
     p.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once")
     p.add_argument("--length", nargs="+", type=int, default=[64], help="text tokens of a prompt, beside the image's")
@@ -90,7 +95,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     budgets = parse_budgets(args.keep)
     vlm, processor = load_model(args.vlm, args.device, args.dtype)
     width = vlm.config.get_text_config().hidden_size
-    pruners = [(name, load_for_timing(name, width).to(vlm.device)) for name in dict.fromkeys(args.pruner)]
+    named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
+    pruners = [(name, load_for_timing(name, width).to(vlm.device)) for name in dict.fromkeys(named)]
     for _, pruner in pruners:
         attach(vlm, pruner, budgets[0].keep)  # refuses here and now what it cannot do
     settings = [
