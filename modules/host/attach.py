@@ -31,6 +31,7 @@ from ..core.base_model import check_base_model
 from ..core.contract import Keep, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
+from .conversation import ShortPrompt, go_on, note, noted, restore_prompt
 from .encoded import Encoded, encode
 from .families import PIXELS, find_family
 from .layer_prompt import Cut, Prompt
@@ -42,8 +43,6 @@ from .stats import AttachStats, StageStats, kv_bytes_saved
 from .vision import check_vision_stage
 
 Attachable = Pruner | str | Path
-NOTE = "_prunezoo_prompt"
-"""Attribute of a cache: the :class:`ShortPrompt` that it begins with. So copies have it, and later blocks find it."""
 ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """Options of `generate` that bring candidates to take or leave."""
 
@@ -71,16 +70,6 @@ class Running:
     def dropped(self) -> int:
         """Columns by which it is shorter."""
         return self.length - self.width
-
-
-@dataclass(frozen=True)
-class ShortPrompt:
-    """What a cache begins with whose prompt was rewritten."""
-
-    ids: Tensor  # (B, S)
-    mask: Tensor  # (B, S)
-    last: Tensor  # (B, 1), or (axes, B, 1): the position of the prompt's last token
-    length: int  # columns of the caller's prompt
 
 
 class Attachment:
@@ -175,7 +164,7 @@ class Attachment:
             elif short is not None:
                 mask = kwargs.get("attention_mask")
                 whole = mask is None or prompt is None or mask.shape[1] == prompt.shape[1]
-                kwargs = self._go_on(kwargs, short, generating=True, whole=whole)
+                kwargs = go_on(kwargs, short, generating=True, whole=whole)
                 if whole:
                     before, after = short.length, short.ids.shape[1]
         self._check_options(kwargs)
@@ -191,8 +180,8 @@ class Attachment:
             return result
         assert prompt is not None  # without ids there are no images and no short prompt
         if isinstance(result, Tensor):
-            return _restore_prompt(result, prompt[:, :before], after)
-        result.sequences = _restore_prompt(result.sequences, prompt[:, :before], after)
+            return restore_prompt(result, prompt[:, :before], after)
+        result.sequences = restore_prompt(result.sequences, prompt[:, :before], after)
         return result
 
     def _reduce(self, kwargs: Mapping[str, Any], generating: bool) -> tuple[Running, dict[str, Any]]:
@@ -224,7 +213,7 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         filled = cache is not None and cache.get_seq_length() > 0
         if cache is not None and not filled:  # it may be an old one, emptied
-            vars(cache).pop(NOTE, None)
+            note(cache, None)
             if self.layers:
                 self.layers.pasts.pop(cache, None)
         running = None if filled else self._generating
@@ -249,7 +238,7 @@ class Attachment:
         else:
             self._filling, short = None, self._short_prompt(kwargs)
             if short is not None:
-                kwargs = self._go_on(kwargs, short, generating=False, whole=False)
+                kwargs = go_on(kwargs, short, generating=False, whole=False)
         if self.layers:
             if running is not None:
                 self._prompt = self.layers.prefill(running.encoded, kwargs.get("labels"))
@@ -287,46 +276,14 @@ class Attachment:
             else:
                 last = (mask if self._inside else torch.ones_like(mask)).sum(1, keepdim=True) - 1
             ids, mask, last = (part.repeat_interleave(copies, -2) for part in (batch["input_ids"], mask.long(), last))
-            setattr(cache, NOTE, ShortPrompt(ids, mask, last, running.length))
+            note(cache, ShortPrompt(ids, mask, last, running.length))
 
     def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
         """What the cache of a call begins with, if that was rewritten; the pruners are told."""
-        cache = kwargs.get("past_key_values")
-        short = getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
+        short = noted(kwargs.get("past_key_values"))
         for pruner in self.pruners:
             pruner.go_on(short is not None)
         return short
-
-    def _go_on(self, kwargs: Mapping[str, Any], short: ShortPrompt, generating: bool, whole: bool) -> dict[str, Any]:
-        """A call on a cache whose prompt was rewritten: ids, mask and positions as that cache has them.
-
-        Args:
-            kwargs: The call's.
-            short: What the cache begins with.
-            generating: Count positions as `generate` does (over real tokens), not as `forward` does (over columns).
-            whole: Its ids are the whole conversation's, not only the new ones.
-        """
-        ids, mask, length = kwargs.get("input_ids"), kwargs.get("attention_mask"), short.length
-        if ids is None:
-            raise PruneZooError("a pruned conversation goes on with input_ids, not with inputs_embeds")
-        held = length + int(kwargs["past_key_values"].get_seq_length()) - short.ids.shape[1]  # the caller's columns
-        if held < length:
-            raise PruneZooError("this cache was cropped into its pruned prompt: pass the whole conversation again")
-        total = ids.shape[1] if whole else held + ids.shape[1]
-        mask = ids.new_ones(len(ids), total) if mask is None else mask
-        if len(ids) != len(short.ids) or mask.shape != (len(ids), total) or total <= held:
-            raise PruneZooError(
-                f"this cache holds {held} columns of a pruned conversation of {len(short.ids)} rows: pass the "
-                "attention_mask of the whole conversation, and its ids or the new ones"
-            )
-        behind = mask[:, length:].to(short.mask)
-        steps = behind.cumsum(1) if generating else torch.ones_like(behind).cumsum(1)
-        changed = {"attention_mask": torch.cat([short.mask, behind], 1)}
-        if kwargs.get("position_ids") is None:
-            changed["position_ids"] = short.last + steps[:, held - total :]
-        if whole:
-            changed["input_ids"] = torch.cat([short.ids, ids[:, length:].to(short.ids)], 1)
-        return {**kwargs, **changed}
 
     def _has_images(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call brings pixels; what cannot be pruned rightly is refused, since it would fail silently."""
@@ -400,12 +357,6 @@ def attach(
         raise PruneZooError(f"{len(pruner)} pruners need a list of {len(pruner)} keeps, got {keep!r}")
     loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in pruner]
     return Attachment(vlm, loaded, keep, positions)
-
-
-def _restore_prompt(sequences: Tensor, prompt: Tensor, length: int) -> Tensor:
-    """Sequences ``(B * copies, S + new)`` with the caller's prompt ``(B, L)`` in place of their first ``length``."""
-    copies = len(sequences) // len(prompt)
-    return torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, length:]], dim=1)
 
 
 def _values(output: Any) -> tuple[Any, ...]:
