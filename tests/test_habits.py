@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +27,10 @@ from trainers import (
     unpickle,
 )
 from trainers import list as zoo
-from trainers.names import CHECKPOINTS, ROOT, find_config, find_pruner, find_vlm
+from trainers.names import CHECKPOINTS, ROOT, find_config, find_folder, find_pruner, find_vlm
 from trainers.pretrain import Phase
 
-COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit")
+COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit", "teacher", "stop_rule")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,8 @@ def test_short_names_stand_for_what_ships(monkeypatch, tmp_path):
     for name in ("divprune", "attention@2", "oracle", "org/ppm", "checkpoints/ppm-tiny"):
         assert find_pruner(name) == name
     assert find_vlm("org/llava") == "org/llava"
+    assert find_folder("ppm") == Path("checkpoints/ppm-tiny") and find_folder("tests") == Path("tests")
+    assert find_folder("tiny-llava") == Path("checkpoints/tiny-llava")
     monkeypatch.chdir(tmp_path)  # from elsewhere they are found too
     assert find_pruner("ppm") == str(CHECKPOINTS / "ppm-tiny")
     (tmp_path / "ppm").mkdir()

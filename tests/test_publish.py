@@ -1,6 +1,7 @@
 """Cards and publishing: every number comes from a measurement of the very weights that are published."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,7 +141,7 @@ def test_a_record_of_before_the_oracle_scale_still_makes_a_card(checkpoint, tmp_
 @pytest.mark.parametrize(
     ("name", "header", "message"),
     [
-        ("divprune", {}, "the evaluation measured divprune, bad, not it"),
+        ("divprune", {"weights": {"divprune": None}}, "the evaluation measured divprune, bad, not it"),
         (None, {"weights": {}}, "measured other weights"),
         (None, {"split": "validation"}, "needs the held-out test split"),
     ],
@@ -150,6 +151,16 @@ def test_a_card_of_something_else_is_refused(checkpoint, name, header, message):
     with pytest.raises(PruneZooError, match=message):
         write_card(checkpoint, record)
     assert not (checkpoint / "README.md").exists()
+
+
+def test_a_folder_is_known_by_its_weights_wherever_it_lies(checkpoint, tmp_path):
+    digest = weights_digest(checkpoint)
+    record = record_of("runs/a/ppm", digest)
+    moved = shutil.copytree(checkpoint, tmp_path / "another")
+    assert cards.metrics_of(moved, record)["pruner"] == "runs/a/ppm"
+    both = {**record, "weights": {"runs/a/ppm": digest, "runs/b/ppm": "another"}}
+    both["rows"] = [*record["rows"], *(dict(row, pruner="runs/b/ppm") for row in record["rows"])]
+    assert cards.metrics_of(shutil.copytree(checkpoint, tmp_path / "ppm"), both)["pruner"] == "runs/a/ppm"
 
 
 def test_a_dry_run_shows_the_files_and_uploads_nothing(published, capsys, monkeypatch):

@@ -71,6 +71,13 @@ def filled(folder, processes=1, worker=None):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_place_where_no_folder_can_be_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(PruneZooError, match=r"name a folder|is no folder"):
+            make(place)
+
+
 def test_what_was_written_is_read_and_counted(tmp_path):
     files = filled(tmp_path / "cache")
     assert sorted(files) == [*(f"0000{n}.safetensors" for n in range(4)), MANIFEST]

@@ -54,6 +54,7 @@ from .evaluation.record import MEAN, read_record, select, write_record
 from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from .evaluation.sheet import draw_sheet
 from .evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
+from .names import find_folder
 from .run_record import RUN_FILE
 
 SHIPPED = ROOT / "checkpoints"
@@ -67,17 +68,17 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PruneZooError: it does not measure this pruner, or other weights, or not a held-out split.
     """
-    digest = weights_digest(folder)
-    names = [p for p in methods_of(record) if "/" in p and Path(p).name == folder.resolve().name] + (
-        [str(folder)] if str(folder) in methods_of(record) else []
-    )
-    if not names:
+    digest, measured = weights_digest(folder), record.get("weights", {})
+    methods = [name for name in methods_of(record) if "?" not in name]  # as it is, not with other settings
+    called = [name for name in methods if str(folder) == name or Path(name).name == folder.resolve().name]
+    same = [name for name in methods if digest and measured.get(name) == digest]
+    if not same and not called:
         raise PruneZooError(
             f"{folder}: the evaluation measured {', '.join(map(display_name, methods_of(record)))}, not it"
         )
-    name = names[-1]
-    if record.get("weights", {}).get(name) != digest:
+    if not same:
         raise PruneZooError(f"{folder}: the evaluation measured other weights than lie there now; run it again")
+    name = next((name for name in same if name in called), same[0])
     if record["split"] != "test":
         raise PruneZooError(f"{folder}: a card needs the held-out test split, the evaluation has {record['split']!r}")
     paired = [row for row in record["paired"] if row["pruner"] == name]
@@ -251,13 +252,14 @@ def card_examples(folder: Path, record: Mapping[str, Any]) -> list[Example]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the card of a checkpoint folder."""
     p = argparse.ArgumentParser(prog="python -m trainers.cards", description="Write a pruner's model card.")
-    p.add_argument("folder", type=Path, help="the pruner's folder")
+    p.add_argument("folder", help="the pruner's folder, or the name of a shipped one")
     p.add_argument("--json", type=Path, help="what `trainers.evaluate --json` wrote; by default the folder's own")
     p.add_argument("--picture", action="store_true", help="draw the picture of kept tokens anew")
     args = p.parse_args(argv)
-    record = read_record(args.json or args.folder / METRICS_FILE)
-    examples = card_examples(args.folder, record) if args.picture else ()
-    for path in write_card(args.folder, record, examples):
+    folder = find_folder(args.folder)
+    record = read_record(args.json or folder / METRICS_FILE)
+    examples = card_examples(folder, record) if args.picture else ()
+    for path in write_card(folder, record, examples):
         print(path)
     return 0
 

@@ -149,6 +149,12 @@ def check(config: Any) -> None:
         raise PruneZooError("trainer.val_check_interval=0: at least 1 step from one validation to the next")
 
 
+def asks_for_help(args: list[str] | None) -> bool:
+    """Whether a command line says nothing, or asks what can be said."""
+    words = sys.argv[1:] if args is None else args
+    return not words or "-h" in words or "--help" in words
+
+
 def short_help() -> str:
     """What a person needs to begin; the whole help is hundreds of lines."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CONFIGS.glob("*.yaml"))}
@@ -173,7 +179,7 @@ What is often set:
 def main(args: list[str] | None = None) -> None:
     """Train."""
     words = sys.argv[1:] if args is None else args
-    if "-h" in words or "--help" in words or not words:
+    if asks_for_help(args):
         print(short_help())
         return
     if "--help-all" in words:

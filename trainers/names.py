@@ -73,6 +73,13 @@ def find_vlm(name: str) -> str:
     return shown(CHECKPOINTS / name)
 
 
+def find_folder(name: str) -> Path:
+    """The folder that a name stands for: a path that is there, anything in `checkpoints/`, or as `find_pruner` says."""
+    if not Path(name).exists() and (CHECKPOINTS / name).is_dir():
+        return Path(shown(CHECKPOINTS / name))
+    return Path(name) if Path(name).exists() else Path(find_pruner(name))
+
+
 def find_config(name: str) -> str:
     """The path of a recipe, `ppm_tiny` or `ppm_tiny.yaml`; a path that is there stays as it is.
 

@@ -29,7 +29,7 @@ from modules.learned.tail_drop import StopRule, TailDrop
 from .data.conversation import ConversationCollator
 from .data.shards import ShardedCache
 from .errors import command
-from .fit import FitCLI, build
+from .fit import FitCLI, asks_for_help, build
 from .frozen import judge, load_frozen
 from .losses import answer_slots
 from .optimizer import adamw_cosine
@@ -170,6 +170,19 @@ def learn(rule: StopRule, known: Tensor, losses: Tensor, steps: int, lr: float =
         scheduler.step()
 
 
+HELP = f"""usage: python -m trainers.stop_rule --config RECIPE --pruner FOLDER [--KEY=VALUE …]
+
+Learn when a prefix of tail-drop latents is long enough, and write the rule into the checkpoint: keep='auto'.
+
+  --pruner FOLDER                    the trained latents
+  --stops=[{",".join(map(str, STOPS))}]   lengths to choose among
+  --tolerance=0.05                   nats that keep='auto' accepts
+  --train_items=3072                 items to learn from
+  --steps=1000                       of the rule's optimizer
+  --cache=runs/stop_rule             folder for the losses
+  --processes=1                      processes that compute losses"""
+
+
 class StopCLI(FitCLI):
     """Makes nothing of a recipe but its data module, and takes what the rule needs."""
 
@@ -192,6 +205,9 @@ class StopCLI(FitCLI):
 @command
 def main(args: list[str] | None = None) -> None:
     """Learn a rule, and write it into the checkpoint."""
+    if asks_for_help(args):
+        print(HELP)
+        return
     cli, console = build(args, StopCLI), Console()
     config, model, data = cli.config, cli.config.model.init_args, cli.datamodule
     latents = load_latents(config.pruner)

@@ -10,8 +10,18 @@ the same with what is missing before it trains, so this command is for those who
 from modules.core.errors import PruneZooError
 
 from .errors import command
-from .fit import FitCLI, build
+from .fit import FitCLI, asks_for_help, build
 from .vlm_cache import CachedDataModule
+
+HELP = """usage: python -m trainers.teacher --config RECIPE [--config MORE.yaml …] [--KEY=VALUE …]
+
+Make the cache that a recipe's data module reads, without training: relevance maps (data.maps), answers
+(data.teacher_cache) or what each budget earns (data.arms). Stopped, it goes on where it was.
+
+What is often set:
+  --data.processes=4                 processes that compute, each with the frozen model
+  --data.train_items=4096            how many items are asked
+  --model.vlm=FOLDER_OR_HUB_ID       another frozen model"""
 
 
 class CacheCLI(FitCLI):
@@ -19,13 +29,16 @@ class CacheCLI(FitCLI):
 
     def instantiate_classes(self) -> None:
         """Both."""
-        made = self.parser.instantiate_classes(self.config)
+        made = self.parser.instantiate(self.config)
         self.model, self.datamodule = made["model"], made["data"]
 
 
 @command
 def main(args: list[str] | None = None) -> None:
     """Make a recipe's cache."""
+    if asks_for_help(args):
+        print(HELP)
+        return
     cli = build(args, CacheCLI)
     if not isinstance(cli.datamodule, CachedDataModule):
         kind = type(cli.datamodule).__name__

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from modules.core.errors import PruneZooError
 
+from ..errors import check_output
 from .loading import leave_with_parent
 
 MANIFEST = "manifest.json"
@@ -66,6 +67,7 @@ class ShardedCache:
         self.folder, self.remedy, self.items, self.shard_items = Path(folder), remedy, items, shard_items
         self.facts = json.loads(json.dumps({**facts, "shard_items": shard_items}))
         self.shards: dict[str, Shard] = {}
+        check_output("cache", self.folder, folder=True)
         path = self.folder / MANIFEST
         if not path.exists():
             return
