@@ -1,6 +1,7 @@
 """Cards and publishing: every number comes from a measurement of the very weights that are published."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,10 @@ def test_every_shipped_card_is_what_was_measured(name):
     stored = json.loads((folder / "config.json").read_text())
     card = str(render_card(folder, read_record(folder / "metrics.json")))
     assert card == (folder / "README.md").read_text(encoding="utf-8"), f"run `python -m trainers.cards {folder}`"
-    assert card == (cards.CARDS / f"{folder.name}.md").read_text(encoding="utf-8")
+    copy = (cards.CARDS / f"{name}.md").read_text(encoding="utf-8")
+    assert copy == cards.shipped_copy(card, name) != card
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", copy):
+        assert (cards.CARDS / picture).is_file(), picture
     assert (folder / "kept.webp").is_file()
     assert stored["base_model"]["name"] == "checkpoints/tiny-llava"
 

@@ -222,7 +222,7 @@ def write_card(folder: Path, record: Mapping[str, Any], examples: Sequence[Examp
     Returns:
         The files that were written.
     """
-    paths = [folder / CARD_FILE]
+    name = folder.resolve().name
     if folder.resolve() == Path(record["vlm"]).resolve():
         metrics, card = dict(record), render_frozen_card(folder, record)
     else:
@@ -230,13 +230,18 @@ def write_card(folder: Path, record: Mapping[str, Any], examples: Sequence[Examp
         if examples:
             draw_sheet(examples, metrics["pruner"]).save(folder / PICTURE_FILE, quality=90)
         card = render_card(folder, metrics)
-    text = str(card)
+    texts = {folder / CARD_FILE: str(card)}
     if folder.resolve().parent == SHIPPED:
-        paths.append(CARDS / f"{folder.resolve().name}.md")
-    for path in paths:
+        texts[CARDS / f"{name}.md"] = shipped_copy(str(card), name)
+    for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     write_record(metrics, folder / METRICS_FILE)
-    return [*paths, folder / METRICS_FILE]
+    return [*texts, folder / METRICS_FILE]
+
+
+def shipped_copy(card: str, name: str) -> str:
+    """A card as it stands in `hub_cards/`: its pictures lie beside the checkpoint."""
+    return re.sub(r"\]\(([\w.-]+\.(?:png|webp))\)", rf"](../checkpoints/{name}/\1)", card)
 
 
 def card_examples(folder: Path, record: Mapping[str, Any]) -> list[Example]:
