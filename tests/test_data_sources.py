@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -188,6 +189,14 @@ def test_broken_pictures_are_counted_once_and_left_out(workers, some_broken, cap
     assert items.broken == 4
     if not workers:
         assert len([r for r in caplog.records if "broken image of entry" in r.message]) == 4
+
+
+def test_going_through_the_items_comes_to_an_end(some_broken):
+    items = SkipBroken(some_broken, 0.2)
+    seen = [item.id for item in islice(items, 2 * len(items))]
+    assert len(seen) == len(items) == 24 and items[-1].id == seen[-1]
+    with pytest.raises(IndexError):
+        items[24]
 
 
 def test_too_many_broken_pictures_are_an_error(some_broken):

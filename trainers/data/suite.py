@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args, overload
 
@@ -47,7 +47,26 @@ class Item:
         return self.turns[-1][1]
 
 
-class Suite(Sequence[Item]):
+class Items(Sequence[Item]):
+    """Items that are made when asked for, by number or slice; a subclass overrides ``item`` and ``__len__``."""
+
+    @abstractmethod
+    def item(self, index: int) -> Item:
+        """Make item ``index``, 0 <= index < len(self)."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        return self.item(index % len(self))
+
+
+class Suite(Items):
     """A deterministic sequence of items; item ``i`` is made when asked for, so workers can share one suite.
 
     A suite overrides ``groups``, ``chance``, ``size`` and ``item``.
@@ -73,26 +92,8 @@ class Suite(Sequence[Item]):
     def size(self) -> int:
         """Number of items in the whole split."""
 
-    @abstractmethod
-    def item(self, index: int) -> Item:
-        """Make item ``index``, 0 <= index < size()."""
-
     def __len__(self) -> int:
         return self.size() if self.limit is None else min(self.limit, self.size())
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self.item(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        return self.item(index % len(self))
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self.item(i) for i in range(len(self)))
 
 
 _SUITES: dict[str, type[Suite]] = {}

@@ -11,14 +11,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 from zlib import crc32
 
 from PIL import Image, UnidentifiedImageError
 
 from modules.core.errors import PruneZooError
 
-from .suite import Item
+from .suite import Item, Items
 
 PLACEHOLDER = "<image>"
 log = logging.getLogger("prunezoo.data")
@@ -38,7 +38,7 @@ class BrokenImage(PruneZooError):
     """A picture that cannot be read."""
 
 
-class Talks(Sequence[Item]):
+class Talks(Items):
     """Items of a source; pictures are opened when their item is asked for.
 
     Args:
@@ -91,13 +91,12 @@ class Talks(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Item:
+        """One answer, with the turns before it.
+
+        Raises:
+            BrokenImage: Its picture cannot be read.
+        """
         number, turn = self.places[index]
         entry = self.entries[number]
         try:
@@ -110,7 +109,7 @@ class Talks(Sequence[Item]):
         return Item(id=f"{entry.name}/{turn}", image=picture, turns=entry.turns[: turn + 1], group="all")
 
 
-class SkipBroken(Sequence[Item]):
+class SkipBroken(Items):
     """The same items, but in place of one whose picture is broken comes the next one whose picture is not.
 
     Args:
@@ -139,13 +138,12 @@ class SkipBroken(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.items)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Item:
+        """The item, or the next one whose picture is whole.
+
+        Raises:
+            PruneZooError: There are too many broken ones.
+        """
         for step in range(len(self)):
             number = (index + step) % len(self)
             try:
