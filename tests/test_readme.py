@@ -9,8 +9,8 @@ import tomllib
 import pytest
 
 from modules.core.errors import PruneZooError
-from trainers.evaluation.record import MEAN, select
-from trainers.evaluation.summary import gather, read, summary_section
+from trainers.evaluation.record import MEAN, read_record, select
+from trainers.evaluation.summary import gather, summary_section
 from trainers.readme import README, rendered
 from trainers.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
 
@@ -24,7 +24,7 @@ def test_readme_is_what_was_measured():
 
 def test_retention_stands_where_as_many_tokens_were_measured():
     names = ("ppm-tiny", "m3-tiny", "atp-tiny")
-    records = {name: read(ROOT / "checkpoints" / name / "metrics.json") for name in names}
+    records = {name: read_record(ROOT / "checkpoints" / name / "metrics.json") for name in names}
     more = dict(records["m3-tiny"], n=4200)
     zoo = gather({**records, "m3-tiny": more})
     lines = summary_section(zoo).splitlines()
@@ -39,7 +39,7 @@ def test_retention_stands_where_as_many_tokens_were_measured():
 
 
 def test_what_other_records_say_of_a_module_counts_for_the_same_weights():
-    record = read(ROOT / "checkpoints" / "ppm-tiny" / "metrics.json")
+    record = read_record(ROOT / "checkpoints" / "ppm-tiny" / "metrics.json")
     name = record["pruner"]
     rows = [dict(row, keep="1/2", tokens=72) for row in select(record, pruner=name, keep="1/3")]
     other = {**record, "rows": [*record["rows"], *rows, *(dict(row, pruner="fastv?layer=1") for row in rows)]}

@@ -13,7 +13,7 @@ from modules.core.contract import AUTO
 
 from .benchmarking.measure import BARE
 from .benchmarking.tables import COLUMNS, ratio, settings_of
-from .evaluation.record import MEAN, Row, select
+from .evaluation.record import MEAN, Row, mean_row, select
 from .evaluation.scores import is_diagnostic
 from .evaluation.tables import budgets_of, display_name, percent, span, tokens_of
 
@@ -167,12 +167,6 @@ def weakest(metrics: Mapping[str, Any]) -> list[Row]:
         rows = [row for row in rows if row["group"] != MEAN and row["retention"] is not None]
         worst += sorted(rows, key=lambda row: row["retention"])[:1]
     return worst
-
-
-def mean_row(metrics: Mapping[str, Any], pruner: str, keep: str) -> Row:
-    """The row of all groups together, of a pruner at a budget."""
-    (row,) = select(metrics, pruner=pruner, keep=keep, group=MEAN)
-    return row
 
 
 def _signed(pair: Row) -> str:

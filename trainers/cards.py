@@ -35,7 +35,6 @@ from .card_parts import (
     eval_results,
     histogram_tables,
     layer_table,
-    mean_row,
     policy_of,
     rival_table,
     shown_path,
@@ -50,7 +49,7 @@ from .evaluation.budgets import parse_budgets
 from .evaluation.examples import Example, pick_items, show_examples
 from .evaluation.loading import load_vlm
 from .evaluation.methods import build_method
-from .evaluation.record import MEAN, read_record, select, write_record
+from .evaluation.record import MEAN, mean_row, read_record, select, write_record
 from .evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from .evaluation.sheet import draw_sheet
 from .evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of

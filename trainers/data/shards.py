@@ -25,7 +25,7 @@ from torch import Tensor
 
 from modules.core.errors import PruneZooError
 
-from ..errors import check_output
+from ..errors import check_output, whole_file
 from .loading import leave_with_parent
 
 MANIFEST = "manifest.json"
@@ -166,17 +166,10 @@ class ShardedCache:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file such that its name never stands for half of it, whenever the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def fill(cache: ShardedCache, open_worker: Callable[[int], Compute], processes: int, advance: Advance) -> None:

@@ -222,6 +222,12 @@ def select(record: Mapping[str, Any], **wanted: str) -> list[Row]:
     return [row for row in record["rows"] if all(row[name] == value for name, value in wanted.items())]
 
 
+def mean_row(record: Mapping[str, Any], pruner: str, keep: str) -> Row:
+    """The row of all groups together, of a pruner at a budget."""
+    (row,) = select(record, pruner=pruner, keep=keep, group=MEAN)
+    return row
+
+
 def _dump(record: Mapping[str, Any]) -> str:
     """JSON with a line for each row, which is easier to read, and to compare, than a line for each number."""
     parts = []

@@ -4,18 +4,17 @@ A shipped module has its record, with its rivals, in its own folder, `checkpoint
 of other methods lies in `hub_cards/measured/`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from modules.core.errors import PruneZooError
+from modules.core.registry import list_pruners
 
-from ..names import CHECKPOINTS, ROOT
-from .record import MEAN, Row, select
+from ..names import CHECKPOINTS, ROOT, methods_shipped
+from .record import MEAN, Row, mean_row, read_record, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .tables import methods_of, percent, span
 
@@ -65,7 +64,7 @@ class Zoo:
     @property
     def tokens(self) -> float:
         """Image tokens of the full model."""
-        return float(_mean(self.record, FULL, ALL_TOKENS)["tokens"])
+        return float(mean_row(self.record, FULL, ALL_TOKENS)["tokens"])
 
     def columns(self) -> dict[str, int]:
         """Tokens of each of :data:`SHARES`."""
@@ -74,22 +73,9 @@ class Zoo:
 
 def read_zoo() -> Zoo:
     """What ships."""
-    paths = sorted(CHECKPOINTS.glob("*/metrics.json"))
-    records = {path.parent.name: read(path) for path in paths}
-    own = {name: record for name, record in records.items() if "pruner" in record}  # not the frozen model's
-    return gather(own, [read(path) for path in sorted(OTHERS.glob("*.json"))])
-
-
-def read(path: Path) -> Record:
-    """A record.
-
-    Raises:
-        PruneZooError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruneZooError(f"{path}: not readable ({error}); `trainers.evaluate` writes it") from error
+    pruners = [folder for folder, method in methods_shipped().items() if method in list_pruners()]  # not tokenizers
+    own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners}
+    return gather(own, [read_record(path) for path in sorted(OTHERS.glob("*.json"))])
 
 
 def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
@@ -130,7 +116,7 @@ def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
 def summary_section(zoo: Zoo) -> str:
     """Markdown: mean retention of every shipped module, then of the rivals, best at 1/9 of the tokens first."""
     columns, usual = zoo.columns(), zoo.record["n"]
-    full, blind = _mean(zoo.record, FULL, ALL_TOKENS), _mean(zoo.record, NONE, NO_TOKENS)
+    full, blind = mean_row(zoo.record, FULL, ALL_TOKENS), mean_row(zoo.record, NONE, NO_TOKENS)
     heads = [f"{share}: {tokens} tokens" for share, tokens in columns.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for group in (zoo.shipped, zoo.rivals):
@@ -152,11 +138,6 @@ def summary_section(zoo: Zoo) -> str:
 
 def _means(record: Record, name: str) -> list[Row]:
     return [row for row in select(record, pruner=name) if row["group"] == MEAN]
-
-
-def _mean(record: Record, name: str, keep: str) -> Row:
-    (row,) = select(record, pruner=name, keep=keep, group=MEAN)
-    return row
 
 
 def _order(line: Line, columns: Mapping[str, int]) -> tuple[bool, float]:
