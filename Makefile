@@ -49,7 +49,7 @@ demo: $(STAMP)
 	@$(PY) -m trainers.demo
 
 test: $(STAMP)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 $(STAMP_MIN): pyproject.toml
 	$(need-python)
@@ -60,7 +60,7 @@ $(STAMP_MIN): pyproject.toml
 
 # Without conftest.py, which needs what training needs.
 test-min: $(STAMP_MIN)
-	@$(PY_MIN) -m pytest --noconftest tests/test_families*.py
+	@$(PY_MIN) -m pytest --noconftest tests/families
 
 $(STAMP_EXTRAS): pyproject.toml
 	$(need-python)
@@ -77,13 +77,13 @@ test-extras: $(STAMP_EXTRAS)
 	@$(PY_EXTRAS) -m pytest --noconftest tests/extras
 
 support: $(STAMP) $(STAMP_MIN)
-	@$(PY) -m trainers.support $(PY_MIN) $(PY)
-	@$(PY) -m trainers.readme
+	@$(PY) -m trainers.upkeep.support $(PY_MIN) $(PY)
+	@$(PY) -m trainers.upkeep.readme
 
 speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
 		--repeats 5 --json hub_cards/speed.json
-	@$(PY) -m trainers.readme
+	@$(PY) -m trainers.upkeep.readme
 
 quality: $(STAMP)
 	@$(PY) -m ruff check .

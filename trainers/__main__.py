@@ -5,16 +5,30 @@ from pathlib import Path
 
 OFTEN = ("list", "show", "fit", "evaluate", "benchmark", "cards", "publish")
 """What most people come for, which is listed first."""
+HERE = Path(__file__).parent
+
+
+def commands(folder: Path) -> dict[str, str]:
+    """What can be run in a folder, files and rooms, each with the first words of what it says of itself."""
+    found = {}
+    for path in sorted([*folder.glob("[a-z]*.py"), *folder.glob("*/__main__.py")]):
+        text = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__":' in text:
+            first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+            name = path.parent.name if path.stem == "__main__" else path.stem
+            found[name] = first.partition(": `")[0].partition(". ")[0].rstrip(".")
+    return found
 
 
 def main() -> None:
-    """Print all files here that can be run, with the first words of each."""
+    """Print the commands of users, then those of maintainers."""
     print("usage: python -m trainers.COMMAND [--help]\n")
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))}
-    names = [name for name, text in texts.items() if 'if __name__ == "__main__":' in text]
-    for name in dict.fromkeys((*OFTEN, *names)):
-        first = (ast.get_docstring(ast.parse(texts[name])) or "").split("\n\n")[0].replace("\n", " ")
-        print(f"  {name:<14} {first.partition(': `')[0].partition('. ')[0].rstrip('.')}")
+    own = commands(HERE)
+    for name in dict.fromkeys((*OFTEN, *own)):
+        print(f"  {name:<14} {own[name]}")
+    print("\nfor maintainers: python -m trainers.upkeep.COMMAND [--help]\n")
+    for name, words in commands(HERE / "upkeep").items():
+        print(f"  {name:<14} {words}")
 
 
 main()

@@ -19,19 +19,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modules.core.errors import PruneZooError
-from modules.core.registry import list_pruners
-from modules.host import attach
-
-from .benchmarking.measure import Setting, cases_of
-from .benchmarking.models import RANDOM, SIZES, Request, load_for_timing, load_model
-from .benchmarking.tables import print_record
-from .errors import check_output, command
-from .evaluation.budgets import parse_budgets
-from .evaluation.loading import DTYPES
-from .evaluation.record import versions, write_record
-from .evaluation.tables import WIDE
-from .names import find_pruner, find_vlm
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import list_pruners
+from prunezoo.host import attach
+from trainers.benchmarking.measure import Setting, cases_of
+from trainers.benchmarking.models import RANDOM, SIZES, Request, load_for_timing, load_model
+from trainers.benchmarking.tables import print_record
+from trainers.cli.errors import check_output, command
+from trainers.cli.names import find_pruner, find_vlm
+from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.loading import DTYPES
+from trainers.evaluation.record import versions, write_record
+from trainers.evaluation.tables import WIDE
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,13 +26,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from modules.core.errors import PruneZooError
-from modules.tokenizers.one_d_piece import OneDPiece
-
-from .card_parts import METRICS_FILE, weights_digest
-from .compression.card import read_json, write_card
-from .compression.figures import draw_curves, draw_pictures
-from .compression.measure import (
+from prunezoo.core.errors import PruneZooError
+from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cards.parts import METRICS_FILE, weights_digest
+from trainers.cli.errors import check_output, command
+from trainers.cli.names import find_pruner
+from trainers.compression.card import read_json, write_card
+from trainers.compression.figures import draw_curves, draw_pictures
+from trainers.compression.measure import (
     file_size,
     measure_rival,
     measure_tokenizer,
@@ -40,16 +41,14 @@ from .compression.measure import (
     rows_of,
     shown_lengths,
 )
-from .compression.quality import METRICS
-from .compression.rivals import RIVALS
-from .compression.speed import measure_speed
-from .data.photographs import Photographs, photographs, spread
-from .data.suite import SPLITS
-from .errors import check_output, command
-from .evaluation.loading import check_device, default_device
-from .evaluation.record import versions, write_record
-from .names import find_pruner
-from .run_record import RUN_FILE
+from trainers.compression.quality import METRICS
+from trainers.compression.rivals import RIVALS
+from trainers.compression.speed import measure_speed
+from trainers.data.photographs import Photographs, photographs, spread
+from trainers.data.suite import SPLITS
+from trainers.evaluation.loading import check_device, default_device
+from trainers.evaluation.record import versions, write_record
+from trainers.training.run_record import RUN_FILE
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PICTURES = 6  # rows of the sheet that `measure` draws

@@ -20,15 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modules import AutoPruner, Pruner, PruneZooError, attach
-
-from .data.conversation import ConversationCollator
-from .data.suite import Item, load_suite
-from .errors import check_output, command
-from .evaluation.budgets import parse_budget
-from .evaluation.loading import load_vlm
-from .evaluation.methods import RIVALS
-from .evaluation.record import MEAN, read_record, select
+from prunezoo import AutoPruner, Pruner, PruneZooError, attach
+from trainers.cli.errors import check_output, command
+from trainers.data.conversation import ConversationCollator
+from trainers.data.suite import Item, load_suite
+from trainers.evaluation.budgets import parse_budget
+from trainers.evaluation.loading import load_vlm
+from trainers.evaluation.methods import RIVALS
+from trainers.evaluation.record import MEAN, read_record, select
 
 CONFIG = "configs/ppm_tiny.yaml"
 VLM = "checkpoints/tiny-llava"

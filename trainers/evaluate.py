@@ -18,26 +18,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modules.core.base_model import check_base_model
-from modules.core.errors import PruneZooError
-from modules.core.registry import list_pruners
-
-from .card_parts import weights_digest
-from .cards import PICTURES, write_card
-from .data.suite import SPLITS, list_suites, load_suite
-from .errors import check_output, command
-from .evaluation.budgets import parse_budget, parse_budgets
-from .evaluation.examples import pick_items, show_examples
-from .evaluation.instrument import BUDGETS, judge
-from .evaluation.journal import Journal
-from .evaluation.loading import DTYPES, load_vlm
-from .evaluation.measure import measure, passes
-from .evaluation.methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
-from .evaluation.record import build_record, write_record
-from .evaluation.report import write_report
-from .evaluation.scores import FULL, NONE, ORACLE
-from .evaluation.tables import WIDE, print_record, print_verdicts
-from .names import find_pruner, find_vlm
+from prunezoo.core.base_model import check_base_model
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import list_pruners
+from trainers.cards.cards import PICTURES, write_card
+from trainers.cards.parts import weights_digest
+from trainers.cli.errors import check_output, command
+from trainers.cli.names import find_pruner, find_vlm
+from trainers.data.suite import SPLITS, list_suites, load_suite
+from trainers.evaluation.budgets import parse_budget, parse_budgets
+from trainers.evaluation.examples import pick_items, show_examples
+from trainers.evaluation.instrument import BUDGETS, judge
+from trainers.evaluation.journal import Journal
+from trainers.evaluation.loading import DTYPES, load_vlm
+from trainers.evaluation.measure import measure, passes
+from trainers.evaluation.methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
+from trainers.evaluation.record import build_record, write_record
+from trainers.evaluation.report import write_report
+from trainers.evaluation.scores import FULL, NONE, ORACLE
+from trainers.evaluation.tables import WIDE, print_record, print_verdicts
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,12 +17,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.core.errors import PruneZooError
-
-from .callbacks import Checkpoints, ExportPruner, GracefulStop, Progress, SeedSteps, StopAtNaN, WholeCheckpoints
-from .errors import check_output, command
-from .names import CONFIGS, expand_configs
-from .run_record import RunRecord
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import check_output, command
+from trainers.cli.names import CONFIGS, expand_configs
+from trainers.training.callbacks import (
+    Checkpoints,
+    ExportPruner,
+    GracefulStop,
+    Progress,
+    SeedSteps,
+    StopAtNaN,
+    WholeCheckpoints,
+)
+from trainers.training.run_record import RunRecord
 
 
 class FitCLI(LightningCLI):

@@ -15,13 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modules.core.registry import list_pruners, pruner_class
-
-from .about import About, about
-from .errors import command
-from .evaluation.summary import Line, Zoo, read_zoo
-from .evaluation.tables import percent
-from .names import CHECKPOINTS, find_pruner, has_weights, methods_shipped
+from prunezoo.core.registry import list_pruners, pruner_class
+from trainers.cards.about import About, about
+from trainers.cli.errors import command
+from trainers.cli.names import CHECKPOINTS, find_pruner, has_weights, methods_shipped
+from trainers.evaluation.summary import Line, Zoo, read_zoo
+from trainers.evaluation.tables import percent
 
 
 @dataclass(frozen=True)

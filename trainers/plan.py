@@ -19,12 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modules.core.errors import PruneZooError
-
-from .errors import command
-from .fit import FitCLI, build
-from .planning.models import load_config
-from .planning.simulate import ANSWER, Pass, Weights, count_weights, simulate, vision_flops
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import command
+from trainers.fit import FitCLI, build
+from trainers.planning.models import load_config
+from trainers.planning.simulate import ANSWER, Pass, Weights, count_weights, simulate, vision_flops
 
 GIB, TERA = 2**30, 1e12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,7 +195,7 @@ def make_job(args: argparse.Namespace, words: list[str]) -> tuple[Job, str]:
     sys.argv[1:] = words  # LightningCLI warns where these are not what it is given
     recipe = build(None, ReadOnly).config
     if recipe.model.class_path.rpartition(".")[2] != "DistillModule":
-        raise PruneZooError(f"plans are for trainers.distill.DistillModule, not for {recipe.model.class_path}")
+        raise PruneZooError(f"plans are for trainers.training.distill.DistillModule, not for {recipe.model.class_path}")
     if recipe.trainer.max_steps < 1:
         raise PruneZooError("trainer.max_steps must say how long the training is")
     for option in ("gpus", "image_tokens", "text_tokens", "items", "tflops", "memory"):

@@ -16,15 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, default_collate
 from transformers import LlavaForConditionalGeneration
 
-from modules.core.errors import PruneZooError
-
-from .callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
-from .data.loading import ResumableLoader
-from .data.scenes_dense import DenseScenes
-from .errors import command
-from .pretraining.build import WORD_IDS, Sizes, new_vlm, save_vlm
-from .pretraining.language import LanguageModule
-from .pretraining.tower import TowerModule
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import command
+from trainers.data.loading import ResumableLoader
+from trainers.data.scenes_dense import DenseScenes
+from trainers.pretraining.build import WORD_IDS, Sizes, new_vlm, save_vlm
+from trainers.pretraining.language import LanguageModule
+from trainers.pretraining.tower import TowerModule
+from trainers.training.callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
 
 _VALIDATION_START = 90_000_000  # scenes that no training reaches
 

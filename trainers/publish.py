@@ -27,14 +27,14 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from modules.core.contract import Configured
-from modules.core.errors import PruneZooError
-from modules.core.hub import CONFIG_FILE, file_names, read_method
-from modules.core.registry import load_pruner
-from modules.core.source import Source
-from modules.tokenizers.one_d_piece import OneDPiece
-
-from .card_parts import (
+from prunezoo.core.contract import Configured
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.hub import CONFIG_FILE, file_names, read_method
+from prunezoo.core.registry import load_pruner
+from prunezoo.core.source import Source
+from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cards.cards import render_card
+from trainers.cards.parts import (
     CARD_FILE,
     METRICS_FILE,
     PICTURE_FILE,
@@ -44,12 +44,11 @@ from .card_parts import (
     STOP_FILE,
     weights_digest,
 )
-from .cards import render_card
-from .compression import card as tokenizer_card
-from .errors import command, one_line
-from .evaluation.record import read_record
-from .names import find_pruner
-from .run_record import RUN_FILE
+from trainers.cli.errors import command, one_line
+from trainers.cli.names import find_pruner
+from trainers.compression import card as tokenizer_card
+from trainers.evaluation.record import read_record
+from trainers.training.run_record import RUN_FILE
 
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """What the Hub client's own errors descend from: httpx's or, in later versions, httpx2's."""

@@ -23,19 +23,18 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 
-from modules.core.errors import PruneZooError
-
-from .data.suite import Item, list_suites, load_suite
-from .errors import check_output, command, one_line
-from .evaluation.budgets import parse_budgets
-from .evaluation.examples import Example, answer_of, show_examples
-from .evaluation.loading import load_vlm
-from .evaluation.methods import Method, build_method
-from .evaluation.pictures import data_uri
-from .evaluation.report import page_templates
-from .evaluation.sheet import draw_sheet
-from .evaluation.tables import display_name
-from .names import find_pruner, find_vlm
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import check_output, command, one_line
+from trainers.cli.names import find_pruner, find_vlm
+from trainers.data.suite import Item, list_suites, load_suite
+from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.examples import Example, answer_of, show_examples
+from trainers.evaluation.loading import load_vlm
+from trainers.evaluation.methods import Method, build_method
+from trainers.evaluation.pictures import data_uri
+from trainers.evaluation.report import page_templates
+from trainers.evaluation.sheet import draw_sheet
+from trainers.evaluation.tables import display_name
 
 MOST_BYTES = 20 << 20
 """Of a picture that the page sends."""

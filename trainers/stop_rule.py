@@ -20,20 +20,19 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Subset
 
-from modules.core.errors import PruneZooError
-from modules.core.registry import load_pruner
-from modules.host import encode, full_forward
-from modules.host.run import run_pruned
-from modules.learned.tail_drop import StopRule, TailDrop
-
-from .data.conversation import ConversationCollator
-from .data.shards import ShardedCache
-from .errors import command
-from .fit import FitCLI, asks_for_help, build
-from .frozen import judge, load_frozen
-from .losses import answer_slots
-from .optimizer import adamw_cosine
-from .vlm_cache import PrunedWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import load_pruner
+from prunezoo.host import encode, full_forward
+from prunezoo.host.run import run_pruned
+from prunezoo.learned.tail_drop import StopRule, TailDrop
+from trainers.caches.vlm_cache import PrunedWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+from trainers.cli.errors import command
+from trainers.data.conversation import ConversationCollator
+from trainers.data.shards import ShardedCache
+from trainers.fit import FitCLI, asks_for_help, build
+from trainers.training.frozen import judge, load_frozen
+from trainers.training.losses import answer_slots
+from trainers.training.optimizer import adamw_cosine
 
 STOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 

@@ -7,11 +7,10 @@ makes the folder that a recipe's data module reads: relevance maps (`data.maps`)
 the same with what is missing before it trains, so this command is for those who have more processes to give.
 """
 
-from modules.core.errors import PruneZooError
-
-from .errors import command
-from .fit import FitCLI, asks_for_help, build
-from .vlm_cache import CachedDataModule
+from prunezoo.core.errors import PruneZooError
+from trainers.caches.vlm_cache import CachedDataModule
+from trainers.cli.errors import command
+from trainers.fit import FitCLI, asks_for_help, build
 
 HELP = """usage: python -m trainers.teacher --config RECIPE [--config MORE.yaml …] [--KEY=VALUE …]
 

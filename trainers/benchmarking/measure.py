@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from modules.core.contract import Pruner
-from modules.core.registry import build_pruner
+from prunezoo.core.contract import Pruner
+from prunezoo.core.registry import build_pruner
 from trainers.evaluation.budgets import Budget
 from trainers.evaluation.scores import ALL_TOKENS, FULL
 

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from modules.core.contract import Pruner
-from modules.core.errors import PruneZooError
-from modules.core.registry import build_pruner, list_pruners, load_pruner, pruner_class
+from prunezoo.core.contract import Pruner
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import build_pruner, list_pruners, load_pruner, pruner_class
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.evaluation.loading import DTYPES, check_device, default_device, default_dtype, load_vlm

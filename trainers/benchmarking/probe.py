@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from modules.core.contract import Pruner
-from modules.host import attach
+from prunezoo.core.contract import Pruner
+from prunezoo.host import attach
 
 from .flops import counted_flops
 from .models import Request

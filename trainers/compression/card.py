@@ -10,14 +10,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from modules.core.errors import PruneZooError
-from modules.tokenizers.one_d_piece import OneDPiece
-from trainers.about import about
-from trainers.card_parts import CARD_FILE, METRICS_FILE, shown_path, weights_digest
-from trainers.cards import templates
+from prunezoo.core.errors import PruneZooError
+from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cards.about import about
+from trainers.cards.cards import templates
+from trainers.cards.parts import CARD_FILE, METRICS_FILE, shown_path, weights_digest
 from trainers.data.photographs import centre_square, to_tensor
 from trainers.evaluation.record import write_record
-from trainers.run_record import RUN_FILE
+from trainers.training.run_record import RUN_FILE
 
 from .figures import draw_curves, draw_pictures
 from .measure import Row, shown_lengths

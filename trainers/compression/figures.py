@@ -11,7 +11,7 @@ from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from modules.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.one_d_piece import OneDPiece
 
 from .measure import file_size
 from .quality import METRICS

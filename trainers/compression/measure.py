@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modules.tokenizers import container
-from modules.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers import container
+from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.data.photographs import Photographs, to_tensor
 from trainers.evaluation.statistics import interval
 

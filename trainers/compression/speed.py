@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.one_d_piece import OneDPiece
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 if TYPE_CHECKING:
     from .suite import Item

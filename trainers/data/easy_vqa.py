@@ -19,8 +19,9 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image
 
-from modules.core.errors import PruneZooError
-from trainers.data.suite import Item, Suite, register_suite
+from prunezoo.core.errors import PruneZooError
+
+from .suite import Item, Suite, register_suite
 
 _VALIDATION_FROM = 3600  # the first training picture that is kept for validation
 _LIGHT = 225  # no channel of a ground is darker (it is drawn from 230 to 255); every shape has one that is

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 from .talks import Entry, Talks, read_turns
 

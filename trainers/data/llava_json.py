@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 from .talks import PLACEHOLDER, Entry, Talks, read_turns
 

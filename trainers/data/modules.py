@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 from .conversation import ConversationCollator
 from .hub_dataset import HubDataset

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from modules.core.errors import PruneZooError
-from trainers.data.suite import SPLITS, Item, Suite, register_suite
+from prunezoo.core.errors import PruneZooError
+
+from .suite import SPLITS, Item, Suite, register_suite
 
 ENVIRONMENT = "PRUNEZOO_PHOTOS"
 _SIZES = {"train": 1_000_000, "validation": 1_200, "test": 2_400}

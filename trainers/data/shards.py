@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import check_output, whole_file
 
-from ..errors import check_output, whole_file
 from .loading import leave_with_parent
 
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args, overload
 import numpy as np
 from PIL import Image
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)

@@ -16,7 +16,7 @@ from zlib import crc32
 
 from PIL import Image, UnidentifiedImageError
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 from .suite import Item, Items
 

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 from .shards import write_whole
 from .talks import Entry, Talks, read_turns

@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from modules.core.contract import AUTO, Keep, Pruner, budget
-from modules.core.errors import PruneZooError
-from modules.host.layer_prompt import Cut, layer_mean
+from prunezoo.core.contract import AUTO, Keep, Pruner, budget
+from prunezoo.core.errors import PruneZooError
+from prunezoo.host.stages.layer_prompt import Cut, layer_mean
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.host import attach, encode
-from modules.host.run import run_pruned
+from prunezoo.host import attach, encode
+from prunezoo.host.run import run_pruned
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, Suite
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainers.errors import whole_file
+from trainers.cli.errors import whole_file
 
 from .scores import ItemScores, Key
 

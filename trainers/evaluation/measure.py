@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.core.contract import Keep, Pruner
-from modules.core.errors import PruneZooError
-from modules.core.registry import build_pruner
-from modules.host import Encoded, HostOutput, encode, full_forward
-from modules.host.families import find_family
-from modules.host.run import run_pruned
+from prunezoo.core.contract import Keep, Pruner
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import build_pruner
+from prunezoo.host import Encoded, HostOutput, encode, full_forward
+from prunezoo.host.families import find_family
+from prunezoo.host.run import run_pruned
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 

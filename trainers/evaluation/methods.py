@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.core.contract import Keep, PruneInputs, Pruner, auto_mean
-from modules.core.errors import PruneZooError
-from modules.core.registry import build_pruner, load_pruner
-from modules.host import Encoded
-from modules.host.relevance import eager_attention, relevance_map
-from modules.host.signals import encode_needs
+from prunezoo.core.contract import Keep, PruneInputs, Pruner, auto_mean
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import build_pruner, load_pruner
+from prunezoo.host import Encoded
+from prunezoo.host.signals.language import encode_needs
+from prunezoo.host.signals.relevance import eager_attention, relevance_map
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 

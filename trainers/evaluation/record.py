@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from modules.core.contract import AUTO
-from modules.core.errors import PruneZooError
-from trainers.errors import whole_file
+from prunezoo.core.contract import AUTO
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import whole_file
 
 from .scores import ALL_TOKENS, FULL, NONE, Key, Measurement
 from .statistics import Resampled, interval, resample

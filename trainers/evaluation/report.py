@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trainers.errors import whole_file
+from trainers.cli.errors import whole_file
 
 from .curves import draw_curves
 from .examples import Example

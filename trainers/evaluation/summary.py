@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from modules.core.errors import PruneZooError
-from modules.core.registry import list_pruners
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import list_pruners
+from trainers.cli.names import CHECKPOINTS, ROOT, methods_shipped
 
-from ..names import CHECKPOINTS, ROOT, methods_shipped
 from .record import MEAN, Row, mean_row, read_record, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .tables import methods_of, percent, span

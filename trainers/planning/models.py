@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from modules.core.errors import PruneZooError
+from prunezoo.core.errors import PruneZooError
 
 
 def vicuna(width: int, inner: int, layers: int, heads: int) -> LlavaConfig:

@@ -1,0 +1,25 @@
+"""Where pruning meets a vision-language model of `transformers`: encode once, run full, pruned or gated, attach."""
+
+from .attach import Attachment, attach
+from .encoded import Encoded, encode
+from .run import PrunedRun, run_gated, run_pruned
+from .signals.language import encode_needs
+from .stages.prompt import HostOutput, full_forward, gated_forward, pruned_forward
+from .stats import AttachStats, StageStats
+
+__all__ = [
+    "AttachStats",
+    "Attachment",
+    "Encoded",
+    "HostOutput",
+    "PrunedRun",
+    "StageStats",
+    "attach",
+    "encode",
+    "encode_needs",
+    "full_forward",
+    "gated_forward",
+    "pruned_forward",
+    "run_gated",
+    "run_pruned",
+]

@@ -1,0 +1,87 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any resolution, positions in time, height and width, clips."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from ..parts.tower import QwenTower, Tower
+from .base import Family, Kind, grid
+
+TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # of tokens, in mm_token_type_ids
+
+
+class QwenVLFamily(Family):
+    """Qwen2-VL and Qwen2.5-VL: an image is one grid of merged patches, a clip is one tile for each step of time."""
+
+    title = "Qwen2-VL"
+    patches: ClassVar[str] = "two by two neighbouring patches behind it"
+    encoder_keys = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    position_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+    def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
+        """One tile for each step of time."""
+        merge = self.config.vision_config.spatial_merge_size
+        return [
+            torch.cat([grid(height // merge, width // merge, time).flatten(0, 1) for time in range(times)])
+            for times, height, width in batch[f"{kind}_grid_thw"].tolist()
+        ]
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """The mean of the patches that are merged; they follow one another, since the processor orders them so."""
+        merged = values[0].unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2))
+        return merged.float().mean(1).to(values.dtype)
+
+    def tower(self) -> Tower:
+        """Qwen's own."""
+        return QwenTower(self.vlm.model.visual, -1, has_cls=False, joined=f"{self.title} merges {self.patches}")
+
+    def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
+        """Time, height and width; for `generate` the place in the text before them."""
+        place = super().positions(batch, real, generating)
+        grids = {key: batch[key] for key in self.position_keys if batch.get(key) is not None}
+        if batch.get("position_ids") is not None or not grids:
+            return place
+        ids = batch["input_ids"]
+        types = sum((ids == token).long() * TYPES[kind] for kind, token in self.placeholders.items())
+        spatial, _ = self.vlm.model.get_rope_index(ids, types, attention_mask=real.long(), **grids)
+        return torch.cat([place[None], spatial]) if generating else spatial
+
+
+class Qwen25VLFamily(QwenVLFamily):
+    """Qwen2.5-VL."""
+
+    title = "Qwen2.5-VL"
+    patches = "two by two neighbouring patches behind it, and most blocks attend within windows"
+
+    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+        """The tower has its tokens window by window."""
+        vision = self.config.vision_config
+        side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        cells = self.cells(kind, batch)
+        image = torch.arange(len(cells)).repeat_interleave(torch.tensor([len(own) for own in cells]))
+        window = torch.cat(cells) // torch.tensor([1, side, side])
+        number = torch.cat([image[:, None], window], 1).unique(dim=0, return_inverse=True)[1]
+        order = number.argsort(stable=True).argsort()  # where each token stands in the tower
+        return super().spread(kind, batch, values)[order.to(values.device)]
+
+
+class Qwen3VLFamily(QwenVLFamily):
+    """Qwen3-VL: features of earlier vision blocks are added behind the first decoder layers (deepstack)."""
+
+    title = "Qwen3-VL"
+    first_layer_reason = "features of the image are added to all its tokens behind each layer before that (deepstack)"
+
+    def encoder_output(self, features: Any, deep: list[Any]) -> Any:
+        """With the deepstack levels."""
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=deep)
+
+    @property
+    def first_layer(self) -> int:
+        """Behind the last layer that deepstack is added to."""
+        return max(super().first_layer, len(self.config.vision_config.deepstack_visual_indexes))

@@ -1,0 +1,1 @@
+"""The parts of a vision-language model: tower, decoder, adapters."""

@@ -1,0 +1,169 @@
+"""The decoder inside a vision-language model: its layers, and rows of their attention made from queries and keys.
+
+Letters: B rows of the batch, L tokens, T rows asked for, D width, d width of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from ...core.errors import PruneZooError
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, ``(B, L, d)`` each, as the decoder hands them to its layers; with M-RoPE older releases of
+transformers leave ``(3, B, L, d)`` to the layers to join. B may be 1 for all rows."""
+
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+)
+"""Decoders whose attention rows are known to be those of the model."""
+MULTIMODAL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+
+
+def take_columns(rotary: Rotary, columns: Tensor) -> Rotary:
+    """Cosines and sines of columns ``(B, S)``."""
+    cos, sin = (
+        t.expand(*t.shape[:-3], len(columns), -1, -1).gather(
+            -2, columns[..., None].expand(*t.shape[:-3], *columns.shape, t.shape[-1])
+        )
+        for t in rotary
+    )
+    return cos, sin
+
+
+class Decoder:
+    """The language model of a vision-language model."""
+
+    def __init__(self, vlm: PreTrainedModel) -> None:
+        """Find it."""
+        self.model: Any = vlm.get_decoder()
+        self.layers: Any = self.model.layers
+        self.config: Any = self.model.config
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def kernel(self) -> str:
+        """The name of its attention implementation, as "sdpa"."""
+        return self.config._attn_implementation
+
+    @property
+    def flash(self) -> bool:
+        """Whether that is flash attention, which takes masks ``(B, L)`` only."""
+        return self.kernel.startswith("flash_attention")
+
+    @property
+    def multimodal_positions(self) -> bool:
+        """Whether positions have several axes (M-RoPE), which the layers are not told."""
+        return self.config.model_type in MULTIMODAL
+
+    def layer_type(self, layer: int) -> str:
+        """What the config calls a layer: layers of one type share masks and rotary embedding."""
+        types = getattr(self.config, "layer_types", None)
+        return types[layer] if types else "full_attention"
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer sees, itself included; None: all."""
+        types = getattr(self.config, "layer_types", None)
+        if types and types[layer] != "sliding_attention":
+            return None
+        return getattr(self.config, "sliding_window", None) if types or self.config.model_type == "mistral" else None
+
+    def rotary(self, hidden: Tensor, positions: Tensor, layer: int = 0) -> Rotary:
+        """Cosines and sines for position ids ``(B, L)``, or ``(3 or 4, B, L)`` where they have several axes."""
+        if positions.dim() == 3 and len(positions) == 4:
+            positions = positions[1:]  # before the axes of the picture stands the running number, which is for masks
+        by_type = (self.layer_type(layer),) if hasattr(self.model.rotary_emb, "layer_types") else ()
+        cos, sin = self.model.rotary_emb(hidden, positions, *by_type)
+        return cos, sin
+
+    def query_key(self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of one layer, scaled.
+
+        Args:
+            layer: Which, from 0.
+            hidden: ``(B, L, D)`` what enters that layer.
+            rotary: As the decoder made them; None leaves the rotary embedding out.
+            rows: ``(B, T)`` columns whose queries are wanted.
+
+        Returns:
+            ``(B, heads, T, d)`` and ``(B, heads, L, d)``.
+        """
+        if self.config.model_type not in KINDS:
+            raise PruneZooError(
+                f"attention signals are not supported for decoder '{self.config.model_type}'; "
+                f"they are for {', '.join(KINDS)}"
+            )
+        block = self.layers[layer]
+        attention = block.self_attn
+        normed = block.input_layernorm(hidden)
+        asked = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
+        query = attention.q_proj(asked).unflatten(-1, (-1, attention.head_dim))
+        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if rotary is not None:
+            rotary = self._join(rotary)
+            query = apply_rotary_pos_emb(query, query, *take_columns(rotary, rows))[0]
+            key = apply_rotary_pos_emb(key, key, *rotary)[0]
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return query * attention.scaling, key
+
+    def attention_rows(
+        self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Softmax weights of some rows of one layer's attention.
+
+        Args:
+            layer: Which, from 0.
+            hidden: ``(B, L, D)`` what enters that layer.
+            rotary: As in :meth:`query_key`.
+            rows: ``(B, T)`` columns whose rows are wanted.
+            mask: What the layer is given: ``(B, 1, L, L)`` bool or float to add; or ``(B, L)``, false for padding, or
+                None, where a row sees what stands at or before its column, back to the layer's window.
+
+        Returns:
+            ``(B, heads, T, L)`` float32.
+        """
+        query, key = self.query_key(layer, hidden, rotary, rows)
+        logits = query @ key.transpose(-1, -2)  # (B, heads, T, L)
+        if self.config.model_type == "gemma2" and self.config.attn_logit_softcapping is not None:
+            cap = self.config.attn_logit_softcapping
+            logits = (logits / cap).tanh() * cap
+        lowest = torch.finfo(logits.dtype).min
+        if mask is not None and mask.dim() == 4:
+            mask = mask.expand(len(rows), -1, -1, -1)
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+        else:
+            back = rows[..., None] - torch.arange(hidden.shape[1], device=hidden.device)  # (B, T, L)
+            window = self.window(layer)
+            allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
+            allowed = allowed if mask is None else allowed & mask.bool()[:, None]
+            logits = logits.masked_fill(~allowed[:, None], lowest)
+        return logits.softmax(-1, dtype=torch.float32)
+
+    def _join(self, rotary: Rotary) -> Rotary:
+        """``(B, L, d)`` where each frequency is that of its axis."""
+        if rotary[0].dim() == 3:
+            return rotary
+        sections = [*self.config.rope_parameters["mrope_section"]] * 2
+        parts = (t.split(sections, -1) for t in rotary)
+        cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(own)], -1) for own in parts)
+        return cos, sin

@@ -1,0 +1,195 @@
+"""The vision tower: ViTs whose attention can be read, and plain ones whose blocks can be made shorter.
+
+Letters: R pictures (or parts of them) that attend to themselves, S their tokens, H heads, d width of a head.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from ...core.errors import PruneZooError
+
+QUERY, KEY, VALUE, CONTEXT = "query", "key", "value", "context"
+Seen = dict[str, Any]
+"""What hooks saw of one pass of an attention, by part; the context is what it was called with."""
+
+
+class VisionAttention:
+    """The self-attention of one block, of CLIP's and SigLIP's make."""
+
+    names = ("q_proj", "k_proj", "v_proj")  # the modules whose outputs are queries, keys and values
+
+    def __init__(self, module: Any) -> None:
+        """Find its parts."""
+        self.module = module
+        self.heads: int = module.num_heads
+
+    @property
+    def scale(self) -> float:
+        """Of the dot products."""
+        return self.module.scale
+
+    def watch(self, parts: Collection[str], seen: Seen) -> list[Any]:
+        """Put on hooks that write parts of what the attention computes into ``seen``, anew in each pass.
+
+        Args:
+            parts: QUERY, KEY and VALUE are ``(R, S, H, d)``, before any rotary embedding; CONTEXT is keywords.
+            seen: Where to write.
+
+        Returns:
+            The handles of the hooks.
+        """
+
+        def write(part: str) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                seen[part] = output.unflatten(-1, (self.heads, -1))
+
+            return hook
+
+        handles = [
+            getattr(self.module, name).register_forward_hook(write(part))
+            for part, name in zip((QUERY, KEY, VALUE), self.names, strict=True)
+            if part in parts
+        ]
+        return handles + self.watch_context(parts, seen)
+
+    def watch_context(self, parts: Collection[str], seen: Seen) -> list[Any]:
+        """The hook for CONTEXT, if that is among the parts."""
+
+        def write(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            seen[CONTEXT] = kwargs
+
+        return [self.module.register_forward_pre_hook(write, with_kwargs=True)] if CONTEXT in parts else []
+
+    def sequences(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """What attends to itself and to nothing else: queries and keys ``(R, S, H, d)`` as they are multiplied, and the
+        mask of the attention.
+        """
+        yield seen[QUERY], seen[KEY], seen[CONTEXT].get("attention_mask")
+
+
+class NormedAttention(VisionAttention):
+    """InternVL's: queries and keys may have norms of their own."""
+
+    names = ("q_norm", "k_norm", "v_proj")
+
+
+class PackedAttention(VisionAttention):
+    """Qwen-VL's: all images of a batch, or all windows of all images, in one row, with a rotary embedding."""
+
+    @property
+    def scale(self) -> float:
+        """Of the dot products."""
+        return self.module.scaling
+
+    def watch(self, parts: Collection[str], seen: Seen) -> list[Any]:
+        """R is 1."""
+
+        def write(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            seen[QUERY], seen[KEY], seen[VALUE] = output.unflatten(-1, (3, self.heads, -1))[None].unbind(2)
+
+        return [self.module.qkv.register_forward_hook(write), *self.watch_context(parts, seen)]
+
+    def sequences(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """One for each image or window."""
+        cos, sin = seen[CONTEXT]["position_embeddings"]
+        query, key = apply_rotary_pos_emb_vision(seen[QUERY], seen[KEY], cos, sin)
+        lengths = seen[CONTEXT]["cu_seqlens"].diff().tolist()
+        for own_query, own_key in zip(query.split(lengths, 1), key.split(lengths, 1), strict=True):
+            yield own_query, own_key, None
+
+
+class Tower:
+    """A plain ViT: CLIP's, with CLS, or SigLIP's, without; that of Idefics3 and SmolVLM is of the same make.
+
+    Args:
+        model: The vision model.
+        feature_layer: The hidden state that the projector reads, from 0 (the patch embedding) or from the end; signals
+            are of the last one, where it reads several.
+        has_cls: Whether the first token is CLS.
+        joined: What joins or resizes tokens between tower and language model, in words; None where each patch becomes
+            one token.
+    """
+
+    def __init__(
+        self, model: Any, feature_layer: int | Sequence[int], has_cls: bool = True, joined: str | None = None
+    ) -> None:
+        self.model, self.joined = model, joined
+        self.layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        self.blocks = self.find_blocks()
+        self.has_cls, self.prefix = has_cls, int(has_cls)
+
+    def find_blocks(self) -> Any:
+        """The modules."""
+        return self.model.encoder.layers
+
+    @property
+    def depth(self) -> int:
+        """Blocks up to the one whose output is projected."""
+        # Hidden state 0 is the embedding, so state h is the output of block h - 1.
+        last = self.layers[-1]
+        count = last if last >= 0 else len(self.blocks) + 1 + last
+        if count < 1:
+            raise PruneZooError(f"vision_feature_layer={last} is the patch embedding: there is no attention to read")
+        return count
+
+    def block_index(self, block: int | None = None) -> int:
+        """The number of a block, given from 0 or from the end of those that run; None: the one that makes the features.
+
+        Raises:
+            PruneZooError: It does not run.
+        """
+        index = self.depth - 1 if block is None else block if block >= 0 else self.depth + block
+        if not 0 <= index < self.depth:
+            raise PruneZooError(f"vision block {block} does not run: this tower's blocks are 0 to {self.depth - 1}")
+        return index
+
+    @property
+    def kernel(self) -> str:
+        """The name of its attention implementation, as "sdpa"."""
+        return self.model.config._attn_implementation
+
+    def check_can_shrink(self, name: str) -> None:
+        """Raise PruneZooError where the pruner ``name`` would do wrong by taking tokens out of the blocks."""
+        reason = self.joined
+        if reason is None and len(self.layers) > 1:
+            reason = f"the projector reads the output of several blocks, vision_feature_layer={self.layers}"
+        if reason is not None:
+            raise PruneZooError(
+                f"pruner '{name}' cannot act inside this vision tower: {reason}; use a pruner of the prompt or layer "
+                "stage"
+            )
+
+    def mlp(self, index: int) -> tuple[nn.Module, nn.Module]:
+        """The second half of a block: its norm and its MLP."""
+        return self.blocks[index].layer_norm2, self.blocks[index].mlp
+
+    def attention(self, index: int) -> VisionAttention:
+        """The attention of a block."""
+        return VisionAttention(self.blocks[index].self_attn)
+
+
+class InternVLTower(Tower):
+    """InternVL's ViT, with CLS."""
+
+    def find_blocks(self) -> Any:
+        """The modules."""
+        return self.model.encoder.layer
+
+    def attention(self, index: int) -> VisionAttention:
+        """Of a block."""
+        return NormedAttention(self.blocks[index].attention)
+
+
+class QwenTower(Tower):
+    """The ViT of Qwen-VL, without CLS: any resolution, all images in one row."""
+
+    def find_blocks(self) -> Any:
+        """The modules."""
+        return self.model.blocks
+
+    def attention(self, index: int) -> VisionAttention:
+        """Of a block."""
+        return PackedAttention(self.blocks[index].attn)

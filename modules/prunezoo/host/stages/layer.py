@@ -1,0 +1,176 @@
+"""The layer stage: from a decoder layer on, hidden states, masks, positions and KV cache really are shorter.
+
+Mechanism, for transformers 5.6 and later: a forward pre-hook with keywords on every decoder layer from the first one
+concerned; no forward is replaced. The decoder's loop hands the original mask and positions to each layer, so they are
+replaced in every layer behind a cut, not only where tokens go. What was cut is kept by cache object, because at decode
+steps each layer's mask must fit the cache which that layer has.
+
+What would go wrong without a word is seen to here: rows that lose different numbers of tokens are filled on the left,
+and the filler is hidden at every later step; positions with gaps are not shown to kernels that would read them as the
+seams of packed sequences; and static caches, prompts in pieces and caches that somebody else has cut are refused.
+
+Letters: B samples, C copies of a sample (beams), R images, N image tokens alive, T words, L columns of the prompt,
+S columns left of it, Q columns of a forward (the prompt's, and any behind), M columns of a layer's cache, D width.
+"""
+
+import inspect
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ...core.contract import Keep, Pruner
+from ...core.errors import PruneZooError
+from ...core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
+from ..encoded import Encoded
+from ..families import Family, find_family, require_float_mask
+from ..parts.decoder import Decoder
+from .layer_cache import Keywords, Past, Step
+from .layer_prompt import Drop, Gate, Prompt
+from .prompt import Positions
+
+
+class LayerStage:
+    """A pruner of the layer stage on a model, from ``__enter__`` to ``__exit__``.
+
+    Each forward is announced to it: :meth:`prefill` a prompt with images, :meth:`resume` a step on a cache. One that
+    was not passes untouched.
+    """
+
+    def __init__(
+        self,
+        vlm: PreTrainedModel,
+        pruner: Pruner,
+        keep: Keep,
+        positions: Positions = "original",
+        leak: float | None = None,
+    ) -> None:
+        """Check the pruner's stages and signals against the model.
+
+        Args:
+            vlm: A supported model.
+            pruner: Of the layer stage.
+            keep: What its last stage leaves of each image.
+            positions: As in :func:`attach`.
+            leak: Drop nothing, but let the pruner's gates weigh the image tokens, a closed gate with this weight, > 0.
+
+        Raises:
+            PruneZooError: Layers that the model has not or where it needs all tokens, a signal of a layer that has not
+                run, attention that cannot be cut.
+        """
+        self.family: Family = find_family(vlm)
+        self.decoder: Decoder = self.family.decoder()
+        self.vlm, self.pruner, self.keep, self.positions, self.leak = vlm, pruner, keep, positions, leak
+        stages = pruner.stages(self.decoder.depth)
+        self.begun = stages[:1] == (0,)
+        """Its first stage stands in front of all layers, and `run.reduce_early` has seen to it."""
+        self.stages = stages[self.begun :]
+        self._check_model()
+        self.readings = self._plan_readings()
+        self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
+        self._running: Prompt | Step | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Put the hooks on."""
+        for layer in range(min([*self.stages, *(layer for layer, _ in self.readings)]), self.decoder.depth):
+
+            def hook(_module: Any, args: Any, kwargs: Any, layer: int = layer) -> Any:
+                return self._before_layer(layer, args, kwargs)
+
+            self._handles.append(self.decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._running = [], None
+
+    def prefill(self, encoded: Encoded, labels: Tensor | None = None) -> "Prompt":
+        """Announce a forward on ``encoded.batch``, each sample perhaps C times in a row, perhaps with words behind it.
+
+        Args:
+            encoded: From :func:`encode` or :func:`shorten_prompt`, with at least one image.
+            labels: ``(B, L)``, those that the model is called with, the caller's to lose: they are shortened in place,
+                so that the model computes its own loss.
+
+        Returns:
+            What will be known after the forward.
+        """
+        self._running = Drop(self, encoded, labels) if self.leak is None else Gate(self, encoded, self.leak)
+        return self._running
+
+    def resume(self, cache: Any, mask: Any) -> None:
+        """Announce a forward on a filled cache.
+
+        Args:
+            cache: Its ``past_key_values``.
+            mask: Its ``attention_mask``, ``(B * C, past + Q)`` as if nothing had been cut, or None.
+        """
+        past, self._running = self.pasts.get(cache), None
+        if past is not None:
+            self._running = Step(self, past, cache, mask)
+        elif len({int(cache.get_seq_length(layer)) for layer in range(self.decoder.depth)}) > 1:
+            raise PruneZooError("this cache was pruned elsewhere: go on inside the `with attach(...)` that filled it")
+
+    def check_assisted(self) -> None:
+        """Refuse assisted decoding where its rejected candidates would stay in the shorter layers' caches."""
+        if "tokens_to_remove" not in inspect.signature(Cache.crop).parameters:
+            raise PruneZooError(
+                "assisted decoding in the layer stage needs a release of transformers that crops caches by a number of "
+                "tokens, as 5.23 does, not to a length: upgrade it"
+            )
+
+    def pass_by(self) -> None:
+        """Announce a forward that is no business of ours."""
+        self._running = None
+
+    @torch.compiler.disable
+    def _before_layer(self, layer: int, args: tuple[Any, ...], kwargs: Keywords) -> tuple[Any, Any] | None:
+        """The hook of a layer."""
+        if self._running is None:
+            return None
+        kwargs = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
+        hidden, kwargs = self._running.layer(layer, kwargs.pop("hidden_states"), kwargs)
+        return (hidden,), kwargs
+
+    def _check_model(self) -> None:
+        """Refuse what cannot work, naming what would."""
+        name, stages, decoder = self.pruner.name, list(self.stages), self.decoder
+        if not stages or stages != sorted(set(stages)) or stages[-1] >= decoder.depth:
+            raise PruneZooError(
+                f"pruner '{name}' acts in front of layers {stages}, the decoder has {decoder.depth}: configure layers "
+                "that it has, in ascending order"
+            )
+        first = self.family.first_layer
+        if stages[0] < first:
+            raise PruneZooError(
+                f"pruner '{name}' acts in front of layer {stages[0]}, and {self.family.title} needs all image tokens "
+                f"in front of layer {first} ({self.family.first_layer_reason}): configure layers from {first} on"
+            )
+        if decoder.kernel not in ("sdpa", "eager") and not decoder.flash:
+            raise PruneZooError(f"attn_implementation '{decoder.kernel}' cannot be cut between layers: use 'sdpa'")
+        if self.positions == "compact" and decoder.multimodal_positions:
+            raise PruneZooError("positions='compact' means nothing between layers with M-RoPE: use 'original'")
+        if self.leak is not None:
+            require_float_mask(self.vlm)
+
+    def _plan_readings(self) -> dict[tuple[int, bool], dict[str, Signal]]:
+        """The signals to read, by the layer whose input they are made of, and whether they are for its own stage.
+
+        A stage reads the layer that it stands in front of as it would run, a later stage reads it as it did run.
+        """
+        plan: dict[tuple[int, bool], dict[str, Signal]] = {}
+        for name in self.pruner.needs:
+            signal = parse_signal(name)
+            for stage in self.stages if signal.kind in DECODER_SIGNALS else ():
+                layer = stage - (signal.at == PREVIOUS) if signal.number is None else signal.number
+                if layer > stage:
+                    raise PruneZooError(
+                        f"pruner '{self.pruner.name}' needs '{name}' in front of layer {stage}: that layer runs later"
+                    )
+                plan.setdefault((layer, layer == stage), {})[name] = signal
+        return plan

@@ -1,0 +1,267 @@
+"""The layer stage, on a prompt: signals read, pruner asked, tokens dropped or gated, in front of some decoder layers.
+
+Letters: B samples, C copies of a sample (beams), R images, N image tokens alive, T words, L columns of the prompt,
+S columns left of it, Q columns of a forward (the prompt's, and any behind), D width.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.contract import PruneOutput, budget
+from ...core.errors import PruneZooError
+from ...core.plan import KeepPlan, gather_rows
+from ..encoded import Encoded, places, prompt_words
+from ..parts.decoder import take_columns
+from ..signals.language import Entry, attention_to_images
+from .layer_cache import Keywords, Past, Segment, cut_mask
+from .prompt import gate_weights
+
+if TYPE_CHECKING:
+    from .layer import LayerStage
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one stage did to a batch."""
+
+    stage: str
+    layer: int | None  # in front of which decoder layer; None: before the language model
+    before: Tensor  # (R,) long, tokens found
+    after: Tensor  # (R,) long, tokens left
+    seconds: float  # in the pruner, and in the layer stage in the signals that it needs of the layers
+
+
+def layer_tokens(cuts: Sequence[Cut], depth: int) -> Tensor:
+    """``(R, depth)`` long: image tokens that each layer of the language model reads; ``cuts`` in their order."""
+    tokens = cuts[0].before[:, None].repeat(1, depth)
+    for cut in cuts:
+        tokens[:, cut.layer or 0 :] = cut.after[:, None]
+    return tokens
+
+
+def layer_mean(cuts: Sequence[Cut], depth: int) -> Tensor:
+    """``(R,)`` float: the mean of :func:`layer_tokens` over the layers."""
+    return layer_tokens(cuts, depth).float().mean(1)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, with the device's queue run empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Prompt:
+    """A prompt on its way through the layers."""
+
+    def __init__(self, stage: "LayerStage", encoded: Encoded) -> None:
+        self.stage, self.decoder = stage, stage.decoder
+        self.encoded = replace(encoded, deep=())  # what is left of it
+        self.words, self.word_valid = prompt_words(stage.family, encoded.batch, encoded.labels)  # (B, T)
+        self.schedule = list(encoded.planned)
+        if not stage.begun:
+            available = encoded.inputs.valid.sum(1)
+            self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
+        self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
+            encoded.slots
+        )  # (R, N)
+        self.outputs: list[PruneOutput] = []  # by stage, each in slots of the tokens it found
+        self.cuts: list[Cut] = []
+        self.seconds = 0.0  # in signals and pruner since the last cut
+        self.memo: dict[Any, Keywords] = {}
+
+    @property
+    def output(self) -> PruneOutput:
+        """What is left at the end, in slots of the tokens that came; scores and gates only if there was one stage."""
+        last = self.outputs[-1]
+        if len(self.outputs) == 1:
+            return last
+        return PruneOutput(self.origin.masked_fill(~last.valid, 0), last.valid, last.features)
+
+    def layer(self, layer: int, hidden: Tensor, kwargs: Keywords) -> tuple[Tensor, Keywords]:
+        """What a layer is given, for what the decoder hands it: ``hidden (B * C, S, D)`` and keywords for Q columns."""
+        if not self.cuts:
+            self.check(layer, hidden, kwargs.get("past_key_values"))
+        self.read(layer, True, hidden, kwargs)
+        if layer in self.stage.stages:
+            hidden = self.cut(layer, hidden, kwargs)
+        self.read(layer, False, hidden, kwargs)
+        return hidden, self.adjust(layer, hidden, kwargs)
+
+    def check(self, layer: int, hidden: Tensor, cache: Any) -> None:
+        """Refuse what cannot be shortened."""
+        if hidden.shape[1] < self.encoded.mask.shape[1] or (cache is not None and cache.get_seq_length(layer)):
+            raise PruneZooError("the layer stage needs the whole prompt in one forward: leave prefill_chunk_size unset")
+        if cache is not None and cache.is_compileable:
+            raise PruneZooError("the layer stage shortens the KV cache, a static one cannot be: use a dynamic cache")
+        module = self.decoder.layers[layer]
+        if type(module).__call__ is not nn.Module.__call__ and module.training and module.gradient_checkpointing:
+            # It is around the hooks, which would prune a second time when the forward is computed again.
+            raise PruneZooError(
+                "gradient checkpointing in the layer stage needs a release of transformers that wraps only the forward "
+                "of a layer, as 5.23 does: upgrade it"
+            )
+
+    def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
+        """The keywords as they must be behind the cuts so far; made once for all layers of a type."""
+        key = len(self.cuts), self.decoder.layer_type(layer)
+        if key not in self.memo:
+            self.memo[key] = self.replacements(layer, hidden, kwargs)
+        return {**kwargs, **self.memo[key]}
+
+    def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
+        """Those keywords that change."""
+        raise NotImplementedError
+
+    def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
+        """Ask the pruner and do what it says; returns the hidden states that enter the layer."""
+        raise NotImplementedError
+
+    def once(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The first copy of each sample: B of the B * C along ``dim``; a single one for all stays."""
+        copies = max(1, values.shape[dim] // len(self.encoded.mask))
+        return values.unflatten(dim, (-1, copies)).select(dim % values.dim() + 1, 0)
+
+    def read(self, layer: int, own: bool, hidden: Tensor, kwargs: Keywords) -> None:
+        """Read the signals that are made of a layer's input."""
+        signals = self.stage.readings.get((layer, own))
+        if signals is None:
+            return
+        start, kwargs = now(hidden.device), self.adjust(layer, hidden, kwargs)
+        hidden, mask = self.once(hidden), kwargs["attention_mask"]
+        cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
+        entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
+        images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
+        words = self.words, self.word_valid
+        values = {
+            name: gather_rows(hidden[images[0]], images[1])
+            if signal.kind == "hidden_states"
+            else attention_to_images(self.decoder, signal, layer, entry, words, *images)
+            for name, signal in signals.items()
+        }
+        inputs = self.encoded.inputs
+        self.encoded = replace(self.encoded, inputs=replace(inputs, signals={**inputs.signals, **values}))
+        self.seconds += now(hidden.device) - start
+
+    def ask(self, layer: int, hidden: Tensor) -> PruneOutput:
+        """Call the pruner on what stands in front of a layer."""
+        start, step, hidden, encoded = now(hidden.device), len(self.cuts), self.once(hidden), self.encoded
+        inputs = replace(
+            encoded.inputs,
+            features=gather_rows(hidden[encoded.sample], encoded.slots),
+            text=gather_rows(hidden, self.words)[encoded.sample],
+            text_valid=self.word_valid[encoded.sample],
+            layer=layer,
+            step=step + self.stage.begun,
+        )
+        output = self.stage.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
+        seconds = self.seconds + now(hidden.device) - start
+        self.cuts.append(Cut("layer", layer, encoded.tokens, encoded.tokens_left(output), seconds))
+        self.outputs.append(output)
+        self.encoded, self.seconds = replace(encoded, inputs=inputs), 0.0
+        return output
+
+
+class Drop(Prompt):
+    """The prompt gets shorter."""
+
+    def __init__(self, stage: "LayerStage", encoded: Encoded, labels: Tensor | None) -> None:
+        super().__init__(stage, encoded)
+        self.labels, self.real = labels, encoded.mask
+        self.columns = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)  # (B, S) original
+        self.segments: list[Segment] = []
+
+    def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
+        """Ask the pruner and drop."""
+        output, encoded, copies = self.ask(layer, hidden), self.encoded, len(hidden) // len(self.real)
+        if output.features is not None:
+            row, column = places(encoded.sample, gather_rows(encoded.slots, output.index), output.valid)
+            hidden = hidden.clone()
+            for copy in range(copies):
+                hidden[row * copies + copy, column] = output.features[output.valid].to(hidden.dtype)
+        plan = KeepPlan.from_mask(encoded.columns_left(output), encoded.mask)
+        self.origin = gather_rows(self.origin, output.index)
+        self.encoded = encoded.after(output, plan, {"attention_mask": plan.valid})
+        if not plan.identity:
+            self.words, self.columns = plan.moved(self.words), plan.take(self.columns, 0)
+            width, index = encoded.mask.shape[1], plan.index.repeat_interleave(copies, 0)
+            hidden = torch.cat([gather_rows(hidden[:, :width], index), hidden[:, width:]], 1)
+            self.segments.append(self.segment(layer, copies))
+            if self.labels is not None and self.encoded.labels is not None:
+                self.labels.data = self.encoded.labels
+        if kwargs.get("past_key_values") is not None:
+            past = Past(self.real.shape[1], tuple(self.segments))
+            self.stage.pasts[kwargs["past_key_values"]] = past
+        return hidden
+
+    def segment(self, layer: int, copies: int) -> Segment:
+        """What the layers from this one on have."""
+        valid = self.encoded.mask
+        moved = self.real.cumsum(1).gather(1, self.columns) - valid.cumsum(1)
+        columns, valid, moved = (part.repeat_interleave(copies, 0) for part in (self.columns, valid, moved))
+        return Segment(layer, columns, valid, bool(valid.all()), moved.masked_fill(~valid, 0))
+
+    def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
+        """Mask and positions of the columns that are left."""
+        if not self.segments:
+            return {}
+        segment, mask = self.segments[-1], kwargs["attention_mask"]
+        # Behind the prompt there may be candidates of assisted decoding, or words written without a cache.
+        behind = segment.valid.new_ones(len(hidden), hidden.shape[1] - segment.columns.shape[1])
+        columns, seen = segment.extend(self.real.shape[1], behind)
+        if mask is not None and mask.dim() == 4:
+            if self.decoder.flash:
+                raise PruneZooError("flash attention takes no mask of four dimensions: use attn_implementation 'sdpa'")
+            mask = mask.expand(len(hidden), -1, -1, -1)
+            mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+            filler = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~seen[:, None, None], filler)
+        else:
+            mask = cut_mask(self.decoder, layer, hidden, columns, columns, seen, segment.full)
+        changed: Keywords = {"attention_mask": mask}
+        if self.stage.positions == "compact":
+            moved = torch.cat([segment.moved, segment.moved[:, -1:].expand_as(behind)], 1)
+            positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns) - moved
+            changed["position_embeddings"] = self.decoder.rotary(hidden, positions, layer)
+        else:
+            changed["position_embeddings"] = take_columns(kwargs["position_embeddings"], columns)
+        # The layers rotate by the embeddings; position ids are only for kernels that look for seams in them.
+        changed["position_ids"] = torch.arange(columns.shape[1], device=columns.device)[None]
+        return changed
+
+
+class Gate(Prompt):
+    """Nothing gets shorter; the image tokens weigh as much in every attention as the gates so far say."""
+
+    def __init__(self, stage: "LayerStage", encoded: Encoded, leak: float) -> None:
+        super().__init__(stage, encoded)
+        self.leak = leak
+        self.bias: Tensor | None = None  # (B, L) log of the gates' product
+
+    def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
+        """Ask the pruner and remember its gates."""
+        output, name = self.ask(layer, hidden), self.stage.pruner.name
+        if output.gates is None or output.features is not None:
+            raise PruneZooError(f"pruner '{name}' gave no gates: put it in training mode; merging has none")
+        bias = gate_weights(self.encoded, output.gates, self.leak).log()
+        self.bias = bias if self.bias is None else self.bias + bias
+        self.origin = output.index
+        self.encoded = self.encoded.still_open(output.gates)
+        return hidden
+
+    def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
+        """The mask with the logarithm of the gates in it."""
+        if self.bias is None:
+            return {}
+        mask, length, lowest = kwargs["attention_mask"], hidden.shape[1], torch.finfo(hidden.dtype).min
+        if mask is None:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=hidden.device).tril()
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), dtype=hidden.dtype, device=hidden.device).where(mask, lowest)
+        return {"attention_mask": (mask + self.bias[:, None, None]).clamp_min(lowest).to(hidden.dtype)}

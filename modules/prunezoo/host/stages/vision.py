@@ -1,0 +1,205 @@
+"""The vision stage: a pruner inside the blocks of a plain ViT, so that tower, projector and language model get less.
+
+Mechanism: hooks for the length of one pass; no forward is replaced. In a pre-norm block
+
+    h = x + attention(norm1(x));  out = h + mlp(norm2(h))
+
+a pre-hook on norm2 meets the whole of h and gives the norm, and thereby the MLP, the fewer tokens h' that the pruner
+makes of it; a hook on the block hands on h' + mlp(norm2(h')), which is what the block would have made of h'. Blocks
+behind see fewer tokens; a pre-hook on their attention adds, through the mask that it takes anyway, log(size) to the
+logits of tokens that stand for several (proportional attention, Bolya et al., https://arxiv.org/abs/2210.09461), and
+takes out what fills up images that have fewer tokens than others of the batch. A pruner with `after_block` gets the
+block's output instead. CLS always stays, and no pruner sees it.
+
+In the prompt, what is left takes the slot of the patch that is nearest to the middle of those it stands for.
+Letters: R images, P tokens before the patches (CLS or none), N patches, M tokens alive, K kept, D width of the tower.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ...core.contract import Keep, PruneInputs, PruneOutput, Pruner, budget
+from ...core.errors import PruneZooError
+from ...core.merge import kept_groups, place_groups
+from ...core.plan import gather_rows
+from ...core.signals import VISION_SIGNALS
+from ..encoded import Encoded
+from ..families import find_family
+from ..parts.tower import Tower
+from ..signals.vision import VisionTap
+from .layer_prompt import now
+
+
+def choose(vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[PruneOutput, float]:
+    """What a pruner in front of the language model, of the prompt or vision stage, leaves of the images of a batch.
+
+    With it the seconds that the pruner took itself, without the tower.
+
+    Args:
+        vlm: The model that made ``encoded``.
+        encoded: From :func:`encode`; for the vision stage with or without features, since the tower runs again.
+        pruner: The pruner.
+        keep: As in :meth:`Pruner.forward`.
+
+    Raises:
+        PruneZooError: As the pruner and :class:`VisionStage` do.
+    """
+    if pruner.stage != "vision" or not len(encoded.sample):
+        start = now(encoded.slots.device)
+        return pruner(encoded.inputs, keep), now(encoded.slots.device) - start
+    family = find_family(vlm)
+    counts = budget(keep, encoded.inputs.valid.sum(1))
+    with VisionStage(family.tower(), pruner, encoded.inputs, counts) as stage:
+        features = family.run_encoder("image", {**encoded.batch, **encoded.pixels}).pooler_output
+    return stage.output(features if isinstance(features, Tensor) else torch.stack(list(features))), stage.seconds
+
+
+def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
+    """Raise PruneZooError on a tower that cannot be shortened, blocks that it has not, or signals of elsewhere."""
+    tower.check_can_shrink(pruner.name)
+    blocks = pruner.stages(tower.depth)
+    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < tower.depth:
+        raise PruneZooError(
+            f"pruner '{pruner.name}' acts inside vision blocks {list(blocks)}, and of this tower {tower.depth} run "
+            "up to the projected one: configure blocks that it has, in ascending order"
+        )
+    for name in pruner.needs:
+        if name not in VISION_SIGNALS:
+            raise PruneZooError(
+                f"pruner '{pruner.name}' needs '{name}', and the vision stage has, of the block inside which it "
+                f"stands: {', '.join(VISION_SIGNALS)}"
+            )
+
+
+class VisionStage:
+    """A pruner inside a tower, from ``__enter__`` to ``__exit__``, for one pass over R images."""
+
+    def __init__(self, tower: Tower, pruner: Pruner, inputs: PruneInputs, keep: Tensor) -> None:
+        """Plan the pass.
+
+        Args:
+            tower: A plain ViT.
+            pruner: Of the vision stage.
+            inputs: The patches of the images; their features are not looked at.
+            keep: ``(R,)`` long, tokens that the last block leaves of each image.
+
+        Raises:
+            PruneZooError: As :func:`check_vision_stage` does.
+        """
+        check_vision_stage(tower, pruner)
+        blocks = pruner.stages(tower.depth)
+        self.tower, self.pruner = tower, pruner
+        self.steps = dict(zip(blocks, pruner.schedule(keep, inputs.valid.sum(1), tower.depth), strict=True))
+        """By block, how many tokens it leaves of each image."""
+        self.cells, self.alive = inputs.cells, inputs
+        self.owner = torch.arange(inputs.valid.shape[1], device=keep.device).masked_fill(~inputs.valid, -1)
+        """``(R, N)``: the token that each patch went into, -1 for none."""
+        self.mask: Tensor | None = None  # (R, 1, 1, P + M) for the attention of the blocks to come
+        self.seconds = 0.0  # in the pruner
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Put the hooks on."""
+        with self.stack:  # which takes them off again if one of them cannot be put on
+            for block in range(min(self.steps) + 1, self.tower.depth):
+                attention = self.tower.attention(block).module
+                self._hook(attention.register_forward_pre_hook, self._add_mask, with_kwargs=True)
+            for block in self.steps:
+                tap = self.stack.enter_context(VisionTap(self.tower, block, self.pruner.needs))
+                (self._act_behind if self.pruner.after_block else self._act_inside)(block, tap)
+            self.stack = self.stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take them off."""
+        self.stack.close()
+
+    def output(self, features: Tensor) -> PruneOutput:
+        """What is left after the pass.
+
+        Args:
+            features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower.
+        """
+        index, valid, groups = place_groups(self.owner, self.cells, (self.owner >= 0).float(), features.shape[1])
+        order = gather_rows(self.owner, index).clamp_min(0)
+        return PruneOutput(index, valid, gather_rows(features, order), groups=groups)
+
+    def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
+        self.stack.callback(register(hook, **options).remove)
+
+    def _act_behind(self, block: int, tap: VisionTap) -> None:
+        """Hook a block so that its output gets shorter."""
+
+        def shorten(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            return self._prune(block, tap, output)
+
+        # In front of the hooks with which transformers records hidden states: the projector reads such a record.
+        self._hook(self.tower.blocks[block].register_forward_hook, shorten, prepend=True)
+
+    def _act_inside(self, block: int, tap: VisionTap) -> None:
+        """Hook a block so that its MLP gets less, and the block hands on what the MLP made."""
+        norm, mlp = self.tower.mlp(block)
+        fewer: list[Tensor] = []  # h', and what the MLP makes of it
+
+        def give_less(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            fewer.clear()
+            shorter = self._prune(block, tap, args[0])
+            if shorter is None:
+                return None
+            fewer.append(shorter)
+            return (shorter,)
+
+        def hold(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            if not fewer:
+                return None
+            fewer.append(output)
+            return output.new_zeros(())  # what the block can add to the whole of h, to no effect
+
+        def hand_on(_module: nn.Module, _args: Any, _output: Tensor) -> Tensor | None:
+            return fewer[0] + fewer[1] if fewer else None
+
+        self._hook(norm.register_forward_pre_hook, give_less)
+        self._hook(mlp.register_forward_hook, hold)
+        self._hook(self.tower.blocks[block].register_forward_hook, hand_on, prepend=True)
+
+    def _prune(self, block: int, tap: VisionTap, hidden: Tensor) -> Tensor | None:
+        """Ask the pruner: ``(R, P + K, D)`` for ``hidden (R, P + M, D)``; None where it keeps everything."""
+        prefix = self.tower.prefix
+        signals = {name: tap.read(name) for name in self.pruner.needs}
+        step = list(self.steps).index(block)
+        inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, layer=block, step=step)
+        start = now(hidden.device)
+        output = self.pruner(inputs, self.steps[block])
+        self.seconds += now(hidden.device) - start
+        if torch.equal(output.count, inputs.valid.sum(1)):
+            return None
+        groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
+        self.owner = torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
+        self.alive = inputs.after(output)
+        self.mask = self._make_mask(hidden.dtype)
+        return torch.cat([hidden[:, :prefix], self.alive.features], 1)
+
+    def _make_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to attention logits: log(size), and the lowest number for filler; None if nothing is."""
+        valid, sizes = self.alive.valid, self.alive.sizes
+        if sizes is None and bool(valid.all()):
+            return None
+        kernel = self.tower.kernel
+        if kernel not in ("sdpa", "eager"):
+            raise PruneZooError(
+                f"pruner '{self.pruner.name}' needs attn_implementation 'sdpa' or 'eager' in the vision tower, which "
+                f"has '{kernel}': it weighs merged tokens by size, or keeps different numbers of tokens in a batch"
+            )
+        weight = torch.zeros(valid.shape, device=valid.device) if sizes is None else sizes.clamp_min(1).log()
+        weight = weight.to(dtype).masked_fill(~valid, torch.finfo(dtype).min)
+        return functional.pad(weight, (self.tower.prefix, 0))[:, None, None]
+
+    def _add_mask(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        return None if self.mask is None else (args, {**kwargs, "attention_mask": self.mask})

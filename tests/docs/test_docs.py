@@ -1,0 +1,109 @@
+"""The documentation cannot rot: each command and piece of code in it is run as it stands, and links lead somewhere."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+from prunezoo.core import registry
+from trainers.cli.names import ROOT
+from trainers.upkeep.readme import PAGES, rendered
+
+DOCS = ROOT / "docs"
+RUN = ("quick_start", "choose", "train", "add_a_method", "publish", "protocol", "faq")
+NEEDS = {"network", "gpu", "hours", "install"}
+"""What a block may say that it needs, and is not run for."""
+
+
+def blocks(page):
+    """Language, what it needs, and text of each fenced block."""
+    return re.findall(r"^```(bash|python) ?(\w*)\n(.*?)^```$", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder that looks like a clone, in which commands may write."""
+    for name in ("modules", "trainers", "configs", "docs", "hub_cards", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    registry.list_pruners()
+    monkeypatch.setattr(registry, "_PRUNERS", dict(registry._PRUNERS))
+    return tmp_path
+
+
+def command_of(name):
+    """The module that `python -m` runs."""
+    found = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(found, "__path__") else found
+
+
+def run_command(line):
+    """`python -m trainers.NAME …`, in this process."""
+    words = shlex.split(line.partition(" && ")[0])
+    assert words[:2] == ["python", "-m"] and words[2].startswith("trainers."), line
+    main, code = command_of(words[2]).main, None
+    try:
+        code = main(words[3:])
+    except SystemExit as end:
+        code = end.code
+    assert not code, line
+
+
+def run_code(text, scope):
+    """Python, as it stands."""
+    exec(compile(text, "docs", "exec"), scope)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_every_command_on_a_page(page, clone, capsys):
+    scope: dict = {"__name__": "docs"}
+    for language, needs, text in blocks(page):
+        assert not needs or needs in NEEDS, f"{page}: {needs}"
+        if needs:
+            continue
+        if language == "python":
+            run_code(text, scope)
+        else:
+            for line in text.replace("\\\n", " ").splitlines():
+                run_command(line)
+    capsys.readouterr()
+    if page == "train":
+        assert (clone / "runs" / "mine" / "README.md").is_file()  # the card, of what was trained a page earlier
+    if page == "quick_start":
+        assert (clone / "runs" / "report" / "index.html").is_file() and (clone / "runs" / "show.png").is_file()
+
+
+def test_most_is_run():
+    """Of what the pages hold, that is: a page full of blocks that need something would prove nothing."""
+    found = [(page, needs) for page in RUN for _, needs, _ in blocks(page)]
+    assert {needs for _, needs, _ in blocks("lmms_eval")} <= NEEDS  # which `make test-extras` shows
+    assert sum(not needs for _, needs in found) >= 12
+    assert {page for page, needs in found if not needs} == set(RUN) - {"faq"}
+
+
+def test_the_notebook_runs_offline(clone, capsys):
+    notebook = json.loads((DOCS / "quick_start.ipynb").read_text("utf-8"))
+    scope: dict = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            run_code("".join(cell["source"]), scope)
+    assert scope["answers"].keys() == {48, 16, 8} and scope["answers"][48] == scope["full"] != ""
+    assert scope["sheet"].width > 800
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_tables_are_what_was_measured():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert rendered(text, page) == text, "run `python -m trainers.upkeep.readme`"

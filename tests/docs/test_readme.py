@@ -1,0 +1,104 @@
+"""README.md says what the measured files say, and the table of families is made of what the tests recorded."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from prunezoo.core.errors import PruneZooError
+from trainers.evaluation.record import MEAN, read_record, select
+from trainers.evaluation.summary import gather, summary_section
+from trainers.upkeep.readme import README, rendered
+from trainers.upkeep.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
+
+
+def test_readme_is_what_was_measured():
+    text = README.read_text(encoding="utf-8")
+    assert rendered(text) == text, "run `python -m trainers.upkeep.readme`"
+    with pytest.raises(PruneZooError, match="no place for 'support'"):
+        rendered(text.replace("<!-- support: end -->", ""))
+
+
+def test_retention_stands_where_as_many_tokens_were_measured():
+    names = ("ppm-tiny", "m3-tiny", "atp-tiny")
+    records = {name: read_record(ROOT / "checkpoints" / name / "metrics.json") for name in names}
+    more = dict(records["m3-tiny"], n=4200)
+    zoo = gather({**records, "m3-tiny": more})
+    lines = summary_section(zoo).splitlines()
+    (m3,) = (line for line in lines if line.startswith("| [`m3-tiny`]"))
+    assert "4,200 questions" in m3 and [cell.strip() == "–" for cell in m3.split("|")[2:-1]] == [1, 1, 1, 0, 1, 0]
+    (ppm,) = (line for line in lines if line.startswith("| [`ppm-tiny`]"))
+    (row,) = (
+        r for r in select(records["ppm-tiny"], pruner=records["ppm-tiny"]["pruner"], keep="1/9") if r["group"] == MEAN
+    )
+    assert ppm.split("|")[5].strip().startswith(f"{row['retention']:.1f} (")
+    assert [line.startswith("| [") for line in lines[2:5]] == [True] * 3 and "| random |" in lines[-3]
+
+
+def test_what_other_records_say_of_a_module_counts_for_the_same_weights():
+    record = read_record(ROOT / "checkpoints" / "ppm-tiny" / "metrics.json")
+    name = record["pruner"]
+    rows = [dict(row, keep="1/2", tokens=72) for row in select(record, pruner=name, keep="1/3")]
+    other = {**record, "rows": [*record["rows"], *rows, *(dict(row, pruner="fastv?layer=1") for row in rows)]}
+    assert gather({"ppm-tiny": record}).shipped["ppm-tiny"].at(72) is None
+    zoo = gather({"ppm-tiny": record}, [other])
+    assert zoo.shipped["ppm-tiny"].at(72) == zoo.shipped["ppm-tiny"].at(72.5) != zoo.shipped["ppm-tiny"].at(48)
+    assert len(zoo.rivals["divprune"].rows) == len(gather({"ppm-tiny": record}).rivals["divprune"].rows)
+    assert summary_section(zoo).splitlines()[-3].startswith("| fastv?layer=1 |")
+    stale = gather({"ppm-tiny": record}, [{**other, "weights": {name: "another"}}])
+    assert stale.shipped["ppm-tiny"].at(72) is None and "fastv?layer=1" in stale.rivals
+    with pytest.raises(PruneZooError, match="split is train, elsewhere test"):
+        gather({"ppm-tiny": record}, [{**other, "split": "train"}])
+
+
+def test_every_outcome_reaches_the_table():
+    both = {
+        "prompt-llava-half": "yes", "prompt-llava-video": "refused: LLaVA reads no clips: pass images",
+        "layer-llava_siglip-half": "refused: pruner 'tome' cannot: take another", "prompt-qwen2_vl-half": "yes",
+        "prompt-gemma3-half": "yes", "prompt-gemma3-video": "refused: Gemma 3 reads no clips: pass images",
+    }  # fmt: skip
+    old = {**both, "prompt-qwen2_vl-half": "refused: Qwen2-VL needs 5.9: upgrade", "prompt-gemma3-beams": "refused: no"}
+    new = {**both, "prompt-gemma3-beams": "yes"}
+    record = {"runs": [{"transformers": "5.6", "outcomes": old}, {"transformers": "5.9", "outcomes": new}]}
+    assert support_section(record).splitlines() == [
+        "| | prompt stage | layer stage |",
+        "|---|---|---|",
+        "| LLaVA | yes [1] | – |",
+        "| LLaVA (siglip) | – | no [2] |",
+        "| Qwen2-VL | yes [3] | – |",
+        "| Gemma 3 | yes [1] [4] | – |",
+        "",
+        "[1] video: reads no clips: pass images  ",
+        "[2] cannot: take another  ",
+        "[3] transformers 5.6: needs 5.9: upgrade  ",
+        "[4] beams: no  ",
+        "",
+        "Up to 3 checks a cell, each with transformers 5.6 and 5.9.",
+    ]
+
+
+def test_the_recorded_cells_are_those_of_the_tests():
+    """Whatever was added or renamed since must be run and recorded."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "test_matrix", *MATRIX]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cells = set(re.findall(r"test_matrix\[(.*)\]", listed))
+    for run in json.loads(OUTCOMES.read_text(encoding="utf-8"))["runs"]:
+        assert set(run["outcomes"]) == cells, "run `make support`"
+
+
+def test_the_oldest_environment_has_the_oldest_release():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (bound,) = (r for r in project["dependencies"] if r.startswith("transformers"))
+    oldest = bound.removeprefix("transformers>=").split(",")[0]
+    listed = subprocess.run(
+        ["make", "-n", "-B", "test-min"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"'transformers=={oldest}'" in listed
+
+
+def test_a_matrix_that_does_not_pass_is_not_noted():
+    with pytest.raises(PruneZooError, match="the matrix did not pass"):
+        run_matrix("/bin/false")

@@ -1,0 +1,387 @@
+"""Cards and publishing: every number comes from a measurement of the very weights that are published."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_server import Failure
+from huggingface_hub import ModelCard, constants
+from records import publish_it, record_of, refused
+from tiny_llava import make_llava
+
+from prunezoo import AutoPruner, attach
+from prunezoo.core.base_model import BaseModel
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import build_pruner
+from trainers import publish
+from trainers.cards import cards
+from trainers.cards.cards import render_card, write_card
+from trainers.cards.parts import weights_digest
+from trainers.cli.names import methods_shipped
+from trainers.evaluation.record import read_record, write_record
+from trainers.evaluation.summary import read_zoo
+from trainers.training.run_record import RunRecord
+
+CONFIG = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "ppm-test"
+    build_pruner("ppm", **CONFIG).save_pretrained(folder)
+    run: dict[str, object] = {
+        "command": "python -m trainers.fit --config c.yaml",
+        "vlm": "org/llava",
+        "data": "SuiteDataModule(scenes)",
+    }
+    run |= {"seed": 1, "steps": 30, "seconds": 90.0, "device": "CPU", "processes": 1, "recipe": "seed_everything: 1\n"}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+@pytest.fixture
+def published(checkpoint) -> Path:
+    """A checkpoint with its card."""
+    write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint)))
+    return checkpoint
+
+
+def test_the_card_says_what_was_measured(published):
+    card = ModelCard.load(published / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "prunezoo"
+    assert card.data.base_model == "org/llava"
+    assert card.data.base_model_relation == "adapter"
+    assert {"visual-token-pruning", "ppm", "16-tokens", "arxiv:2508.17243"} <= set(card.data.tags)
+    assert card.data.datasets == ["scenes"]
+    results = {(r.dataset_config, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert results["mean", "retention", "retention, keep 1/9"] == 100
+    assert results["count", "accuracy", "accuracy, keep 1/9"] == 1
+    assert len(results) == 3 * 2
+    lines = card.text.splitlines()
+    header = lines.index("| keep | tokens | colour | count | **mean** |")
+    assert lines[header + 2] == "| 1/9 | 16.0 | 100.0 (100.0–100.0) | 100.0 (100.0–100.0) | 100.0 (100.0–100.0) |"
+    (rival,) = (line for line in lines if line.startswith("| bad |"))
+    assert rival.startswith("| bad | 75.0, +25.0 (+")
+    assert "Evidence: paper, in part reconstructed." in lines
+    assert "| 1/9 | 64 |" in card.text and "random:llava-120m" in card.text  # speed, of the method
+    assert "30 steps in 1.5 minutes on CPU" in card.text
+    assert "python -m trainers.fit --config c.yaml" in card.text
+    assert 'AutoPruner.from_pretrained("ppm-test")' in card.text
+    assert str(published.parent) not in card.text.replace(str(published), "")
+    metrics = json.loads((published / "metrics.json").read_text())
+    assert metrics["weights"] == {str(published): weights_digest(published)}
+
+
+def test_what_no_pruner_can_know_stands_apart(checkpoint):
+    write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint), rival="relevance"))
+    text = (checkpoint / "README.md").read_text()
+    assert "| rival |" not in text
+    diagnostic, line, row = [at for at in text.splitlines() if at.startswith("|")][-6:-3]  # a table, before speed
+    assert diagnostic.startswith("| diagnostic |") and set(line) == {"|", "-"}
+    assert row.startswith("| relevance | 75.0, +25.0 (+")
+
+
+def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
+    write_record(record_of(str(checkpoint), weights_digest(checkpoint)), tmp_path / "e.json")
+    assert cards.main([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
+    assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
+
+
+def test_nothing_ships_without_a_card_and_the_record_behind_it():
+    folders = [path.parent for path in cards.SHIPPED.glob("*/config.json")]
+    assert len(folders) > len(read_zoo().shipped) > 1
+    for folder in folders:
+        assert (folder / "README.md").is_file() and (folder / "metrics.json").is_file(), folder
+
+
+@pytest.mark.parametrize("name", read_zoo().shipped)
+def test_every_shipped_card_is_what_was_measured(name):
+    """Rendered anew from the records in the folder, it is the card that ships, letter by letter."""
+    folder = cards.SHIPPED / name
+    stored = json.loads((folder / "config.json").read_text())
+    card = str(render_card(folder, read_record(folder / "metrics.json")))
+    assert card == (folder / "README.md").read_text(encoding="utf-8"), f"run `python -m trainers.cards {folder}`"
+    copy = (cards.CARDS / f"{name}.md").read_text(encoding="utf-8")
+    assert copy == cards.shipped_copy(card, name) != card
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", copy):
+        assert (cards.CARDS / picture).is_file(), picture
+    assert (folder / "kept.webp").is_file()
+    assert stored["base_model"]["name"] == "checkpoints/tiny-llava"
+
+
+def test_a_record_of_before_the_oracle_scale_still_makes_a_card(checkpoint, tmp_path, capsys):
+    record = record_of(str(checkpoint), weights_digest(checkpoint))
+    del record["oracle_scale"], record["layers"]
+    write_record(record, tmp_path / "old.json")
+    assert cards.main([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
+    first = (checkpoint / "README.md").read_text()
+    assert "as one who knew the answers would choose" not in first
+    assert cards.main([str(checkpoint)]) == 0  # anew, from its own metrics
+    assert (checkpoint / "README.md").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "message"),
+    [
+        ("divprune", {"weights": {"divprune": None}}, "the evaluation measured divprune, bad, not it"),
+        (None, {"weights": {}}, "measured other weights"),
+        (None, {"split": "validation"}, "needs the held-out test split"),
+    ],
+)
+def test_a_card_of_something_else_is_refused(checkpoint, name, header, message):
+    record = record_of(name or str(checkpoint), weights_digest(checkpoint), **header)
+    with pytest.raises(PruneZooError, match=message):
+        write_card(checkpoint, record)
+    assert not (checkpoint / "README.md").exists()
+
+
+def test_a_folder_is_known_by_its_weights_wherever_it_lies(checkpoint, tmp_path):
+    digest = weights_digest(checkpoint)
+    record = record_of("runs/a/ppm", digest)
+    moved = shutil.copytree(checkpoint, tmp_path / "another")
+    assert cards.metrics_of(moved, record)["pruner"] == "runs/a/ppm"
+    both = {**record, "weights": {"runs/a/ppm": digest, "runs/b/ppm": "another"}}
+    both["rows"] = [*record["rows"], *(dict(row, pruner="runs/b/ppm") for row in record["rows"])]
+    assert cards.metrics_of(shutil.copytree(checkpoint, tmp_path / "ppm"), both)["pruner"] == "runs/a/ppm"
+
+
+def test_a_dry_run_shows_the_files_and_uploads_nothing(published, capsys, monkeypatch):
+    monkeypatch.setattr(publish, "upload", lambda *_: pytest.fail("a dry run must not upload"))
+    (published / "training").mkdir()
+    assert publish.main([str(published), "org/ppm-test", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for name in ("config.json", "model.safetensors", "README.md", "metrics.json", "run.json"):
+        assert name in out
+    assert "left here: training" in out
+    assert "dry run: nothing was uploaded" in out
+
+
+def spoil_metrics(folder: Path) -> None:
+    (folder / "metrics.json").write_text("{}")
+
+
+def spoil_weights(folder: Path) -> None:
+    build_pruner("ppm", **CONFIG).save_pretrained(folder)  # other random weights
+
+
+def spoil_tensor(folder: Path) -> None:
+    build_pruner("ppm", **{**CONFIG, "blocks": 2}).save_pretrained(folder.with_name("bigger"))
+    (folder / "model.safetensors").write_bytes((folder.with_name("bigger") / "model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "repo", "message"),
+    [
+        (lambda folder: (folder / "metrics.json").unlink(), "org/name", "metrics.json is missing; write it with"),
+        (spoil_metrics, "org/name", "not an evaluation"),
+        (spoil_weights, "org/name", "measured with other weights"),
+        (spoil_tensor, "org/name", "model.safetensors"),
+        (lambda folder: None, "name", "write ORG/NAME"),
+        (lambda folder: None, "org/na me", "is no Hub id"),
+    ],
+)
+def test_what_is_not_whole_or_not_measured_is_refused(published, capsys, spoil, repo, message):
+    spoil(published)
+    with pytest.raises(SystemExit) as caught:
+        publish.main([str(published), repo, "--dry-run"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("name", sorted(methods_shipped()))
+def test_all_that_a_card_rests_on_is_published(name, tmp_path):
+    """From the published files alone the same is published again: record of a policy, stop rule, pictures and all."""
+    files = publish.check(cards.SHIPPED / name, f"org/{name}").files
+    for file, content in files.items():
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert publish.check(tmp_path / name, f"org/{name}").files == files
+    left = {path.name for path in (cards.SHIPPED / name).iterdir()} - {Path(file).parts[0] for file in files}
+    assert not left, "nothing else lies in what ships"
+
+
+def test_publish_then_load_by_name(published, hub, capsys, monkeypatch):
+    """One commit with what belongs to it, a tag; the same again is nothing; what is loaded is what was published."""
+    (published / "training").mkdir()
+    (published / "training" / "last.ckpt").write_text("nobody's business")
+    assert f"published: {hub.endpoint}/org/ppm-test (revision v1)" in publish_it(
+        published, capsys, "org/ppm-test", "--private"
+    )
+    repo = hub.repos["org/ppm-test"]
+    assert repo.private and len(repo.commits) == 2  # the first is the Hub's own
+    sent = repo.commits[-1]
+    assert sent.files.keys() - {".gitattributes"} == {
+        *("config.json", "model.safetensors", "README.md", "metrics.json", "run.json")
+    }
+    assert sent.large == {"model.safetensors"} and sent.summary == "Upload ppm"
+    assert 'AutoPruner.from_pretrained("org/ppm-test")' in sent.files["README.md"].decode()
+
+    assert "unchanged, nothing was uploaded" in publish_it(published, capsys)
+    assert len(repo.commits) == 2 and list(repo.tags) == ["v1"]
+
+    before = (published / "model.safetensors").read_bytes()
+    spoil_weights(published)
+    write_card(published, record_of(str(published), weights_digest(published)))
+    assert "(revision v2)" in publish_it(published, capsys)
+    assert [len(repo.commits), list(repo.tags)] == [3, ["v1", "v2"]]
+    assert repo.commits[-1].files["model.safetensors"] != before
+
+    newest, first = (
+        AutoPruner.from_pretrained("org/ppm-test"),
+        AutoPruner.from_pretrained("org/ppm-test", revision="v1"),
+    )
+    assert not torch.equal(newest.head.weight, first.head.weight)
+    assert torch.equal(newest.head.weight, AutoPruner.from_pretrained(published).head.weight)
+
+    hub.requests.clear()  # what is in the cache is not downloaded again
+    assert torch.equal(AutoPruner.from_pretrained("org/ppm-test").head.weight, newest.head.weight)
+    assert hub.requests and not [request for request in hub.requests if request.startswith("GET")]
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(AutoPruner.from_pretrained("org/ppm-test", revision="v1").head.weight, first.head.weight)
+    assert not hub.requests
+    with pytest.raises(PruneZooError, match="is not in the cache, and only the cache may be asked"):
+        AutoPruner.from_pretrained("org/other")
+
+
+def test_what_the_hub_cannot_give(published, hub, capsys, tmp_path):
+    publish_it(published, capsys, "org/ppm-test", "--private")
+    loads = {
+        ("org/ppm-test", "v9"): "has no revision 'v9'",
+        ("org/nothing", None): "neither a folder here nor a Hub repository that you can read",
+    }
+    for (name, revision), words in loads.items():
+        with pytest.raises(PruneZooError, match=words):
+            AutoPruner.from_pretrained(name, revision)
+    with pytest.raises(PruneZooError, match="that you can read"):
+        AutoPruner.from_pretrained("org/ppm-test", token=False)
+    hub.add("org/bert", {"config.json": b"{}"})
+    with pytest.raises(PruneZooError, match="key 'config' is missing"):
+        AutoPruner.from_pretrained("org/bert")
+    hub.add("org/empty", {})
+    with pytest.raises(PruneZooError, match="is missing in the Hub repository 'org/empty'"):
+        AutoPruner.from_pretrained("org/empty")
+    AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "elsewhere")
+    assert AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "elsewhere", local_files_only=True)
+    with pytest.raises(PruneZooError, match="not in the cache"):
+        AutoPruner.from_pretrained("org/ppm-test", cache_dir=tmp_path / "third", local_files_only=True)
+
+
+def test_all_files_are_of_one_commit(published, hub, capsys):
+    """A push between the download of the config and that of the weights changes nothing of what is loaded."""
+    publish_it(published, capsys)
+    first = hub.repos["org/ppm-test"].commits[-1]
+    pushed = []
+    handler = hub.server.RequestHandlerClass
+    resolve = handler.resolve
+
+    def push_after(self, commit, file):
+        resolve(self, commit, file)
+        if file == "config.json" and self.command == "GET" and not pushed:
+            pushed.append(hub.commit("org/ppm-test", "other", {**first.files, "model.safetensors": b"other"}, set()))
+
+    handler.resolve = push_after
+    assert torch.equal(
+        AutoPruner.from_pretrained("org/ppm-test").head.weight, AutoPruner.from_pretrained(published).head.weight
+    )
+    assert pushed
+
+
+@pytest.mark.parametrize(
+    "request_", ["POST /api/repos/create", "GET /api/models", "/preupload/", "PUT /upload", "/commit/", "/tag/"]
+)
+@pytest.mark.parametrize("status", [503, None])
+def test_what_fails_once_is_tried_again(published, hub, capsys, request_, status):
+    """A busy server, or a line that breaks, at every step: in the end there is one commit, and one tag."""
+    hub.failures.append(Failure(request_, status))
+    assert "(revision v1)" in publish_it(published, capsys)
+    assert hub.failures[0].times == 0
+    assert [c.summary for c in hub.repos["org/ppm-test"].commits] == ["initial commit", "Upload ppm"]
+    assert hub.repos["org/ppm-test"].tags == {"v1": hub.repos["org/ppm-test"].commits[-1].oid}
+
+
+@pytest.mark.parametrize("request_", ["PUT /upload", "/commit/"])
+def test_a_cut_upload_leaves_nothing_half_done(published, hub, capsys, request_):
+    hub.failures.append(Failure(request_, None, times=100))
+    assert refused(published, capsys).startswith("error: org/ppm-test: not uploaded;")
+    assert len(hub.repos["org/ppm-test"].commits) == 1 and not hub.repos["org/ppm-test"].tags
+    hub.failures.clear()
+    assert "published:" in publish_it(published, capsys)
+
+
+def test_a_tag_that_was_not_reached_is_made_up_for(published, hub, capsys):
+    hub.failures.append(Failure("/tag/", 500, times=100))
+    assert "not uploaded; " in refused(published, capsys)
+    hub.failures.clear()
+    assert "unchanged, nothing was uploaded" in publish_it(published, capsys)
+    assert list(hub.repos["org/ppm-test"].tags) == ["v1"]
+
+
+def test_refusals_of_the_hub_are_one_line(published, hub, capsys, monkeypatch):
+    assert "is the organisation yours?" in refused(published, capsys, "others/ppm-test")
+    hub.add("org/bert", {"config.json": b"{}", "pytorch_model.bin": b"?"})
+    assert "org/bert is taken: it holds something that is not prunezoo's; choose another name" in refused(
+        published, capsys, "org/bert"
+    )
+    other = published.with_name("m3-test")
+    build_pruner("m3", width=32, hidden=16, heads=2).save_pretrained(other)
+    hub.add("org/m3", {name: (other / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    assert "org/m3 is taken: it holds the method 'm3'" in refused(published, capsys, "org/m3")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "check the token: `hf auth login`, or HF_TOKEN" in refused(published, capsys)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert refused(published, capsys).startswith("error: org/ppm-test: not uploaded;")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refused(published, capsys)
+
+
+def test_a_pruner_of_another_model_is_refused_unless_told(tmp_path):
+    """Both are named, with what differs; told so, it runs where the widths allow."""
+    vlm, other = make_llava(), make_llava()
+    other.config.text_config.hidden_size = 64
+    alike = make_llava(seed=1)  # other weights, the same build
+    pruner = build_pruner("ppm", **CONFIG)
+    pruner.base_model = BaseModel.describe(vlm)
+    pruner.base_model = BaseModel(**{**pruner.base_model.to_dict(), "name": "org/llava"})
+    folder = pruner.save_pretrained(tmp_path / "p")
+    assert AutoPruner.from_pretrained(folder, vlm=alike).base_model == pruner.base_model
+    other.name_or_path = "org/wide-llava"
+    message = "this 'ppm' was trained for org/llava, not for org/wide-llava: width 32 and 64; take .* any_model=True"
+    with pytest.raises(PruneZooError, match=message):
+        AutoPruner.from_pretrained(folder, vlm=other)
+    with pytest.raises(PruneZooError, match=message):
+        attach(other, folder, keep=4)
+    deeper = make_llava(num_hidden_layers=3)
+    with pytest.raises(PruneZooError, match="decoder layers 2 and 3"):
+        attach(deeper, folder, keep=4)
+    with attach(deeper, AutoPruner.from_pretrained(folder, vlm=deeper, any_model=True), keep=4):
+        pass
+    for change, words in (({"width": "32"}, "no right width"), ({"tower": None}, "no right tower")):
+        stored = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**stored, "base_model": {**stored["base_model"], **change}}))
+        with pytest.raises(PruneZooError, match=words):
+            AutoPruner.from_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(stored))
+
+
+def test_the_run_record_is_written_beside_the_pruner(tmp_path):
+    """Seconds are counted on over a resumed run."""
+    record = RunRecord(str(tmp_path / "p"), "python -m trainers.fit", "seed_everything: 1\n", "org/llava", "data", 1)
+    module = SimpleNamespace(pruner=build_pruner("ppm", **CONFIG), device=torch.device("cpu"))
+    trainer = SimpleNamespace(is_global_zero=True, global_step=7, world_size=1)
+    record.load_state_dict({"seconds": 100.0})
+    record.on_train_start(trainer, module)
+    record.on_train_batch_end(trainer, module, None, None, 0)
+    assert 100 <= record.state_dict()["seconds"] < 160
+    record.on_fit_end(trainer, module)
+    written = json.loads((tmp_path / "p" / "run.json").read_text())
+    assert (written["steps"], written["vlm"], written["processes"]) == (7, "org/llava", 1)
+    assert written["parameters"] == sum(p.numel() for p in module.pruner.parameters())

@@ -1,0 +1,1 @@
+"""What the frozen model said, kept on disk."""

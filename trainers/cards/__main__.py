@@ -1,0 +1,40 @@
+"""Render model cards from run record and measured evaluation; no number is written by hand.
+
+    python -m trainers.cards checkpoints/ppm-tiny --json evaluation.json
+
+writes `README.md` (the card) and `metrics.json` (the numbers behind it) into the folder and, for what ships in
+`checkpoints/`, a copy of the card into `hub_cards/`. For the frozen model's own folder it is the instrument's card.
+Without `--json` the card is rendered anew from the folder's own `metrics.json`; `--picture` draws what is kept.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainers.cli.errors import command
+from trainers.cli.names import find_folder
+from trainers.evaluation.record import read_record
+
+from .cards import card_examples, write_card
+from .parts import METRICS_FILE
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the card of a checkpoint folder."""
+    p = argparse.ArgumentParser(prog="python -m trainers.cards", description="Write a pruner's model card.")
+    p.add_argument("folder", help="the pruner's folder, or the name of a shipped one")
+    p.add_argument("--json", type=Path, help="what `trainers.evaluate --json` wrote; by default the folder's own")
+    p.add_argument("--picture", action="store_true", help="draw the picture of kept tokens anew")
+    args = p.parse_args(argv)
+    folder = find_folder(args.folder)
+    record = read_record(args.json or folder / METRICS_FILE)
+    examples = card_examples(folder, record) if args.picture else ()
+    for path in write_card(folder, record, examples):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

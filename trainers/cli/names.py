@@ -1,0 +1,125 @@
+"""Short names: `ppm` for `checkpoints/ppm-tiny`, `tiny-llava` for `checkpoints/tiny-llava`, `ppm_tiny` for a recipe.
+
+Commands take a short name wherever they take a path of what ships; a path that is there, or a Hub id, stays as it is.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.hub import CONFIG_FILE
+from prunezoo.core.registry import list_pruners, pruner_class
+
+ROOT = Path(__file__).parent.parent.parent
+CHECKPOINTS, CONFIGS = ROOT / "checkpoints", ROOT / "configs"
+TINY = "-tiny"
+"""What ends the names of the pruners that were trained for the embedded model."""
+
+
+def methods_shipped() -> dict[str, str]:
+    """The pruners and tokenizers in `checkpoints/`: folder name to method, sorted."""
+    found = {}
+    for path in sorted(CHECKPOINTS.glob(f"*/{CONFIG_FILE}")):
+        method = json.loads(path.read_text(encoding="utf-8")).get("method")
+        if method is not None:
+            found[path.parent.name] = str(method)
+    return found
+
+
+def find_pruner(name: str) -> str:
+    """What a name on a command line stands for.
+
+    Args:
+        name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
+            the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
+            (`?k=v`).
+
+    Raises:
+        PruneZooError: nothing is called so, or several shipped pruners are of that method.
+    """
+    short, mark, query = name.partition("?")
+    if "/" in short or "@" in short or Path(short).exists() or short in ("oracle", "relevance"):
+        return name
+    shipped = methods_shipped()
+    of_method = [folder for folder, method in shipped.items() if method == short]
+    if short in shipped:
+        of_method = [short]
+    elif short + TINY in of_method:
+        of_method = [short + TINY]
+    if not of_method:
+        if short not in list_pruners():
+            raise PruneZooError(f"no pruner is called '{short}'{near(short, [*list_pruners(), *shipped])}")
+        if has_weights(short):
+            raise PruneZooError(f"'{short}' is learned and none is shipped: give the folder or Hub id of a trained one")
+        return name
+    if len(of_method) > 1:
+        raise PruneZooError(f"several '{short}' are shipped: say {' or '.join(of_method)}")
+    return f"{shown(CHECKPOINTS / of_method[0])}{mark}{query}"
+
+
+def find_vlm(name: str) -> str:
+    """The path of a shipped model; a path that is there, a Hub id and `random:…` stay as they are.
+
+    Raises:
+        PruneZooError: nothing is called so.
+    """
+    if "/" in name or ":" in name or Path(name).exists():
+        return name
+    if not (CHECKPOINTS / name).is_dir():
+        models = [path.parent.name for path in CHECKPOINTS.glob("*/tokenizer.json")]
+        raise PruneZooError(f"no model is called '{name}'{near(name, models)}; a Hub id is written org/name")
+    return shown(CHECKPOINTS / name)
+
+
+def find_folder(name: str) -> Path:
+    """The folder that a name stands for: a path that is there, anything in `checkpoints/`, or as `find_pruner` says."""
+    if not Path(name).exists() and (CHECKPOINTS / name).is_dir():
+        return Path(shown(CHECKPOINTS / name))
+    return Path(name) if Path(name).exists() else Path(find_pruner(name))
+
+
+def find_config(name: str) -> str:
+    """The path of a recipe, `ppm_tiny` or `ppm_tiny.yaml`; a path that is there stays as it is.
+
+    Raises:
+        PruneZooError: there is no such recipe.
+    """
+    if Path(name).exists() or "/" in name:
+        return name
+    path = CONFIGS / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if not path.is_file():
+        known = [one.stem for one in CONFIGS.glob("*.yaml")]
+        raise PruneZooError(f"no recipe is called '{name}'{near(name, known)}; they are in configs/")
+    return shown(path)
+
+
+def expand_configs(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the short names behind `--config` written out."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1] == "--config":
+            out.append(find_config(word))
+        elif word.startswith("--config="):
+            out.append(f"--config={find_config(word.removeprefix('--config='))}")
+        else:
+            out.append(word)
+    return out
+
+
+def has_weights(method: str) -> bool:
+    """Whether a method is learned."""
+    return pruner_class(method).__module__.split(".")[-2] == "learned"
+
+
+def shown(path: Path) -> str:
+    """A path of the repository as people write it where they stand, from its root if they stand there."""
+    return str(path.relative_to(ROOT)) if Path.cwd() == ROOT else str(path)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'ppm'?`, or what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known)}"

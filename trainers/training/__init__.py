@@ -1,0 +1,1 @@
+"""What `fit` trains, and what the trainings share."""

@@ -1,0 +1,96 @@
+"""What the frozen model itself says about which image tokens matter: the guides that a pruner warms up on.
+
+Letters: B images (one a sample), N image tokens, S answer slots of the whole batch, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.plan import mask_to_index
+from prunezoo.core.signals import parse_signal
+from prunezoo.host import Encoded, full_forward, gated_forward
+from prunezoo.host.families import find_family
+from prunezoo.host.signals.language import Entry, attention_to_images
+from trainers.data.conversation import IGNORED
+
+from .losses import answer_slots
+
+
+def relevance(vlm: Any, encoded: Encoded, answer: Literal["reference", "top"] = "reference") -> tuple[Tensor, Tensor]:
+    """How much an answer token's log-odds move when an image token's attention keys are dimmed.
+
+    |d log-odds / d log gate| at gates of 1, through all layers at once: first-order token removal, as in Molchanov
+    et al. (arXiv 1611.06440) and, for attention masks of heads, Michel et al. (arXiv 1905.10650). Log-odds, because
+    the gradient of a log-likelihood fades where the model is sure. One answer slot a sample, drawn at random: each
+    digit of a number has its own image tokens, and a sum over slots hides those of the slots that the model is surest
+    of. A loss that is linear in the guide sees the mean of the slots' maps all the same, at the price of one forward
+    and one backward pass.
+
+    Args:
+        vlm: The frozen model.
+        encoded: A batch with labels, images encoded.
+        answer: The reference answer, or what the model itself thinks best at each answer slot (then no label is needed
+            but for its length).
+
+    Returns:
+        relevance (B, N) float32, at least 0, 0 on padding; the full model's logits (S, V) at the answer slots.
+    """
+    valid = encoded.inputs.valid
+    with torch.enable_grad():
+        gates = torch.ones(valid.shape, device=valid.device, requires_grad=True)
+        out = gated_forward(vlm, encoded, gates)
+        logits, tokens, sample = answer_slots(out.logits, out.labels)
+        if answer == "top":
+            tokens = logits.argmax(-1)
+        chosen = one_slot_each(sample)
+        place = tokens[chosen, None]
+        others = logits[chosen].scatter(-1, place, -torch.inf).logsumexp(-1)
+        odds = logits[chosen].gather(-1, place)[:, 0] - others
+        (gradient,) = torch.autograd.grad(odds.sum(), gates)  # d/d gate and d/d log gate are one at a gate of 1
+    return gradient.abs() * valid, logits.detach()
+
+
+def one_slot_each(sample: Tensor) -> Tensor:
+    """A random answer slot of every sample: indices into the slots, (number of samples with a slot,).
+
+    Args:
+        sample: (S,) the sample of each slot, ascending.
+    """
+    draw = torch.rand(len(sample), device=sample.device)
+    shuffled = (sample + draw).argsort()  # within each sample a random order, samples one after another
+    first = torch.ones_like(sample, dtype=torch.bool)
+    first[1:] = sample[1:] != sample[:-1]
+    return shuffled[first]
+
+
+def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Tensor]:
+    """The attention that image tokens receive from the prompt in a guide layer (CoViPAL, arXiv 2508.17243).
+
+    The paper sums over heads and over the last rows of the attention map, without saying clearly which; here it is the
+    mean over heads and over the words after the image. No label enters.
+
+    Args:
+        vlm: The frozen model.
+        encoded: A batch with labels, images encoded.
+        layer: Which decoder layer, from 0.
+
+    Returns:
+        attention (B, N) float32; the full model's logits (S, V) at the answer slots.
+    """
+    out = full_forward(vlm, encoded, output_hidden_states=True)
+    assert out.hidden_states is not None and encoded.labels is not None
+    if not 0 <= layer < len(out.hidden_states) - 1:
+        raise PruneZooError(f"guide_layer={layer}: the decoder has layers 0 to {len(out.hidden_states) - 2}")
+    words = encoded.mask & (encoded.labels == IGNORED)
+    rows = encoded.sample[:, None].expand_as(encoded.slots)
+    words[rows[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False
+    positions = torch.arange(words.shape[1], device=words.device).expand_as(words)
+    decoder, hidden = find_family(vlm).decoder(), out.hidden_states[layer]
+    entry = Entry(hidden, decoder.rotary(hidden, positions), encoded.mask)
+    signal = parse_signal("prompt_attention")
+    images = encoded.sample, encoded.slots, encoded.inputs.valid
+    attention = attention_to_images(decoder, signal, layer, entry, mask_to_index(words), *images)
+    return attention * encoded.inputs.valid, answer_slots(out.logits, out.labels)[0]

@@ -1,0 +1,89 @@
+"""The parts of README.md and docs/choose.md that are made from measured files.
+
+They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
+
+    python -m trainers.upkeep.readme     write them anew
+
+No number and no "yes" in them is typed: `support` comes from tests/families/support.json, which `make support` writes,
+`speed` from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the shipped
+modules and in hub_cards/measured/.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunezoo.core.errors import PruneZooError
+from trainers.benchmarking.tables import speed_section
+from trainers.cli.errors import command
+from trainers.evaluation.summary import read_zoo, summary_section
+from trainers.list import markdown
+
+from .support import support_section
+
+ROOT = Path(__file__).parent.parent.parent
+README = ROOT / "README.md"
+
+
+def support() -> str:
+    """What works on which family."""
+    return support_section(_read(ROOT / "tests" / "families" / "support.json", "support"))
+
+
+def measured() -> str:
+    """Retention of the shipped modules and of their rivals."""
+    return summary_section(read_zoo())
+
+
+def speed() -> str:
+    """What pruning saves in time."""
+    return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"))
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": speed}
+"""What makes a section, by name."""
+
+
+PAGES = {README: SECTIONS, ROOT / "docs" / "choose.md": {"zoo": markdown}}
+"""The pages with such sections."""
+
+
+def rendered(text: str, page: Path = README) -> str:
+    """A page with all its sections made anew.
+
+    Raises:
+        PruneZooError: a section has no place in it, or what it is made from is not there.
+    """
+    for name, render in PAGES[page].items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        if begin not in text or end not in text:
+            raise PruneZooError(f"{page.name}: no place for '{name}': write '{begin.strip()}' and '{end}' there")
+        before, rest = text.split(begin, 1)
+        text = before + begin + render() + rest[rest.index(end) :]
+    return text
+
+
+def _read(path: Path, target: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PruneZooError(f"{path.name}: {error.strerror}; `make {target}` writes it") from None
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write them anew."""
+    p = argparse.ArgumentParser(
+        prog="python -m trainers.upkeep.readme",
+        description="Write the tables of README.md and docs/choose.md anew, from the records beside what is shipped.",
+    )
+    p.parse_args(argv)
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8"), page), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
