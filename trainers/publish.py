@@ -27,9 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from prunezoo.core.contract import Configured
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.hub import CONFIG_FILE, file_names, read_method
+from prunezoo.core.hub import CONFIG_FILE, Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
 from prunezoo.tokenizers.one_d_piece import OneDPiece
@@ -72,7 +71,7 @@ class Kind:
         how: the command that writes them, into `{folder}`.
     """
 
-    load: Callable[[Path], Configured]
+    load: Callable[[Path], Pretrained]
     read: Callable[[Path], dict[str, Any]]
     measured: Callable[[Mapping[str, Any]], set[str]]
     render: Callable[[Path, Mapping[str, Any], str], ModelCard]
@@ -116,7 +115,7 @@ class Package:
     folder: Path
     repo: str
     files: dict[str, bytes]
-    module: Configured
+    module: Pretrained
     card: ModelCardData
 
 

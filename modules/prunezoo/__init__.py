@@ -1,6 +1,7 @@
 """prunezoo: small learned visual-token pruners for frozen vision-language models."""
 
-from .core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
+from .core.config import PrunerConfig
+from .core.contract import PruneInputs, PruneOutput, Pruner
 from .core.errors import PruneZooError
 from .core.registry import AutoPruner, build_pruner, list_pruners, load_pruner, register_pruner
 from .host import attach, encode, full_forward, gated_forward, pruned_forward

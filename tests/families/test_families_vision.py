@@ -13,7 +13,7 @@ from prompt_oracle import STEPS, blind, write
 from tower_oracle import by_hand, slots_of, tome_by_hand
 
 from prunezoo import PruneZooError, attach, build_pruner, encode
-from prunezoo.core.contract import budget
+from prunezoo.core.budgets import budget
 from prunezoo.host.families import find_family
 from prunezoo.host.run import run_pruned
 from prunezoo.host.stages.vision import choose

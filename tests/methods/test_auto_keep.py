@@ -5,7 +5,8 @@ import torch
 from tiny_llava import make_image
 
 from prunezoo import PruneZooError, attach, build_pruner, encode
-from prunezoo.core.contract import Pruner, budget
+from prunezoo.core.budgets import budget
+from prunezoo.core.contract import Pruner
 from prunezoo.host import run_pruned
 from trainers.evaluation.budgets import Budget, parse_budget
 from trainers.evaluation.methods import PrunerMethod

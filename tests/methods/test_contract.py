@@ -9,7 +9,8 @@ from made_inputs import ALL, DIM, GRIDS, TEXT, WIDTHS, build, make_inputs, same,
 from tiny_llava import make_image
 
 from prunezoo import PruneInputs, PrunerConfig, PruneZooError, attach, encode, load_pruner
-from prunezoo.core.contract import Pruner, budget
+from prunezoo.core.budgets import budget
+from prunezoo.core.contract import Pruner
 from prunezoo.core.registry import pruner_class, register_pruner
 from prunezoo.host import encode_needs, full_forward, run_pruned
 from prunezoo.learned.budget import BudgetPolicy

@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from prunezoo.core.contract import Configured
+from prunezoo.core.hub import Pretrained
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class About:
     evidence: str
 
 
-def about(method: type[Configured]) -> About:
+def about(method: type[Pretrained]) -> About:
     """Read the docstring of the file that a method stands in."""
     text = inspect.getdoc(sys.modules[method.__module__]) or ""
     paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]

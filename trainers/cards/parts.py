@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from prunezoo.core.contract import AUTO
+from prunezoo.core.budgets import AUTO
 from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import COLUMNS, ratio, settings_of
 from trainers.evaluation.record import MEAN, Row, mean_row, select

@@ -13,7 +13,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from prunezoo.core.contract import AUTO, Keep, Pruner, budget
+from prunezoo.core.budgets import AUTO, Keep, budget
+from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host.stages.layer_prompt import Cut, layer_mean
 

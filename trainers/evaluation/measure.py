@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunezoo.core.contract import Keep, Pruner
+from prunezoo.core.budgets import Keep
+from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import Encoded, HostOutput, encode, full_forward

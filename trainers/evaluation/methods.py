@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunezoo.core.contract import Keep, PruneInputs, Pruner, auto_mean
+from prunezoo.core.budgets import Keep, auto_mean
+from prunezoo.core.contract import PruneInputs, Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded

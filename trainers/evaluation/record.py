@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prunezoo.core.contract import AUTO
+from prunezoo.core.budgets import AUTO
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import whole_file
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezoo.core.contract import PruneOutput, Pruner, budget
+from prunezoo.core.budgets import budget
+from prunezoo.core.contract import PruneOutput, Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
 from prunezoo.host import Encoded, encode, encode_needs, run_gated

@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from prunezoo.core.contract import PruneInputs, budget
+from prunezoo.core.budgets import budget
+from prunezoo.core.contract import PruneInputs
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.subsets import draw_subsets, log_probability, pick_entropy, pick_kl, subset_mask
 from prunezoo.host import Encoded, encode, full_forward

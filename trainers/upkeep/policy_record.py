@@ -26,7 +26,8 @@ from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 from transformers import AutoProcessor
 
-from prunezoo.core.contract import Pruner, budget
+from prunezoo.core.budgets import budget
+from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.subsets import draw_subsets, log_probability, subset_mask

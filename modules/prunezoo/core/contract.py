@@ -25,27 +25,19 @@ To add a method, write one file in ``learned/``, ``training_free/`` or ``tokeniz
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
-import difflib
-import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from .base_model import BaseModel
+from .budgets import Keep, auto_mean, budget, check_keep
 from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
+from .hub import Pretrained
 from .plan import gather_rows, mask_to_index
-
-Keep = int | float | str | Tensor
-AUTO = re.compile(r"auto(?::([1-9]\d*))?")
-"""How a budget is written that the pruner sets itself: `auto`, or `auto:64` for 64 tokens in the mean over images."""
 
 
 @dataclass(frozen=True)
@@ -119,82 +111,7 @@ class PruneOutput:
         return gather_rows(inputs.features, self.index) if self.features is None else self.features
 
 
-@dataclass(frozen=True)
-class PrunerConfig:
-    """Base of the configs: flat, frozen, JSON values only; check ranges in ``__post_init__``, raise PruneZooError."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        """Build from a mapping; an unknown key, or a value of another type, is an error that names it and ``where``."""
-        known = [f.name for f in fields(cls)]
-        hints = get_type_hints(cls)
-        for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
-                raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
-            if not _fits(value, hints[key]):
-                kind = getattr(hints[key], "__name__", hints[key]) if get_origin(hints[key]) is None else hints[key]
-                raise PruneZooError(f"{where}config key '{key}' of {cls.__name__} must be {kind}, got {value!r:.60}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in args)
-    if origin is Literal:
-        return isinstance(value, str | int) and value in args
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(one, args[0]) for one in value)
-    if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return type(value) in kinds and abs(value) < 2**63  # false for NaN
-    return hint is Any or isinstance(value, origin or hint)
-
-
-class Configured(nn.Module):
-    """A module that is built from a config, and saved and loaded strictly with it."""
-
-    name: ClassVar[str] = ""
-    config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
-
-    config: PrunerConfig
-    base_model: BaseModel | None = None  # the frozen model that it was trained for, where it was for one
-
-    def __init__(self, config: PrunerConfig | Mapping[str, Any] | None = None, **overrides: Any) -> None:
-        """Take a config, a mapping or nothing, then single fields over it; unknown keys are refused."""
-        super().__init__()
-        values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
-        self.config = self.config_class.from_dict({**values, **overrides})
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``; see :func:`hub.save`."""
-        from .hub import save
-
-        return save(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None, **options: Any) -> Self:
-        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method.
-
-        Args:
-            source: A folder written by :meth:`save_pretrained`, or a Hub id.
-            revision: Branch, tag or commit, for a Hub id.
-            options: The other fields of :class:`source.Source`: ``cache_dir``, ``token``, ``local_files_only``, …
-        """
-        from .hub import load
-        from .source import Source
-
-        return load(cls, Source(source, revision, **options))
-
-
-class Pruner(Configured):
+class Pruner(Pretrained):
     """A method that chooses or makes the visual tokens which a frozen language model reads.
 
     A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
@@ -347,55 +264,3 @@ class Pruner(Configured):
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
         """Losses of the method's own, by name, each a weighted scalar; none by default."""
         return {}
-
-
-def check_keep(keep: Keep) -> None:
-    """Raise PruneZooError unless ``keep`` is an int >= 1, a float in (0, 1], "auto", "auto:N", or (B,) integers."""
-    if isinstance(keep, str):
-        if not AUTO.fullmatch(keep):
-            raise PruneZooError(
-                f"keep='{keep}' is none: tokens (int), a share (float), 'auto' or, for a mean, 'auto:64'"
-            )
-    elif isinstance(keep, Tensor):
-        if keep.is_floating_point() or keep.dtype == torch.bool or keep.dim() != 1:
-            raise PruneZooError(f"keep as a tensor must be (B,) integers, got {keep.dtype} {tuple(keep.shape)}")
-    elif isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise PruneZooError(f"keep must be an int (tokens per image) or a float in (0, 1], got {keep!r}")
-    elif isinstance(keep, int):
-        if keep < 1:
-            raise PruneZooError(f"keep={keep} is out of range: tokens per image must be at least 1")
-    elif math.isnan(keep) or not 0.0 < keep <= 1.0:
-        raise PruneZooError(f"keep={keep} is out of range: a float is a share in (0, 1]; for tokens write an int")
-
-
-def auto_mean(keep: str) -> float | None:
-    """The mean that "auto:64" asks for, in tokens; None for "auto"."""
-    mean = keep.partition(":")[2]
-    return float(mean) if mean else None
-
-
-def budget(keep: Keep, available: Tensor) -> Tensor:
-    """Tokens to keep of each image.
-
-    Args:
-        keep: As in :meth:`Pruner.forward`, but for "auto", which only a pruner can tell.
-        available: ``(B,)`` long, tokens that each image has.
-
-    Returns:
-        ``(B,)`` long, at least 1 and at most ``available`` (0 where there are none).
-    """
-    check_keep(keep)
-    if isinstance(keep, str):
-        raise PruneZooError(f"keep='{keep}' is for one pruner of the prompt stage: here give tokens or a share")
-    if isinstance(keep, Tensor):
-        if keep.shape != available.shape:
-            raise PruneZooError(f"keep has {keep.shape[0]} entries for {available.shape[0]} images")
-        counts = keep.to(available)
-        if bool((counts < 1).any()):
-            raise PruneZooError(f"keep={counts.tolist()} is out of range: tokens per image must be at least 1")
-    elif isinstance(keep, int):
-        counts = torch.full_like(available, keep)
-    else:
-        # In double precision, and halves to even as Python's round() does: the same count on every device.
-        counts = (available.double() * keep).round().to(available.dtype).clamp_min(1)
-    return torch.minimum(counts, available)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +25,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from .base_model import BaseModel
+from .config import Configured
 from .errors import PruneZooError
 from .files import read_header, read_json, read_tensors
 from .source import Source
-
-if TYPE_CHECKING:
-    from .contract import Configured
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -51,7 +49,7 @@ HEADER_DTYPES = {
 }
 """Types of tensors, as the header of a safetensors file names them."""
 
-P = TypeVar("P", bound="Configured")
+P = TypeVar("P", bound=Configured)
 
 
 class Part(nn.Module):
@@ -71,7 +69,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
-def parts_of(module: "Configured") -> dict[str, Part]:
+def parts_of(module: Configured) -> dict[str, Part]:
     """The parts of a module that have files of their own, by name."""
     return {name: child for name, child in module.named_children() if isinstance(child, Part)}
 
@@ -84,7 +82,7 @@ def version() -> str:
         return "0+local"
 
 
-def save(module: "Configured", folder: str | Path) -> Path:
+def save(module: Configured, folder: str | Path) -> Path:
     """Write a module. All files are written whole beside the old ones before any takes its place, so a full disk or a
     crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
 
@@ -130,7 +128,7 @@ def save(module: "Configured", folder: str | Path) -> Path:
     return folder
 
 
-def file_names(module: "Configured") -> tuple[str, ...]:
+def file_names(module: Configured) -> tuple[str, ...]:
     """The files that a module is saved in, relative to its folder; the config, which makes it whole, comes last."""
     parts = [f"{name}/{file}" for name, part in parts_of(module).items() for file in part.files]
     return (*parts, WEIGHTS_FILE, CONFIG_FILE)
@@ -199,7 +197,7 @@ def _no_more_than(tensors: int) -> Iterator[None]:
         yield
 
 
-def _check_header(module: "Configured", header: dict[str, tuple[tuple[int, ...], str]], path: Path) -> None:
+def _check_header(module: Configured, header: dict[str, tuple[tuple[int, ...], str]], path: Path) -> None:
     """Refuse a file that does not hold exactly the tensors of this module."""
     expected = _own_state(module)
     for name in sorted(expected.keys() - header.keys()):
@@ -216,7 +214,7 @@ def _check_header(module: "Configured", header: dict[str, tuple[tuple[int, ...],
             raise PruneZooError(f"{path}: tensor '{name}' is {dtype}, the config asks for {expected[name].dtype}")
 
 
-def _own_state(module: "Configured") -> dict[str, Tensor]:
+def _own_state(module: Configured) -> dict[str, Tensor]:
     """The state of a module without its parts'."""
     parts = tuple(f"{name}." for name in parts_of(module))
     return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(parts)}
@@ -236,3 +234,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(stored["config"], dict):
         raise PruneZooError(f"{path}: key 'config' must be an object of config fields")
     return stored
+
+
+class Pretrained(Configured):
+    """A configured module that is saved into a folder, and loaded strictly from one or from the Hub."""
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``; :func:`save`."""
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, **options: Any) -> Self:
+        """Load this method, in eval mode, from a folder or a Hub id; strict in config, names, shapes and method.
+
+        Args:
+            source: A folder written by :meth:`save_pretrained`, or a Hub id.
+            revision: Branch, tag or commit, for a Hub id.
+            options: The other fields of :class:`source.Source`: ``cache_dir``, ``token``, ``local_files_only``, …
+        """
+        return load(cls, Source(source, revision, **options))

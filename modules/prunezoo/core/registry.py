@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .base_model import check_base_model
-from .contract import Configured, Pruner, PrunerConfig
+from .config import PrunerConfig
+from .contract import Pruner
 from .errors import PruneZooError
-from .hub import load, read_method
+from .hub import Pretrained, load, read_method
 from .signals import parse_signal
 from .source import Source
 
@@ -66,7 +67,7 @@ def list_pruners() -> tuple[str, ...]:
 def pruner_class(name: str) -> type[Pruner]:
     """The class registered under ``name``; an unknown name is an error that lists the known ones."""
     if name not in list_pruners():
-        for cls in Configured.__subclasses__():
+        for cls in Pretrained.__subclasses__():
             if cls.name and cls.name == name:
                 raise PruneZooError(f"'{name}' is no pruner: load it with {cls.__name__}.from_pretrained")
         raise PruneZooError(f"unknown pruner '{name}'; known: {', '.join(list_pruners())}")

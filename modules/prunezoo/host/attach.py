@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..core.base_model import check_base_model
-from ..core.contract import Keep, Pruner
+from ..core.budgets import Keep
+from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
 from .conversation import ShortPrompt, go_on, note, noted, restore_prompt

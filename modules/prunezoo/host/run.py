@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.contract import Keep, PruneOutput, Pruner, budget
+from ..core.budgets import Keep, budget
+from ..core.contract import PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
 from .encoded import Encoded, add_decoder_signals

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import budgeted_sigmoid, soft_threshold, straight_through, threshold_mask, topk_mask
 from ..core.plan import mask_to_index

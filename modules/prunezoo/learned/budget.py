@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.hub import parts_of
 from ..core.registry import build_pruner, pruner_class, register_pruner

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.contract import Keep, PruneInputs, PruneOutput, Pruner, PrunerConfig
+from ..core.budgets import Keep
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.registry import build_pruner, pruner_class, register_pruner

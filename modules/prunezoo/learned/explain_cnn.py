@@ -23,7 +23,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 

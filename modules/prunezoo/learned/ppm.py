@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core.contract import Configured, PrunerConfig
+from ..core.config import PrunerConfig
 from ..core.errors import PruneZooError
+from ..core.hub import Pretrained
 from . import container
 from .maskgit_vqgan import CODE_WIDTH, CODES, STRIDE, PixelDecoder
 from .quantizer import Quantizer
@@ -91,7 +92,7 @@ class Painted(NamedTuple):
     loss: Tensor  # scalar, of the quantiser, over the whole row
 
 
-class OneDPiece(Configured):
+class OneDPiece(Pretrained):
     """Pictures to rows of codes, and prefixes of such rows to pictures."""
 
     name = "one_d_piece"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.contract import PruneInputs, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 

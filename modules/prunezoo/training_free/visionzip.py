@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.contract import PruneInputs, PruneOutput, Pruner, PrunerConfig
+from ..core.config import PrunerConfig
+from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ...core.contract import Keep, Pruner
+from ...core.budgets import Keep
+from ...core.contract import Pruner
 from ...core.errors import PruneZooError
 from ...core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
 from ..encoded import Encoded

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...core.contract import PruneOutput, budget
+from ...core.budgets import budget
+from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
 from ...core.plan import KeepPlan, gather_rows
 from ..encoded import Encoded, places, prompt_words

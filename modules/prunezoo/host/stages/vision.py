@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...core.contract import Keep, PruneInputs, PruneOutput, Pruner, budget
+from ...core.budgets import Keep, budget
+from ...core.contract import PruneInputs, PruneOutput, Pruner
 from ...core.errors import PruneZooError
 from ...core.merge import kept_groups, place_groups
 from ...core.plan import gather_rows

@@ -1,0 +1,68 @@
+"""Budgets: how many tokens an image keeps, as callers write it, and as counts. Nothing here knows a pruner.
+
+Letters: B images.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from .errors import PruneZooError
+
+Keep = int | float | str | Tensor
+AUTO = re.compile(r"auto(?::([1-9]\d*))?")
+"""How a budget is written that the pruner sets itself: `auto`, or `auto:64` for 64 tokens in the mean over images."""
+
+
+def check_keep(keep: Keep) -> None:
+    """Raise PruneZooError unless ``keep`` is an int >= 1, a float in (0, 1], "auto", "auto:N", or (B,) integers."""
+    if isinstance(keep, str):
+        if not AUTO.fullmatch(keep):
+            raise PruneZooError(
+                f"keep='{keep}' is none: tokens (int), a share (float), 'auto' or, for a mean, 'auto:64'"
+            )
+    elif isinstance(keep, Tensor):
+        if keep.is_floating_point() or keep.dtype == torch.bool or keep.dim() != 1:
+            raise PruneZooError(f"keep as a tensor must be (B,) integers, got {keep.dtype} {tuple(keep.shape)}")
+    elif isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise PruneZooError(f"keep must be an int (tokens per image) or a float in (0, 1], got {keep!r}")
+    elif isinstance(keep, int):
+        if keep < 1:
+            raise PruneZooError(f"keep={keep} is out of range: tokens per image must be at least 1")
+    elif math.isnan(keep) or not 0.0 < keep <= 1.0:
+        raise PruneZooError(f"keep={keep} is out of range: a float is a share in (0, 1]; for tokens write an int")
+
+
+def auto_mean(keep: str) -> float | None:
+    """The mean that "auto:64" asks for, in tokens; None for "auto"."""
+    mean = keep.partition(":")[2]
+    return float(mean) if mean else None
+
+
+def budget(keep: Keep, available: Tensor) -> Tensor:
+    """Tokens to keep of each image.
+
+    Args:
+        keep: As in :meth:`Pruner.forward`, but for "auto", which only a pruner can tell.
+        available: ``(B,)`` long, tokens that each image has.
+
+    Returns:
+        ``(B,)`` long, at least 1 and at most ``available`` (0 where there are none).
+    """
+    check_keep(keep)
+    if isinstance(keep, str):
+        raise PruneZooError(f"keep='{keep}' is for one pruner of the prompt stage: here give tokens or a share")
+    if isinstance(keep, Tensor):
+        if keep.shape != available.shape:
+            raise PruneZooError(f"keep has {keep.shape[0]} entries for {available.shape[0]} images")
+        counts = keep.to(available)
+        if bool((counts < 1).any()):
+            raise PruneZooError(f"keep={counts.tolist()} is out of range: tokens per image must be at least 1")
+    elif isinstance(keep, int):
+        counts = torch.full_like(available, keep)
+    else:
+        # In double precision, and halves to even as Python's round() does: the same count on every device.
+        counts = (available.double() * keep).round().to(available.dtype).clamp_min(1)
+    return torch.minimum(counts, available)

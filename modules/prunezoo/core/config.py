@@ -1,0 +1,67 @@
+"""Configs: flat, frozen, JSON values only; and the modules that are built from one. Nothing here knows a file."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from .base_model import BaseModel
+from .errors import PruneZooError
+
+
+@dataclass(frozen=True)
+class PrunerConfig:
+    """Base of the configs: flat, frozen, JSON values only; check ranges in ``__post_init__``, raise PruneZooError."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Build from a mapping; an unknown key, or a value of another type, is an error that names it and ``where``."""
+        known = [f.name for f in fields(cls)]
+        hints = get_type_hints(cls)
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
+                raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
+            if not _fits(value, hints[key]):
+                kind = getattr(hints[key], "__name__", hints[key]) if get_origin(hints[key]) is None else hints[key]
+                raise PruneZooError(f"{where}config key '{key}' of {cls.__name__} must be {kind}, got {value!r:.60}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return isinstance(value, str | int) and value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, args[0]) for one in value)
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return type(value) in kinds and abs(value) < 2**63  # false for NaN
+    return hint is Any or isinstance(value, origin or hint)
+
+
+class Configured(nn.Module):
+    """A module that is built from a config."""
+
+    name: ClassVar[str] = ""
+    config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
+
+    config: PrunerConfig
+    base_model: BaseModel | None = None  # the frozen model that it was trained for, where it was for one
+
+    def __init__(self, config: PrunerConfig | Mapping[str, Any] | None = None, **overrides: Any) -> None:
+        """Take a config, a mapping or nothing, then single fields over it; unknown keys are refused."""
+        super().__init__()
+        values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
+        self.config = self.config_class.from_dict({**values, **overrides})
