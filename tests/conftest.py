@@ -16,6 +16,7 @@ from tiny_llava import (
     make_processor,
     save_llava,
 )
+from trainings import world  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .core.errors import PruneZooError
-from .core.hub import DTYPES
 from .core.registry import load_pruner
 from .host import attach
+from .host.parts.loading import default_device, default_dtype, load_vlm
 from .host.stages.prompt import Positions
 
 try:
@@ -84,13 +83,8 @@ class PruneZooModel(lmms):
         super().__init__()
         if unknown:
             raise PruneZooError(f"--model_args: unknown {', '.join(sorted(unknown))}")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-        if dtype not in DTYPES:
-            raise PruneZooError(f"dtype={dtype}: write {', '.join(DTYPES)}")
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=DTYPES[dtype])
-        self.vlm: Any = model.to(device).eval().requires_grad_(False)
-        self.processor: Any = AutoProcessor.from_pretrained(pretrained)
+        device = device or default_device()
+        self.vlm, self.processor = load_vlm(pretrained, device, dtype or default_dtype(device))
         self.pruner = load_pruner(pruner, revision, vlm=self.vlm)
         self.keep, self.positions, self.batch_size = parse_keep(keep), positions, int(batch_size)
         attach(self.vlm, self.pruner, self.keep, self.positions)  # refuses here and now what it cannot do

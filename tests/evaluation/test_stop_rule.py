@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from made_inputs import make_inputs
-from trainings import words, world  # noqa: F401
+from trainings import words
 
 from prunezoo import AutoPruner, PruneZooError, attach, encode
 from prunezoo.host.run import run_pruned
@@ -213,7 +213,7 @@ def test_losses_on_the_disk_are_read_again_unless_they_are_of_others(learnt, cap
     assert "was made with stops=[1, 3, 8], wanted is [1, 2]" in capsys.readouterr().err
 
 
-def test_the_recipe_for_llava_takes_a_rule(world, tiny_llava_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_recipe_for_llava_takes_a_rule(world, tiny_llava_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["stop_rule"])
     TailDrop(**SIZES, latents=12).save_pretrained(tmp_path / "latents")
     given = [word for word in words(world, tiny_llava_folder, tmp_path) if word.startswith(("--data", "--model.vlm"))]

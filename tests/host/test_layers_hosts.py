@@ -70,7 +70,7 @@ def test_flash_attention_is_given_masks_of_two_dimensions(deep_llava, mixed):
         vlm.config.text_config._attn_implementation = "flash_attention_2"
         prompt = run.layers.prefill(encoded)
         hidden = torch.randn(4, encoded.mask.shape[1], 32)
-        rotary = run.layers.decoder.rotary(hidden, torch.arange(hidden.shape[1])[None])
+        rotary = run.layers.plan.decoder.rotary(hidden, torch.arange(hidden.shape[1])[None])
         for layer in range(4):
             kwargs = {"attention_mask": mixed["attention_mask"].bool(), "position_embeddings": rotary,
                       "position_ids": torch.arange(hidden.shape[1])[None], "past_key_values": None}  # fmt: skip

@@ -11,13 +11,14 @@ import pytest
 from prunezoo import PruneZooError, build_pruner, load_pruner
 
 ROOT = Path(__file__).parent.parent.parent
+OURS = {**os.environ, "PYTHONPATH": str(ROOT / "modules")}
 
 
 def test_spoiled_folders_are_refused_or_load():
     """See `fuzz.py`; a crash, a hang, memory, or anything run or opened elsewhere ends that process with an error."""
     ran = subprocess.run(
-        [sys.executable, "tests/fuzz.py", "2000", "1"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, "tests/helpers/fuzz.py", "2000", "1"],
+        cwd=ROOT, env=OURS, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     outcomes = json.loads(ran.stdout.splitlines()[-1])
@@ -27,9 +28,14 @@ def test_spoiled_folders_are_refused_or_load():
 
 def test_loading_takes_no_more_than_twice_the_file():
     """A file of more than 96 MiB, under a limit of twice that and a quarter: it loads, and no config asks for more."""
-    words = [sys.executable, "tests/fuzz.py", "large"]
+    words = [sys.executable, "tests/helpers/fuzz.py", "large"]
     ran = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        words,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout.splitlines()[-1]) == ["loaded", "refused", "refused", "refused"]

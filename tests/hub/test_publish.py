@@ -19,6 +19,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner
 from trainers import publish
 from trainers.cards import cards
+from trainers.cards.__main__ import main
 from trainers.cards.cards import render_card, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.names import methods_shipped
@@ -88,7 +89,7 @@ def test_what_no_pruner_can_know_stands_apart(checkpoint):
 
 def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
     write_record(record_of(str(checkpoint), weights_digest(checkpoint)), tmp_path / "e.json")
-    assert cards.main([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
+    assert main([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
     assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
 
 
@@ -118,10 +119,10 @@ def test_a_record_of_before_the_oracle_scale_still_makes_a_card(checkpoint, tmp_
     record = record_of(str(checkpoint), weights_digest(checkpoint))
     del record["oracle_scale"], record["layers"]
     write_record(record, tmp_path / "old.json")
-    assert cards.main([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
+    assert main([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
     first = (checkpoint / "README.md").read_text()
     assert "as one who knew the answers would choose" not in first
-    assert cards.main([str(checkpoint)]) == 0  # anew, from its own metrics
+    assert main([str(checkpoint)]) == 0  # anew, from its own metrics
     assert (checkpoint / "README.md").read_text() == first
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from made_inputs import make_inputs
 from tiny_llava import make_image
-from trainings import words, world  # noqa: F401
+from trainings import words
 
 from prunezoo import AutoPruner, PruneZooError, encode, load_pruner
 from prunezoo.host import full_forward
@@ -145,7 +145,7 @@ def test_a_reader_that_is_new_learns_what_to_lean_towards():
     assert pruner.reader.head.weight.grad.abs().sum() > 0
 
 
-def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_llava_folder, tmp_path):  # noqa: F811
+def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_llava_folder, tmp_path):
     """By the command line, on the recipe for LLaVA; then the exported folder prunes."""
     given = words(world, tiny_llava_folder, tmp_path / "out")
     arguments = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunezoo.core.budgets import AUTO, Keep, budget
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
-from prunezoo.host.stages.layer_prompt import Cut, layer_mean
+from prunezoo.host.stages.cut import Cut, layer_mean
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,11 @@
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from prunezoo.core.errors import PruneZooError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_dtype(device: str) -> str:
-    """`float32` on a CPU, `bfloat16` on a GPU."""
-    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
+from prunezoo.core.hub import DTYPES
+from prunezoo.host.parts import loading
+from prunezoo.host.parts.loading import default_device, default_dtype
 
 
 def check_device(device: str) -> None:
@@ -47,9 +36,6 @@ def load_vlm(source: str, device: str | None = None, dtype: str | None = None) -
     if dtype not in DTYPES:
         raise PruneZooError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
-        vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[dtype])
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PruneZooError(f"--vlm {source}: not a loadable image-text-to-text model ({reason})") from None
-    return vlm.to(device).eval().requires_grad_(False), processor
+        return loading.load_vlm(source, device, dtype)
+    except PruneZooError as error:
+        raise PruneZooError(f"--vlm {error}") from None

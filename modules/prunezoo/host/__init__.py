@@ -1,7 +1,8 @@
 """Where pruning meets a vision-language model of `transformers`: encode once, run full, pruned or gated, attach."""
 
 from .attach import Attachment, attach
-from .encoded import Encoded, encode
+from .encode import encode
+from .encoded import Encoded
 from .run import PrunedRun, run_gated, run_pruned
 from .signals.language import encode_needs
 from .stages.prompt import HostOutput, full_forward, gated_forward, pruned_forward

@@ -25,7 +25,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
 
 from ..core.base_model import check_base_model
 from ..core.budgets import Keep
@@ -33,12 +32,15 @@ from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
 from .conversation import ShortPrompt, go_on, note, noted, restore_prompt
-from .encoded import Encoded, encode
+from .encode import encode
+from .encoded import Encoded
 from .families import PIXELS, find_family
+from .parts.model import VLM, find_cache
 from .run import adapted, reduce_early, split_parts
 from .signals.language import check_signals, encode_needs
+from .stages.cut import Cut
 from .stages.layer import LayerStage
-from .stages.layer_prompt import Cut, Prompt
+from .stages.layer_prompt import Prompt
 from .stages.prompt import Positions, check_positions
 from .stages.vision import check_vision_stage
 from .stats import AttachStats, StageStats, kv_bytes_saved
@@ -76,9 +78,7 @@ class Running:
 class Attachment:
     """Pruners on a model, from ``__enter__`` to ``__exit__``; made by :func:`attach`."""
 
-    def __init__(
-        self, vlm: PreTrainedModel, pruners: Sequence[Pruner], keeps: Sequence[Keep], positions: Positions
-    ) -> None:
+    def __init__(self, vlm: VLM, pruners: Sequence[Pruner], keeps: Sequence[Keep], positions: Positions) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
         family = find_family(vlm)
         vlm, self.depth = family.vlm, family.decoder().depth  # without what PEFT or torch.compile put around it
@@ -98,7 +98,7 @@ class Attachment:
         self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
         stages = [StageStats(p.name, p.stage, 0 if p.stage == "layer" else None) for p, _ in self.early]
         if self.layers:
-            stages += [StageStats(self.layers.pruner.name, "layer", number) for number in self.layers.stages]
+            stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
         self.stats = AttachStats(stages)
         self._stack = ExitStack()
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
@@ -261,7 +261,7 @@ class Attachment:
             return
         running, self._filling = self._filling, None
         self.stats.add([*running.cuts, *(prompt.cuts if prompt else ())], self.depth)
-        cache = next((part for part in _values(output) if isinstance(part, Cache)), None)
+        cache = find_cache(output)
         if cache is None:
             return
         past = self.layers.pasts.get(cache) if self.layers else None
@@ -323,7 +323,7 @@ class Attachment:
 
 
 def attach(
-    vlm: PreTrainedModel,
+    vlm: VLM,
     pruner: Attachable | Sequence[Attachable],
     keep: Keep | Sequence[Keep],
     positions: Positions = "original",
@@ -358,8 +358,3 @@ def attach(
         raise PruneZooError(f"{len(pruner)} pruners need a list of {len(pruner)} keeps, got {keep!r}")
     loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in pruner]
     return Attachment(vlm, loaded, keep, positions)
-
-
-def _values(output: Any) -> tuple[Any, ...]:
-    """What a model returned, as a tuple or in a class."""
-    return output if isinstance(output, tuple) else output.to_tuple()

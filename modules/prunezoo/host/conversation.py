@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from ..core.errors import PruneZooError
+from .parts.model import KVCache
 
 NOTE = "_prunezoo_prompt"
 """Attribute of a cache: the :class:`ShortPrompt` that it begins with."""
@@ -30,7 +30,7 @@ class ShortPrompt:
     length: int  # columns of the caller's prompt
 
 
-def note(cache: Cache, short: ShortPrompt | None) -> None:
+def note(cache: KVCache, short: ShortPrompt | None) -> None:
     """Note what a cache begins with; None: nothing that was shortened."""
     if short is not None:
         setattr(cache, NOTE, short)
@@ -38,7 +38,7 @@ def note(cache: Cache, short: ShortPrompt | None) -> None:
         vars(cache).pop(NOTE, None)
 
 
-def noted(cache: Cache | None) -> ShortPrompt | None:
+def noted(cache: KVCache | None) -> ShortPrompt | None:
     """What a filled cache begins with, if that was shortened."""
     return getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
 

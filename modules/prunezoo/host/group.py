@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from ..core.contract import PruneOutput
 from ..core.errors import PruneZooError
 from ..core.plan import mask_to_index
 from .encoded import Encoded, Newlines
+from .parts.model import VLM, empty_cache
 from .stages.prompt import HostOutput, pruned_forward, shorten_prompt
 
 
-def group_forward(vlm: PreTrainedModel, encoded: Encoded, keep: Tensor, **options: Any) -> HostOutput:
+def group_forward(vlm: VLM, encoded: Encoded, keep: Tensor, **options: Any) -> HostOutput:
     """Run the model on G really shorter prompts of each sample, in one batch.
 
     What all choices of a sample share is not computed again: tower and projector (``encoded``), and the cache of the
@@ -42,7 +42,7 @@ def group_forward(vlm: PreTrainedModel, encoded: Encoded, keep: Tensor, **option
         rest = {**many.batch, "attention_mask": many.mask & (columns >= shared), "position_ids": columns}
         short, plan = shorten_prompt(vlm, replace(many, batch=rest), output)
         if not plan.identity:
-            cache = DynamicCache(config=vlm.config.get_text_config())
+            cache = empty_cache(vlm)
             vlm(input_ids=encoded.batch["input_ids"][:, :shared], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(draws)
             seen = torch.ones(len(many.mask), shared, dtype=torch.long, device=many.mask.device)

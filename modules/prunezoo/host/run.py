@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..core.budgets import Keep, budget
 from ..core.contract import PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
-from .encoded import Encoded, add_decoder_signals
+from .encode import add_decoder_signals
+from .encoded import Encoded
 from .families import find_family
+from .parts.model import VLM
+from .stages.cut import Cut, layer_tokens, now
 from .stages.layer import LayerStage
-from .stages.layer_prompt import Cut, layer_tokens, now
 from .stages.prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .stages.vision import choose
 
@@ -62,7 +63,7 @@ def split_parts(parts: Parts, depth: int) -> tuple[Parts, tuple[Pruner, Keep] | 
 
 
 @contextmanager
-def adapted(vlm: PreTrainedModel, pruners: Sequence[Pruner]) -> Iterator[None]:
+def adapted(vlm: VLM, pruners: Sequence[Pruner]) -> Iterator[None]:
     """Enter what each pruner changes in the model."""
     with ExitStack() as stack:
         for pruner in dict.fromkeys(pruners):
@@ -80,7 +81,7 @@ class Early:
     cuts: tuple[Cut, ...]
 
 
-def find_early(vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[Encoded, Keep]:
+def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[Encoded, Keep]:
     """What a pruner finds in front of the language model, and what it is asked to keep there.
 
     For a pruner of the layer stage this is its stage in front of layer 0. Nothing is cached there yet, so that the
@@ -95,9 +96,7 @@ def find_early(vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Kee
     return replace(encoded, inputs=inputs, planned=tuple(later)), first
 
 
-def reduce_early(
-    vlm: PreTrainedModel, encoded: Encoded, parts: Parts, positions: Positions, generating: bool = False
-) -> Early:
+def reduce_early(vlm: VLM, encoded: Encoded, parts: Parts, positions: Positions, generating: bool = False) -> Early:
     """Prune in front of the language model.
 
     Args:
@@ -121,7 +120,7 @@ def reduce_early(
 
 
 def run_pruned(
-    vlm: PreTrainedModel,
+    vlm: VLM,
     encoded: Encoded,
     pruner: Pruner,
     keep: Keep,
@@ -157,7 +156,7 @@ def run_pruned(
 
 
 def run_gated(
-    vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep, log_eps: float = 1e-6, **options: Any
+    vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep, log_eps: float = 1e-6, **options: Any
 ) -> tuple[HostOutput, list[PruneOutput]]:
     """The model on all tokens, each weighing as much in every attention as the pruner's gates say: for training.
 

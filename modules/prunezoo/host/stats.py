@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .stages.layer_prompt import Cut, layer_mean
+from .stages.cut import Cut, layer_mean
 
 
 @dataclass

@@ -5,7 +5,8 @@ Letters: B rows of the batch, L prompt tokens, n tokens of one image or clip, D 
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,13 +20,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ...core.errors import PruneZooError
 from ..parts.decoder import Decoder
 from ..parts.tower import Tower
-from ..signals.vision import watch_tower
 
 Kind = Literal["image", "video"]
 PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The input that brings the pixels of each kind."""
 TAKES_FEATURES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 """Whether models take encoded images beside ``input_ids``. 5.18 does, but deals them out to the wrong beams."""
+
+Watch = Callable[[], AbstractContextManager[Mapping[str, Tensor]]]
+
+
+def no_signals() -> AbstractContextManager[Mapping[str, Tensor]]:
+    """Watches nothing."""
+    return nullcontext({})
 
 
 @dataclass(frozen=True)
@@ -84,21 +91,20 @@ class Family:
         """``(B, L)`` bool: which ids are placeholders."""
         return torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
 
-    def visuals(self, batch: Mapping[str, Any], needs: tuple[str, ...] = ()) -> list[Visual]:
+    def visuals(self, batch: Mapping[str, Any], watch: Watch = no_signals) -> list[Visual]:
         """Run tower and projector once: all images, in the order of their placeholders, then all clips.
 
         Args:
             batch: The processor's output, on the model's device.
-            needs: Names of signals; those of the tower are made.
+            watch: Entered around each run of the tower; gives the signals that it made of it, ``(R, N, ...)`` by name.
 
         Raises:
-            PruneZooError: Inputs that the family does not know, or that do not fit one another; a signal that the tower
-                has not.
+            PruneZooError: Inputs that the family does not know, or that do not fit one another; what ``watch`` raises.
         """
         found = []
         for kind in self.kinds(batch):
             cells = self.cells(kind, batch)  # first: it tells plainly which inputs are missing
-            with watch_tower(self.tower, needs) as seen:
+            with watch() as seen:
                 output = self.run_encoder(kind, batch)
             sizes = [len(own) for own in cells]
             levels = [_rows(level) for level in getattr(output, "deepstack_features", None) or ()]

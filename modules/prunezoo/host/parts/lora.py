@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...core.errors import PruneZooError
 from ...core.files import read_json, read_tensors
 from ...core.hub import Part
-from ..families import find_family
+from .decoder import Decoder
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -199,7 +199,7 @@ def find_targets(vlm: PreTrainedModel) -> dict[str, nn.Linear]:
     Raises:
         PruneZooError: One of them is no plain linear map, as where another adapter is on the model.
     """
-    decoder = find_family(vlm).decoder().model
+    decoder = Decoder(vlm).model
     prefix = next(name for name, module in vlm.named_modules() if module is decoder)
     targets = {}
     for name, module in decoder.named_modules():

@@ -8,21 +8,20 @@ Letters: R images, N image tokens, B rows of the batch, L its tokens, T words, D
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
 from ...core.plan import gather_rows
 from ...core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
+from ..encoded import Encoded
 from ..families import find_family
 from ..parts.decoder import Decoder, Rotary
-
-if TYPE_CHECKING:
-    from ..encoded import Encoded
+from ..parts.model import VLM
+from .relevance import relevance_map
 
 ROWS = 256  # of an attention map at a time
 
@@ -57,9 +56,7 @@ class _Enough(Exception):
     """Raised in front of the last layer that is wanted: it and those behind it are not computed."""
 
 
-def enter_layers(
-    vlm: PreTrainedModel, decoder: Decoder, encoded: "Encoded", layers: Collection[int]
-) -> dict[int, Entry]:
+def enter_layers(vlm: VLM, decoder: Decoder, encoded: Encoded, layers: Collection[int]) -> dict[int, Entry]:
     """Run the model up to the highest of some decoder layers, and no further, and record what enters them.
 
     Args:
@@ -96,7 +93,7 @@ def enter_layers(
 
 
 def decoder_signals(
-    vlm: PreTrainedModel, encoded: "Encoded", words: tuple[Tensor, Tensor], needs: tuple[str, ...]
+    vlm: VLM, encoded: Encoded, words: tuple[Tensor, Tensor], needs: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """The signals among ``needs`` that come from the language model when it reads all tokens.
 
@@ -202,10 +199,8 @@ def _self_attention(
     return total / lookers.clamp_min(1)
 
 
-def _relevance(vlm: PreTrainedModel, encoded: "Encoded", words: tuple[Tensor, Tensor]) -> Tensor:
+def _relevance(vlm: VLM, encoded: Encoded, words: tuple[Tensor, Tensor]) -> Tensor:
     """The map of the model's own next token, with the answer, if there is one in the batch, cut off."""
-    from .relevance import relevance_map  # which is made of the forwards of `prompt`, and `prompt` of us
-
     columns, real = words
     end = columns.masked_fill(~real, -1).amax(1, keepdim=True)
     before = torch.arange(encoded.mask.shape[1], device=end.device) <= end

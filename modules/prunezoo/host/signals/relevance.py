@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..encoded import IGNORED, Encoded
 from ..families import find_family
-from ..stages.prompt import full_forward
+from ..parts.model import VLM
 
 
-def relevance_map(vlm: PreTrainedModel, encoded: Encoded, max_tokens: int | None = None) -> Tensor:
+def relevance_map(vlm: VLM, encoded: Encoded, max_tokens: int | None = None) -> Tensor:
     """The relevance of the image tokens for the answer, mean over the answer's tokens.
 
     The CNN's paper takes the gradient of "the token's score", Chefer et al. that of a logit. Here it is the token's
@@ -47,7 +46,8 @@ def relevance_map(vlm: PreTrainedModel, encoded: Encoded, max_tokens: int | None
         row, column, step = _places(encoded, max_tokens)
         first = int(column.min()) if len(column) else length - 1
         with _recorded(layers) as (calls, top):
-            logits = full_forward(vlm, encoded, logits_to_keep=length - first).logits
+            inputs = encoded.model_inputs(vlm)
+            logits = vlm(**inputs, use_cache=False, logits_to_keep=length - first).logits
             logits = logits[row, column - first].float()  # (Q, V)
             token = logits.argmax(-1) if encoded.labels is None else encoded.labels[row, column + 1]
             others = logits.scatter(1, token[:, None], -torch.inf).logsumexp(-1)
@@ -84,7 +84,7 @@ def roll_on(relevance: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def eager_attention(vlm: PreTrainedModel) -> Iterator[None]:
+def eager_attention(vlm: VLM) -> Iterator[None]:
     """Let the language model use eager attention, which alone gives its weights away, while the block runs."""
     before = vlm.config.get_text_config()._attn_implementation
     vlm.set_attn_implementation({"text_config": "eager"})

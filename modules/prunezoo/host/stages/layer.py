@@ -19,16 +19,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
 
 from ...core.budgets import Keep
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
-from ...core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
 from ..encoded import Encoded
-from ..families import Family, find_family, require_float_mask
-from ..parts.decoder import Decoder
+from ..parts.model import VLM, KVCache
 from .layer_cache import Keywords, Past, Step
+from .layer_plan import LayerPlan
 from .layer_prompt import Drop, Gate, Prompt
 from .prompt import Positions
 
@@ -42,7 +40,7 @@ class LayerStage:
 
     def __init__(
         self,
-        vlm: PreTrainedModel,
+        vlm: VLM,
         pruner: Pruner,
         keep: Keep,
         positions: Positions = "original",
@@ -61,27 +59,19 @@ class LayerStage:
             PruneZooError: Layers that the model has not or where it needs all tokens, a signal of a layer that has not
                 run, attention that cannot be cut.
         """
-        self.family: Family = find_family(vlm)
-        self.decoder: Decoder = self.family.decoder()
-        self.vlm, self.pruner, self.keep, self.positions, self.leak = vlm, pruner, keep, positions, leak
-        stages = pruner.stages(self.decoder.depth)
-        self.begun = stages[:1] == (0,)
-        """Its first stage stands in front of all layers, and `run.reduce_early` has seen to it."""
-        self.stages = stages[self.begun :]
-        self._check_model()
-        self.readings = self._plan_readings()
+        self.plan = LayerPlan.make(vlm, pruner, keep, positions, leak)
         self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
         self._running: Prompt | Step | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         """Put the hooks on."""
-        for layer in range(min([*self.stages, *(layer for layer, _ in self.readings)]), self.decoder.depth):
+        for layer in range(self.first, self.plan.decoder.depth):
 
             def hook(_module: Any, args: Any, kwargs: Any, layer: int = layer) -> Any:
                 return self._before_layer(layer, args, kwargs)
 
-            self._handles.append(self.decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(self.plan.decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +80,12 @@ class LayerStage:
             handle.remove()
         self._handles, self._running = [], None
 
-    def prefill(self, encoded: Encoded, labels: Tensor | None = None) -> "Prompt":
+    @property
+    def first(self) -> int:
+        """The first layer that is of any concern."""
+        return min([*self.plan.stages, *(layer for layer, _ in self.plan.readings)])
+
+    def prefill(self, encoded: Encoded, labels: Tensor | None = None) -> Prompt:
         """Announce a forward on ``encoded.batch``, each sample perhaps C times in a row, perhaps with words behind it.
 
         Args:
@@ -101,8 +96,10 @@ class LayerStage:
         Returns:
             What will be known after the forward.
         """
-        self._running = Drop(self, encoded, labels) if self.leak is None else Gate(self, encoded, self.leak)
-        return self._running
+        leak = self.plan.leak
+        running = Drop(self.plan, encoded, labels, self.pasts) if leak is None else Gate(self.plan, encoded, leak)
+        self._running = running
+        return running
 
     def resume(self, cache: Any, mask: Any) -> None:
         """Announce a forward on a filled cache.
@@ -113,13 +110,13 @@ class LayerStage:
         """
         past, self._running = self.pasts.get(cache), None
         if past is not None:
-            self._running = Step(self, past, cache, mask)
-        elif len({int(cache.get_seq_length(layer)) for layer in range(self.decoder.depth)}) > 1:
+            self._running = Step(self.plan, past, cache, mask)
+        elif len({int(cache.get_seq_length(layer)) for layer in range(self.plan.decoder.depth)}) > 1:
             raise PruneZooError("this cache was pruned elsewhere: go on inside the `with attach(...)` that filled it")
 
     def check_assisted(self) -> None:
         """Refuse assisted decoding where its rejected candidates would stay in the shorter layers' caches."""
-        if "tokens_to_remove" not in inspect.signature(Cache.crop).parameters:
+        if "tokens_to_remove" not in inspect.signature(KVCache.crop).parameters:
             raise PruneZooError(
                 "assisted decoding in the layer stage needs a release of transformers that crops caches by a number of "
                 "tokens, as 5.23 does, not to a length: upgrade it"
@@ -137,41 +134,3 @@ class LayerStage:
         kwargs = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
         hidden, kwargs = self._running.layer(layer, kwargs.pop("hidden_states"), kwargs)
         return (hidden,), kwargs
-
-    def _check_model(self) -> None:
-        """Refuse what cannot work, naming what would."""
-        name, stages, decoder = self.pruner.name, list(self.stages), self.decoder
-        if not stages or stages != sorted(set(stages)) or stages[-1] >= decoder.depth:
-            raise PruneZooError(
-                f"pruner '{name}' acts in front of layers {stages}, the decoder has {decoder.depth}: configure layers "
-                "that it has, in ascending order"
-            )
-        first = self.family.first_layer
-        if stages[0] < first:
-            raise PruneZooError(
-                f"pruner '{name}' acts in front of layer {stages[0]}, and {self.family.title} needs all image tokens "
-                f"in front of layer {first} ({self.family.first_layer_reason}): configure layers from {first} on"
-            )
-        if decoder.kernel not in ("sdpa", "eager") and not decoder.flash:
-            raise PruneZooError(f"attn_implementation '{decoder.kernel}' cannot be cut between layers: use 'sdpa'")
-        if self.positions == "compact" and decoder.multimodal_positions:
-            raise PruneZooError("positions='compact' means nothing between layers with M-RoPE: use 'original'")
-        if self.leak is not None:
-            require_float_mask(self.vlm)
-
-    def _plan_readings(self) -> dict[tuple[int, bool], dict[str, Signal]]:
-        """The signals to read, by the layer whose input they are made of, and whether they are for its own stage.
-
-        A stage reads the layer that it stands in front of as it would run, a later stage reads it as it did run.
-        """
-        plan: dict[tuple[int, bool], dict[str, Signal]] = {}
-        for name in self.pruner.needs:
-            signal = parse_signal(name)
-            for stage in self.stages if signal.kind in DECODER_SIGNALS else ():
-                layer = stage - (signal.at == PREVIOUS) if signal.number is None else signal.number
-                if layer > stage:
-                    raise PruneZooError(
-                        f"pruner '{self.pruner.name}' needs '{name}' in front of layer {stage}: that layer runs later"
-                    )
-                plan.setdefault((layer, layer == stage), {})[name] = signal
-        return plan

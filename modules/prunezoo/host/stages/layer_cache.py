@@ -5,16 +5,14 @@ M columns of a layer's cache, D width.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.errors import PruneZooError
 from ..parts.decoder import Decoder
-
-if TYPE_CHECKING:
-    from .layer import LayerStage
+from .layer_plan import LayerPlan
 
 Keywords = dict[str, Any]
 """What the decoder hands a layer besides the hidden states."""
@@ -51,8 +49,8 @@ class Past:
 class Step:
     """A forward on a cache that was cut."""
 
-    def __init__(self, stage: "LayerStage", past: Past, cache: Any, mask: Any) -> None:
-        self.stage, self.decoder, self.past, self.cache, self.mask = stage, stage.decoder, past, cache, mask
+    def __init__(self, plan: LayerPlan, past: Past, cache: Any, mask: Any) -> None:
+        self.plan, self.decoder, self.past, self.cache, self.mask = plan, plan.decoder, past, cache, mask
         self.before = cache.get_seq_length()  # as if nothing had been cut: the first layer has everything
         if self.before < past.length:
             raise PruneZooError("this cache was cropped into its pruned prompt: pass the whole conversation again")
@@ -89,7 +87,7 @@ class Step:
                 self.decoder, layer, hidden, queries, columns[:, -held:], seen[:, -held:], full and steps == 1
             )
         }
-        if self.stage.positions == "compact":
+        if self.plan.positions == "compact":
             positions = kwargs["position_ids"] - segment.moved[:, -1:]
             changed |= {
                 "position_ids": positions,

@@ -4,10 +4,9 @@ Letters: B samples, C copies of a sample (beams), R images, N image tokens alive
 S columns left of it, Q columns of a forward (the prompt's, and any behind), D width.
 """
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,58 +15,27 @@ from ...core.budgets import budget
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
 from ...core.plan import KeepPlan, gather_rows
-from ..encoded import Encoded, places, prompt_words
+from ..encode import prompt_words
+from ..encoded import Encoded, places
 from ..parts.decoder import take_columns
 from ..signals.language import Entry, attention_to_images
+from .cut import Cut, now
 from .layer_cache import Keywords, Past, Segment, cut_mask
+from .layer_plan import LayerPlan
 from .prompt import gate_weights
-
-if TYPE_CHECKING:
-    from .layer import LayerStage
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What one stage did to a batch."""
-
-    stage: str
-    layer: int | None  # in front of which decoder layer; None: before the language model
-    before: Tensor  # (R,) long, tokens found
-    after: Tensor  # (R,) long, tokens left
-    seconds: float  # in the pruner, and in the layer stage in the signals that it needs of the layers
-
-
-def layer_tokens(cuts: Sequence[Cut], depth: int) -> Tensor:
-    """``(R, depth)`` long: image tokens that each layer of the language model reads; ``cuts`` in their order."""
-    tokens = cuts[0].before[:, None].repeat(1, depth)
-    for cut in cuts:
-        tokens[:, cut.layer or 0 :] = cut.after[:, None]
-    return tokens
-
-
-def layer_mean(cuts: Sequence[Cut], depth: int) -> Tensor:
-    """``(R,)`` float: the mean of :func:`layer_tokens` over the layers."""
-    return layer_tokens(cuts, depth).float().mean(1)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, with the device's queue run empty."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Prompt:
     """A prompt on its way through the layers."""
 
-    def __init__(self, stage: "LayerStage", encoded: Encoded) -> None:
-        self.stage, self.decoder = stage, stage.decoder
+    def __init__(self, plan: LayerPlan, encoded: Encoded) -> None:
+        self.plan, self.decoder = plan, plan.decoder
         self.encoded = replace(encoded, deep=())  # what is left of it
-        self.words, self.word_valid = prompt_words(stage.family, encoded.batch, encoded.labels)  # (B, T)
+        self.words, self.word_valid = prompt_words(plan.family, encoded.batch, encoded.labels)  # (B, T)
         self.schedule = list(encoded.planned)
-        if not stage.begun:
+        if not plan.begun:
             available = encoded.inputs.valid.sum(1)
-            self.schedule = stage.pruner.schedule(budget(stage.keep, available), available, self.decoder.depth)
+            self.schedule = plan.pruner.schedule(budget(plan.keep, available), available, self.decoder.depth)
         self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
             encoded.slots
         )  # (R, N)
@@ -89,7 +57,7 @@ class Prompt:
         if not self.cuts:
             self.check(layer, hidden, kwargs.get("past_key_values"))
         self.read(layer, True, hidden, kwargs)
-        if layer in self.stage.stages:
+        if layer in self.plan.stages:
             hidden = self.cut(layer, hidden, kwargs)
         self.read(layer, False, hidden, kwargs)
         return hidden, self.adjust(layer, hidden, kwargs)
@@ -130,7 +98,7 @@ class Prompt:
 
     def read(self, layer: int, own: bool, hidden: Tensor, kwargs: Keywords) -> None:
         """Read the signals that are made of a layer's input."""
-        signals = self.stage.readings.get((layer, own))
+        signals = self.plan.readings.get((layer, own))
         if signals is None:
             return
         start, kwargs = now(hidden.device), self.adjust(layer, hidden, kwargs)
@@ -158,9 +126,9 @@ class Prompt:
             text=gather_rows(hidden, self.words)[encoded.sample],
             text_valid=self.word_valid[encoded.sample],
             layer=layer,
-            step=step + self.stage.begun,
+            step=step + self.plan.begun,
         )
-        output = self.stage.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
+        output = self.plan.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
         seconds = self.seconds + now(hidden.device) - start
         self.cuts.append(Cut("layer", layer, encoded.tokens, encoded.tokens_left(output), seconds))
         self.outputs.append(output)
@@ -171,9 +139,15 @@ class Prompt:
 class Drop(Prompt):
     """The prompt gets shorter."""
 
-    def __init__(self, stage: "LayerStage", encoded: Encoded, labels: Tensor | None) -> None:
-        super().__init__(stage, encoded)
-        self.labels, self.real = labels, encoded.mask
+    def __init__(
+        self,
+        plan: LayerPlan,
+        encoded: Encoded,
+        labels: Tensor | None,
+        pasts: WeakKeyDictionary[Any, Past],
+    ) -> None:
+        super().__init__(plan, encoded)
+        self.labels, self.real, self.pasts = labels, encoded.mask, pasts
         self.columns = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)  # (B, S) original
         self.segments: list[Segment] = []
 
@@ -197,7 +171,7 @@ class Drop(Prompt):
                 self.labels.data = self.encoded.labels
         if kwargs.get("past_key_values") is not None:
             past = Past(self.real.shape[1], tuple(self.segments))
-            self.stage.pasts[kwargs["past_key_values"]] = past
+            self.pasts[kwargs["past_key_values"]] = past
         return hidden
 
     def segment(self, layer: int, copies: int) -> Segment:
@@ -226,7 +200,7 @@ class Drop(Prompt):
         else:
             mask = cut_mask(self.decoder, layer, hidden, columns, columns, seen, segment.full)
         changed: Keywords = {"attention_mask": mask}
-        if self.stage.positions == "compact":
+        if self.plan.positions == "compact":
             moved = torch.cat([segment.moved, segment.moved[:, -1:].expand_as(behind)], 1)
             positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns) - moved
             changed["position_embeddings"] = self.decoder.rotary(hidden, positions, layer)
@@ -240,14 +214,14 @@ class Drop(Prompt):
 class Gate(Prompt):
     """Nothing gets shorter; the image tokens weigh as much in every attention as the gates so far say."""
 
-    def __init__(self, stage: "LayerStage", encoded: Encoded, leak: float) -> None:
-        super().__init__(stage, encoded)
+    def __init__(self, plan: LayerPlan, encoded: Encoded, leak: float) -> None:
+        super().__init__(plan, encoded)
         self.leak = leak
         self.bias: Tensor | None = None  # (B, L) log of the gates' product
 
     def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
         """Ask the pruner and remember its gates."""
-        output, name = self.ask(layer, hidden), self.stage.pruner.name
+        output, name = self.ask(layer, hidden), self.plan.pruner.name
         if output.gates is None or output.features is not None:
             raise PruneZooError(f"pruner '{name}' gave no gates: put it in training mode; merging has none")
         bias = gate_weights(self.encoded, output.gates, self.leak).log()

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
 from ...core.plan import KeepPlan
 from ..encoded import Encoded, places
 from ..families import find_family, require_float_mask
+from ..parts.model import VLM
 
 Positions = Literal["original", "compact"]
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs that have a value for each token of the prompt
@@ -32,7 +32,7 @@ class HostOutput:
     attentions: tuple[Tensor, ...] | None = None  # (B, H, L, L) a layer, where asked for with output_attentions
 
 
-def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> HostOutput:
+def full_forward(vlm: VLM, encoded: Encoded, **options: Any) -> HostOutput:
     """The bare model on all tokens, from the encoding at hand: bit for bit what ``vlm(**batch)`` returns.
 
     Args:
@@ -45,7 +45,7 @@ def full_forward(vlm: PreTrainedModel, encoded: Encoded, **options: Any) -> Host
 
 
 def pruned_forward(
-    vlm: PreTrainedModel, encoded: Encoded, output: PruneOutput, positions: Positions = "original", **options: Any
+    vlm: VLM, encoded: Encoded, output: PruneOutput, positions: Positions = "original", **options: Any
 ) -> HostOutput:
     """The model on a prompt that really is shorter; logits and labels have its length S.
 
@@ -55,9 +55,7 @@ def pruned_forward(
     return full_forward(vlm, shorter, **options)
 
 
-def gated_forward(
-    vlm: PreTrainedModel, encoded: Encoded, gates: Tensor, log_eps: float = 1e-6, **options: Any
-) -> HostOutput:
+def gated_forward(vlm: VLM, encoded: Encoded, gates: Tensor, log_eps: float = 1e-6, **options: Any) -> HostOutput:
     """The model on all tokens, where each visual token weighs as much in every attention as its gate says.
 
     ``log(gate + log_eps)`` is added to the attention logits of the visual keys, so a gate scales the token's weight
@@ -95,7 +93,7 @@ def gate_weights(encoded: Encoded, gates: Tensor, log_eps: float) -> Tensor:
 
 
 def shorten_prompt(
-    vlm: PreTrainedModel,
+    vlm: VLM,
     encoded: Encoded,
     output: PruneOutput,
     positions: Positions = "original",
@@ -145,6 +143,6 @@ def check_positions(positions: str) -> None:
         raise PruneZooError(f"positions='{positions}' is unknown: choose 'original' or 'compact'")
 
 
-def _call(vlm: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+def _call(vlm: VLM, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
     """One forward; no cache is filled unless asked for, since nothing is decoded here."""
     return vlm(**{"use_cache": False, **inputs, **options})

@@ -23,7 +23,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from ...core.budgets import Keep, budget
 from ...core.contract import PruneInputs, PruneOutput, Pruner
@@ -33,12 +32,13 @@ from ...core.plan import gather_rows
 from ...core.signals import VISION_SIGNALS
 from ..encoded import Encoded
 from ..families import find_family
+from ..parts.model import VLM
 from ..parts.tower import Tower
 from ..signals.vision import VisionTap
-from .layer_prompt import now
+from .cut import now
 
 
-def choose(vlm: PreTrainedModel, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[PruneOutput, float]:
+def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[PruneOutput, float]:
     """What a pruner in front of the language model, of the prompt or vision stage, leaves of the images of a batch.
 
     With it the seconds that the pruner took itself, without the tower.
