@@ -1,5 +1,7 @@
 """The prompt stage on a tiny LLaVA: layouts of batches, ways of generating, and the traps that fail without a word."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_llava import LONG, NONE, SHORT, TWO, make_image, make_llava
@@ -51,7 +53,7 @@ def oracle(vlm, encoded, output):
     length = seen.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None]
     batch = {**encoded.batch, "attention_mask": mask, "position_ids": torch.arange(length)[None]}
-    return full_forward(vlm, encoded.__class__(encoded.inputs, batch, None, encoded.sample, encoded.slots)).logits
+    return full_forward(vlm, replace(encoded, batch=batch, labels=None)).logits
 
 
 # Encoding
@@ -380,10 +382,10 @@ def test_unsupported_models_are_refused_by_name():
 def test_plan_fills_on_the_left_and_keeps_order():
     keep = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
     real = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    plan = KeepPlan.from_mask(keep, real)
+    plan = KeepPlan.from_mask(keep, real, (4, 5), (3, 2))
     values = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
     assert plan.take(values, -1).tolist() == [[11, 13, 14], [-1, 20, 24]]
-    assert not plan.identity and KeepPlan.from_mask(~keep | keep, real).identity
+    assert not plan.identity and KeepPlan.from_mask(~keep | keep, real, (4, 5), (4, 5)).identity
 
 
 @pytest.mark.parametrize("name", ["uniform", "pool", "fastervlm", "ppm"])

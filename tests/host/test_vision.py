@@ -13,6 +13,7 @@ from prunezoo import PruneInputs, PruneZooError, build_pruner
 from prunezoo.core.contract import Pruner
 from prunezoo.core.merge import merge_tokens
 from prunezoo.host.parts.tower import Tower
+from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.vision import VisionStage
 
 SIDE = 5  # of the grid of patches
@@ -30,8 +31,8 @@ def patches(rows):
 
 def run(model, tower, pruner, pixels, keep):
     """The features of the projected state, and what is left."""
-    keep = torch.as_tensor(keep)
-    with torch.no_grad(), VisionStage(tower, pruner.eval(), patches(len(pixels)), keep) as stage:
+    counts, timer = tuple(torch.as_tensor(keep).tolist()), Timer(pixels.device)
+    with torch.no_grad(), VisionStage(tower, pruner.eval(), patches(len(pixels)), counts, timer) as stage:
         states = model(pixels, output_hidden_states=True).hidden_states[tower.layers[-1]]
     return stage.output(states[:, tower.prefix :])
 
@@ -189,7 +190,7 @@ def test_all_hooks_are_gone_afterwards_even_if_the_pruner_fails():
 def test_towers_that_would_be_pruned_wrongly_are_refused(tower, reason):
     tower = Tower(small_tower("clip"), **{"feature_layer": -2, **tower})
     with pytest.raises(PruneZooError, match=f"tome.*{reason}.*prompt or layer stage"):
-        VisionStage(tower, build_pruner("tome"), patches(1), torch.tensor([5]))
+        VisionStage(tower, build_pruner("tome"), patches(1), (5,), Timer(torch.device("cpu")))
 
 
 def test_stages_and_signals_that_are_not_there_are_refused():
@@ -197,13 +198,15 @@ def test_stages_and_signals_that_are_not_there_are_refused():
     for places in ((), (0, 3), (1, 0), (-1,)):
         pruner = type("Elsewhere", (Attended,), {"places": places})()
         with pytest.raises(PruneZooError, match="of this tower 3 run"):
-            VisionStage(tower, pruner, patches(1), torch.tensor([5]))
+            VisionStage(tower, pruner, patches(1), (5,), Timer(torch.device("cpu")))
     for name in ("received_attention@1", "prompt_attention", "relevance"):
         pruner = type("Asking", (Attended,), {"needs": (name,)})()
         with pytest.raises(PruneZooError, match=f"needs '{name}'.*vision_keys"):
-            VisionStage(tower, pruner, patches(1), torch.tensor([5]))
+            VisionStage(tower, pruner, patches(1), (5,), Timer(torch.device("cpu")))
     pruner = type("Asking", (Attended,), {"needs": ("cls_attention",)})()
-    stage = VisionStage(Tower(small_tower("siglip"), -2, has_cls=False), pruner, patches(1), torch.tensor([5]))
+    stage = VisionStage(
+        Tower(small_tower("siglip"), -2, has_cls=False), pruner, patches(1), (5,), Timer(torch.device("cpu"))
+    )
     with pytest.raises(PruneZooError, match=r"no CLS token.*received_attention"):
         stage.__enter__()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.tower.model.modules())

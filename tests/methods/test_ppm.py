@@ -34,10 +34,15 @@ def make_ppm(width: int = 32, **config) -> PPM:
     return PPM(width=width, hidden=32, heads=4, blocks=2, text_blocks=1, **config).eval()
 
 
+def placed(cells):
+    """Images ``(B, N, 3)`` of which only the places matter."""
+    return PruneInputs(torch.zeros(*cells.shape[:2], 1), torch.ones(cells.shape[:2], dtype=torch.bool), cells)
+
+
 def test_places_are_relative_to_each_tile():
     cells = torch.cat([grid(4), grid(8, tile=1), torch.tensor([[1, -1, -1]])])[None]
-    features = place_features(cells, torch.ones(1, len(cells[0]), dtype=torch.bool), octaves=3)[0]
-    alone = place_features(grid(8)[None], torch.ones(1, 64, dtype=torch.bool), octaves=3)[0]
+    features = place_features(placed(cells), octaves=3)[0]
+    alone = place_features(placed(grid(8)[None]), octaves=3)[0]
     torch.testing.assert_close(features[16:80, :-1], alone[:, :-1])  # the neighbour tile changes nothing
     assert features[:16, -1].eq(0).all() and features[16:, -1].eq(0.5).all()
     assert features[80, :-1].eq(0).all(), "a newline has no place"

@@ -74,13 +74,13 @@ def planned_mean(pruner: Pruner, keep: Keep, available: Tensor, depth: int) -> T
         available: (B,) tokens of each image.
         depth: number of decoder layers.
     """
-    cuts, found = [Cut("prompt", None, available, available, 0.0)], available
+    cuts, found = [Cut("prompt", None, available, available)], available
     for part, amount in pruner.parts(keep):
         left = budget(amount, found)
         is_late = part.stage == "layer"
         places: Sequence[int | None] = part.stages(depth) if is_late else (None,)
         for place, step in zip(places, part.schedule(left, found, depth) if is_late else [left], strict=True):
-            cuts.append(Cut(part.stage, place, found, torch.minimum(step, found), 0.0))
+            cuts.append(Cut(part.stage, place, found, torch.minimum(step, found)))
             found = cuts[-1].after
     return layer_mean(cuts, depth)
 

@@ -92,7 +92,7 @@ class FrozenModule(L.LightningModule):
         for share in self.measure:
             run = run_pruned(self.vlm, encoded, self.pruner, share)
             if isinstance(share, str):
-                self.log(f"val/tokens_{share}", run.tokens.mean(), batch_size=len(run.tokens), sync_dist=True)
+                self.log(f"val/tokens_{share}", float(run.tokens.mean()), batch_size=len(run.tokens), sync_dist=True)
             logits = answer_slots(run.host.logits, run.host.labels)[0]
             rows.append(judge(logits, teacher, tokens, sample, len(groups)))
         self.table.update(groups, torch.stack(rows, dim=1))

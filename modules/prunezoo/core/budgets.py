@@ -5,6 +5,7 @@ Letters: B images.
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,18 @@ def auto_mean(keep: str) -> float | None:
     """The mean that "auto:64" asks for, in tokens; None for "auto"."""
     mean = keep.partition(":")[2]
     return float(mean) if mean else None
+
+
+def counts_of(keep: Keep, available: Sequence[int]) -> tuple[int, ...]:
+    """:func:`budget` for numbers that the host has, as such; only a ``keep`` on a device is read."""
+    host = torch.tensor(available, dtype=torch.long)
+    return tuple(budget(keep.cpu() if isinstance(keep, Tensor) else keep, host).numpy().tolist())
+
+
+def upload(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor ``(B,)`` long, without waiting for the device."""
+    values = torch.tensor(counts, dtype=torch.long)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def budget(keep: Keep, available: Tensor) -> Tensor:

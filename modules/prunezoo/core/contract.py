@@ -4,10 +4,11 @@ Letters used in shapes: B images, N image tokens of an image (padded to the long
 T prompt tokens (padded), K tokens kept of an image (padded).
 
 A row is one **image**, with the prompt it belongs to: a sample with two images is two rows, a sample without any is
-none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch. The
-tiles that a model cuts an image into belong to one row, and so do the frames of a clip. Its tokens are patches: newline
-tokens that some models put behind each row of them are not shown to pruners and not counted in budgets; the host keeps
-one as long as a patch of its row is left.
+none. So "64 tokens per image" is exact, and what one image keeps never depends on its neighbours in the batch, but for
+methods that say ``together``: those see the images of one sample at once, and no others. The tiles that a model cuts an
+image into belong to one row, and so do the frames of a clip. Its tokens are patches: newline tokens that some models
+put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as long as a patch
+of its row is left.
 
 To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
 
@@ -28,12 +29,15 @@ The base class does budgets, validity, order, checks and gates. Tests, commands 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .budgets import Keep, auto_mean, budget, check_keep
+from .budgets import Keep, auto_mean, check_keep, counts_of, upload
+from .checks import require, require_no_nan
 from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
 from .hub import Pretrained
@@ -53,6 +57,26 @@ class PruneInputs:
     layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
     step: int = 0  # which of the pruner's `stages` this is, from 0
     sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
+    sample: Tensor | None = None  # (B,) long: the prompt that an image belongs to; images of one prompt share it
+    known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
+    host_cells: np.ndarray | None = None  # `cells`, where the host knows them
+    asked: tuple[int, ...] | None = None  # (B) tokens to keep of each, as `forward` tells it to `reduce`
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each image, as numbers of the host: no device is asked where shapes and ids have told already."""
+        return tuple(self.valid.sum(1).tolist()) if self.known is None else self.known
+
+    @property
+    def most_asked(self) -> int:
+        """The most that is to be kept of an image; inside of `reduce`."""
+        assert self.asked is not None  # `forward` has set it
+        return max(self.asked, default=0)
+
+    @cached_property
+    def tiles(self) -> int:
+        """One more than the largest number of a tile."""
+        return 1 + (int(self.cells[..., 0].max()) if self.host_cells is None else int(self.host_cells[..., 0].max()))
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same in another floating type."""
@@ -87,6 +111,9 @@ class PruneInputs:
             cells=gather_rows(self.cells, index),
             signals={name: gather_rows(signal, index) for name, signal in self.signals.items()},
             sizes=sizes,
+            known=output.known,
+            host_cells=None,
+            asked=None,
         )
 
 
@@ -100,6 +127,12 @@ class PruneOutput:
     scores: Tensor | None = None  # (B, N), higher is kept first; -inf on padding
     gates: Tensor | None = None  # (B, N) while training: 0 or 1 in value, soft in gradient
     groups: Tensor | None = None  # (B, N) long, where tokens were merged: the column of K each went into, -1 for none
+    known: tuple[int, ...] | None = None  # (B) tokens left of each image, where the host knows; see `counts`
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens left of each image, as numbers of the host."""
+        return tuple(self.valid.sum(1).tolist()) if self.known is None else self.known
 
     @property
     def count(self) -> Tensor:
@@ -121,6 +154,7 @@ class Pruner(Pretrained):
     stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
+    together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
 
@@ -144,7 +178,7 @@ class Pruner(Pretrained):
         By default the last leaves ``keep``, and each leaves the same share of what it finds.
 
         Args:
-            keep: ``(B,)`` long, tokens that the last stage leaves of each image.
+            keep: ``(B,)`` long, tokens that the last stage leaves of each image; on the host, as the next.
             available: ``(B,)`` long, tokens that the first one finds.
             depth: As in :meth:`stages`.
         """
@@ -195,10 +229,9 @@ class Pruner(Pretrained):
                 "score() must return (B, N)"
             )
         scores = scores.masked_fill(~inputs.valid, -torch.inf)
-        if bool(scores.isnan().any()):
-            raise PruneZooError(f"pruner '{self.name}' scored NaN: check its weights and the features it was given")
+        require_no_nan(scores, self.name, "scored")
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
-        index, valid = mask_to_index(topk_mask(scores.detach(), inputs.valid, keep))
+        index, valid = mask_to_index(topk_mask(scores.detach(), inputs.valid, keep), inputs.most_asked)
         return PruneOutput(index=index, valid=valid, scores=scores, gates=gates)
 
     def forward(self, inputs: PruneInputs, keep: Keep) -> PruneOutput:
@@ -223,18 +256,22 @@ class Pruner(Pretrained):
             nothing, scores = inputs.valid, inputs.features.new_zeros(inputs.valid.shape)
             return PruneOutput(nothing.long(), nothing, scores=scores, gates=scores if self.training else None)
         asked: Keep = self.choose_budget(inputs, auto_mean(keep)) if isinstance(keep, str) else keep
-        counts = budget(asked, inputs.valid.sum(1))
-        output = self.reduce(inputs, counts)
-        if self.exact and not torch.equal(output.count, counts):
-            raise PruneZooError(
-                f"pruner '{self.name}' kept {output.count.tolist()} tokens where {counts.tolist()} were asked for"
-            )
+        counts = counts_of(asked, inputs.counts)
+        wanted = upload(counts, inputs.valid.device)
+        output = self.reduce(replace(inputs, asked=counts), wanted)
+        if self.exact:
+            count = output.count
+            require((count != wanted).any(), lambda: self._wrong_counts(count, counts))
+            output = replace(output, known=counts)
         if self.exact and output.features is not None and output.features.dtype != given.dtype:
             # An image that keeps all its tokens keeps them to the bit, not as rounded to the pruner's type.
-            whole = (output.count == inputs.valid.sum(1))[:, None, None]
+            whole = (wanted == inputs.valid.sum(1))[:, None, None]
             features = torch.where(whole, gather_rows(given, output.index), output.features.to(given.dtype))
             output = replace(output, features=features)
         return output
+
+    def _wrong_counts(self, count: Tensor, asked: tuple[int, ...]) -> str:
+        return f"pruner '{self.name}' kept {count.tolist()} tokens where {list(asked)} were asked for"
 
     @property
     def sets_budgets(self) -> bool:

@@ -36,7 +36,9 @@ def group_mean(values: Tensor, groups: Tensor, sizes: Tensor, count: int) -> Ten
     return group_sum(values.float() * weights, groups, count).to(values.dtype)
 
 
-def place_groups(groups: Tensor, cells: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def place_groups(
+    groups: Tensor, cells: Tensor, sizes: Tensor, count: int, most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Give each group the slot of its member that is nearest to its mean position, and number the groups by slot.
 
     Members weigh as their sizes; among equally near ones the first is taken. No two groups have a member in common, so
@@ -47,6 +49,7 @@ def place_groups(groups: Tensor, cells: Tensor, sizes: Tensor, count: int) -> tu
         cells: ``(B, N, 3)`` long, as in :class:`PruneInputs`.
         sizes: ``(B, N)``, whole numbers.
         count: Upper end of the numbers in ``groups``.
+        most: K, where it is known; else the device is asked for it.
 
     Returns:
         ``index (B, K)`` and ``valid (B, K)`` as in :class:`PruneOutput`, and ``groups (B, N)`` in the new numbers.
@@ -66,7 +69,7 @@ def place_groups(groups: Tensor, cells: Tensor, sizes: Tensor, count: int) -> tu
     first = first.scatter_reduce(1, own, columns.masked_fill(distance > nearest.gather(1, own), width), "amin")
     slot = first.gather(1, own)  # (B, N): of the group that a token belongs to
     is_slot = (columns == slot) & (groups >= 0)
-    index, valid = mask_to_index(is_slot)
+    index, valid = mask_to_index(is_slot, most)
     number = (is_slot.cumsum(1) - 1).gather(1, slot.clamp_max(width - 1))
     return index, valid, number.masked_fill(groups < 0, -1)
 
@@ -87,5 +90,6 @@ def merge_tokens(inputs: PruneInputs, leader: Tensor) -> PruneOutput:
     """
     groups = leader.masked_fill(~inputs.valid, -1)
     sizes = inputs.valid.float() if inputs.sizes is None else inputs.sizes
-    index, valid, groups = place_groups(groups, inputs.cells, sizes, leader.shape[1])
+    most = None if inputs.asked is None else inputs.most_asked
+    index, valid, groups = place_groups(groups, inputs.cells, sizes, leader.shape[1], most)
     return PruneOutput(index, valid, group_mean(inputs.features, groups, sizes, index.shape[1]), groups=groups)

@@ -3,24 +3,27 @@
 Letters: R images, N image tokens of an image (padded), B rows of the batch, L prompt tokens, S tokens left.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def mask_to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
+def mask_to_index(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The set columns of each row, ascending, then filler.
 
     Args:
         mask: ``(B, N)`` bool.
+        width: The largest count of a row, where it is known; else the device is asked for it.
 
     Returns:
         ``index (B, K)`` long and ``valid (B, K)`` bool, where K is the largest count of a row. Filler stands last in
         its row, is not valid, and holds index 0, so that gathering by it is legal wherever N > 0.
     """
     count = mask.sum(1)
-    width = int(count.max()) if mask.shape[0] else 0
+    if width is None:
+        width = int(count.max()) if mask.shape[0] else 0
     order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :width]
     valid = torch.arange(width, device=mask.device) < count[:, None]
     return order.masked_fill(~valid, 0), valid
@@ -44,21 +47,24 @@ class KeepPlan:
     index: Tensor  # (B, S) long: the old column of each new one (0 for filler)
     valid: Tensor  # (B, S) bool: False for filler
     identity: bool  # nothing was dropped
+    counts: tuple[int, ...]  # (B) columns of each row that are no filler and no padding
 
     @classmethod
-    def from_mask(cls, keep: Tensor, real: Tensor) -> "KeepPlan":
+    def from_mask(cls, keep: Tensor, real: Tensor, counts: Sequence[int], left: Sequence[int]) -> "KeepPlan":
         """Build the plan from what to keep.
 
         Args:
             keep: ``(B, L)`` bool, False for tokens that are to go.
             real: ``(B, L)`` bool, the attention mask: False for padding, which is left out of the shorter batch.
+            counts: (B) real tokens of each row.
+            left: (B) those of them that stay.
         """
-        if bool(keep.logical_or(~real).all()):
-            return cls(torch.arange(keep.shape[1], device=keep.device).expand_as(real), real, True)
+        if tuple(left) == tuple(counts):
+            return cls(torch.arange(keep.shape[1], device=keep.device).expand_as(real), real, True, tuple(counts))
         # Flipped twice: the filler that mask_to_index puts last comes first, and order is kept.
-        index, valid = mask_to_index((keep & real).flip(1))
+        index, valid = mask_to_index((keep & real).flip(1), max(left))
         index = (keep.shape[1] - 1 - index).masked_fill(~valid, 0)
-        return cls(index.flip(1), valid.flip(1), False)
+        return cls(index.flip(1), valid.flip(1), False, tuple(left))
 
     def take(self, values: Tensor, filler: int | float) -> Tensor:
         """Shorten ``values (B, L, ...)`` to ``(B, S, ...)``; filler columns get the value ``filler``."""

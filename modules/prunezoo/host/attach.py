@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..core.base_model import check_base_model
 from ..core.budgets import Keep
+from ..core.checks import Check, deferred, settle
 from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
@@ -58,6 +59,7 @@ class Running:
     cuts: tuple[Cut, ...]  # of the stages before
     length: int  # columns of the caller's prompt
     rewritten: bool  # it is not the caller's prompt any more
+    checks: Sequence[Check]  # to be settled when the prompt has been read
 
     @property
     def width(self) -> int:
@@ -192,11 +194,12 @@ class Attachment:
             # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
             alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
             encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
-            early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
+            with deferred() as checks:
+                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
         finally:
             self._encoding = False
         rewritten = not all(plan.identity for plan in early.plans)
-        running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten)
+        running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten, checks)
         return running, early.encoded.model_inputs(self.vlm, generating)
 
     @torch.compiler.disable
@@ -260,6 +263,7 @@ class Attachment:
         if self._filling is None:
             return
         running, self._filling = self._filling, None
+        settle([*running.checks, *(prompt.checks if prompt else ())])
         self.stats.add([*running.cuts, *(prompt.cuts if prompt else ())], self.depth)
         cache = find_cache(output)
         if cache is None:

@@ -4,18 +4,20 @@ Letters: B rows of the batch, L prompt tokens, R images (or clips), N patches, M
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.budgets import upload
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
-from ..core.plan import gather_rows, mask_to_index
-from .encoded import IGNORED, Encoded, Newlines, real_columns
+from ..core.plan import gather_rows
+from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
 from .parts.model import VLM
 from .signals.language import check_signals, decoder_signals
@@ -51,109 +53,147 @@ def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_
     labels = batch["labels"].to(device) if batch.get("labels") is not None else None
 
     embedded = family.embed(ids)
-    visuals = (
-        family.visuals(given, partial(watch_tower, family.tower, needs))
-        if run_tower
-        else family.outlines(given, embedded)
-    )
+    host = HostPrompt.read(family, batch)
+    watch = partial(watch_tower, family.tower, needs)
+    seen = {**given, "input_ids": torch.from_numpy(host.ids)}
+    visuals = family.visuals(seen, watch) if run_tower else family.outlines(seen, embedded)
     pixels = {k: v for k, v in given.items() if k in family.consumed}
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
-    columns, column_valid = prompt_words(family, given, labels)
-    text = gather_rows(embedded, columns)
-
-    encoded = _lay_out(family, given, labels, visuals, embedded)
-    inputs = replace(encoded.inputs, text=text[encoded.sample], text_valid=column_valid[encoded.sample])
-    encoded = replace(encoded, inputs=inputs, pixels=pixels)
-    return add_decoder_signals(vlm, encoded, needs)
+    encoded = _lay_out(family, host, given, labels, visuals, embedded)
+    columns, real = encoded.words
+    text = gather_rows(embedded, columns)[encoded.sample]
+    inputs = replace(encoded.inputs, text=text, text_valid=real[encoded.sample], sample=encoded.sample)
+    return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 
 def add_decoder_signals(vlm: VLM, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:
     """The same with the signals among ``needs`` that come from the language model; see :func:`decoder_signals`."""
-    words = prompt_words(find_family(vlm), encoded.batch, encoded.labels)
-    inputs, late = encoded.inputs, decoder_signals(vlm, encoded, words, needs)
+    inputs, late = encoded.inputs, decoder_signals(vlm, encoded, encoded.words, needs)
     return replace(encoded, inputs=replace(inputs, signals={**inputs.signals, **late}))
 
 
-def prompt_words(family: Family, batch: Mapping[str, Any], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the prompt's words are: real tokens that are neither placeholders nor part of an answer.
+@dataclass(frozen=True)
+class HostPrompt:
+    """A batch of prompts as the host knows it. All that follows is laid out from that, so the device is read once."""
 
-    Args:
-        family: Whose placeholders.
-        batch: With ``input_ids (B, L)`` and perhaps ``attention_mask``.
-        labels: ``(B, L)`` or None.
+    ids: np.ndarray  # (B, L)
+    real: np.ndarray  # (B, L) bool, False for padding
+    words: np.ndarray  # (B, L) bool: real tokens that are neither placeholders nor part of an answer
 
-    Returns:
-        Columns ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool; T is at least 1.
-    """
-    is_prompt = real_columns(batch) & ~family.is_visual(batch["input_ids"])
-    if labels is not None:
-        # From the right, a labelled token has been met: everything later is template around the end of the answer.
-        before_last = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-        is_prompt &= (labels == IGNORED) & (before_last | ~before_last.any(1, keepdim=True))
-    columns, valid = mask_to_index(is_prompt)
-    if not columns.shape[1]:  # no words at all, or all of them are the answer
-        return columns.new_zeros(len(columns), 1), valid.new_zeros(len(valid), 1)
-    return columns, valid
+    @classmethod
+    def read(cls, family: Family, batch: Mapping[str, Any]) -> Self:
+        """From what the caller gave, with ``labels (B, L)`` or without."""
+        ids, mask, labels = (batch.get(key) for key in ("input_ids", "attention_mask", "labels"))
+        assert ids is not None  # `encode` has seen to it
+        whole = torch.stack([ids, torch.ones_like(ids) if mask is None else mask.to(ids)]).cpu().numpy()
+        real = whole[1] != 0
+        words = real & ~np.isin(whole[0], list(family.placeholders.values()))
+        if labels is not None:
+            # From the right, a labelled token has been met: everything later is template around the end of the answer.
+            labelled = labels.cpu().numpy() != IGNORED
+            before_last = labelled[:, ::-1].cumsum(1)[:, ::-1] > 0
+            words &= ~labelled & (before_last | ~before_last.any(1, keepdims=True))
+        return cls(whole[0], real, words)
+
+    def word_columns(self, device: torch.device) -> Words:
+        """Where the words are; a single filler where there are none."""
+        columns = [torch.from_numpy(row.nonzero()[0]) for row in self.words]
+        valid = [torch.ones_like(own, dtype=torch.bool) for own in columns]
+        index, real = pad_sequence(columns, batch_first=True), pad_sequence(valid, batch_first=True)
+        if not index.shape[1]:  # no words at all, or all of them are the answer
+            index, real = index.new_zeros(len(index), 1), real.new_zeros(len(real), 1)
+        return index.to(device), real.to(device)
 
 
 def _lay_out(
-    family: Family, batch: dict[str, Any], labels: Tensor | None, visuals: list[Visual], like: Tensor
+    family: Family,
+    host: HostPrompt,
+    batch: dict[str, Any],
+    labels: Tensor | None,
+    visuals: list[Visual],
+    like: Tensor,
 ) -> Encoded:
     """Find the columns of each image, and part patches from newlines; ``like`` has the type and width of embeddings."""
-    ids = batch["input_ids"]
+    placed = _place(family, host, visuals)
+    patches = [visual.cells[:, 2] >= 0 for _, _, visual in placed]
+    counts = tuple(int(own.numpy().sum()) for own in patches)
+    parted = any(count < len(own) for count, own in zip(counts, patches, strict=True))  # there are newlines
+    places = [own.to(like.device) for own in map(_where, patches)] if parted else []
+
+    def pick(values: list[Tensor]) -> list[Tensor]:
+        """Those of the patches, of what the device has of all tokens."""
+        return [v[own] for v, own in zip(values, places, strict=True)] if parted else values
+
+    empty = like.new_zeros(0, 0, like.shape[-1])
+    own_cells = [visual.cells[own] for own, (_, _, visual) in zip(patches, placed, strict=True)]
+    cells = _pad(own_cells, torch.zeros(0, 0, 3, dtype=torch.long), -1)
+    slots = [columns[own] for own, (_, columns, _) in zip(patches, placed, strict=True)]
+    valid = torch.arange(max(counts, default=0)) < torch.tensor(counts, dtype=torch.long)[:, None]
+    inputs = PruneInputs(
+        _pad(pick([visual.features for _, _, visual in placed]), empty, 0),
+        valid.to(like.device),
+        cells.to(like.device),
+        signals={
+            name: _pad(pick([visual.signals[name] for _, _, visual in placed]), empty, 0)
+            for name in (placed[0][2].signals if placed else ())
+        },
+        known=counts,
+        host_cells=cells.numpy(),
+    )
+    rows = tuple(row for row, _, _ in placed)
+    levels = [visual.deep for _, _, visual in placed]
+    return Encoded(
+        inputs,
+        batch,
+        labels,
+        sample=upload(rows, like.device),
+        slots=_pad(slots, torch.zeros(0, 0, dtype=torch.long), 0).to(like.device),
+        words=host.word_columns(like.device),
+        rows=rows,
+        kinds=tuple(visual.kind for _, _, visual in placed),
+        real=tuple(host.real.sum(1).tolist()),
+        newlines=_newlines(placed) if parted else None,
+        deep=tuple(_pad(list(level), empty, 0) for level in zip(*levels, strict=True)),
+    )
+
+
+def _place(family: Family, host: HostPrompt, visuals: list[Visual]) -> list[tuple[int, Tensor, Visual]]:
+    """Each image with its row and its columns ``(n,)`` in the prompt, in reading order.
+
+    Raises:
+        PruneZooError: Placeholders that do not fit the images.
+    """
     placed: list[tuple[int, Tensor, Visual]] = []
     for kind, token in family.placeholders.items():
         own = [visual for visual in visuals if visual.kind == kind]
         sizes = [len(visual.cells) for visual in own]
-        row, column = (ids == token).nonzero(as_tuple=True)
+        row, column = (torch.from_numpy(part) for part in (host.ids == token).nonzero())
         if len(row) != sum(sizes):
             raise PruneZooError(
                 f"the prompt has {len(row)} {kind} placeholders, the {kind}s have {sum(sizes)} tokens: "
                 "use one processor for both"
             )
         for rows, columns, visual in zip(row.split(sizes), column.split(sizes), own, strict=True):
-            first, last = int(rows[0]), int(rows[-1])
+            first, last = rows.numpy()[[0, -1]].tolist()
             if first != last:
                 raise PruneZooError(
                     f"the placeholders of one {kind} run over two samples: use one processor for text and images"
                 )
             placed.append((first, columns, visual))
-    placed.sort(key=lambda place: (place[0], int(place[1][0])))  # in reading order
-
-    patches = [visual.cells[:, 2] >= 0 for _, _, visual in placed]
-    features = [visual.features for _, _, visual in placed]
-    columns = [own for _, own, _ in placed]
-    empty = like.new_zeros(0, 0, like.shape[-1])
-    picked = [(f[p], c[p], v.cells[p]) for f, c, p, (_, _, v) in zip(features, columns, patches, placed, strict=True)]
-    inputs = PruneInputs(
-        _pad([f for f, _, _ in picked], empty, 0),
-        _pad(
-            [torch.ones_like(c, dtype=torch.bool) for _, c, _ in picked], ids.new_zeros(0, 0, dtype=torch.bool), False
-        ),
-        _pad([cells for _, _, cells in picked], ids.new_zeros(0, 0, 3), -1),
-        signals={
-            name: _pad([v.signals[name][p] for p, (_, _, v) in zip(patches, placed, strict=True)], empty, 0)
-            for name in (placed[0][2].signals if placed else ())
-        },
-    )
-    levels = [visual.deep for _, _, visual in placed]
-    return Encoded(
-        inputs,
-        batch,
-        labels,
-        sample=torch.tensor([row for row, _, _ in placed], dtype=torch.long, device=ids.device),
-        slots=_pad([c for _, c, _ in picked], ids.new_zeros(0, 0), 0),
-        newlines=_newlines(placed),
-        deep=tuple(_pad(list(level), empty, 0) for level in zip(*levels, strict=True)),
-    )
+    return sorted(placed, key=lambda place: (place[0], place[1].numpy()[0]))
 
 
-def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines | None:
-    """What is no patch, if there is any: each with the patches of its row."""
-    if all(bool((visual.cells[:, 2] >= 0).all()) for _, _, visual in placed):
-        return None
-    width = max(int((visual.cells[:, 2] < 0).sum()) for _, _, visual in placed)
+def _where(mask: Tensor) -> Tensor:
+    """The set places of a mask ``(n,)`` of the host."""
+    return torch.from_numpy(mask.numpy().nonzero()[0])
+
+
+def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines:
+    """What is no patch: each with the patches of its row."""
+    device = placed[0][2].features.device
+    counts = tuple(int((visual.cells[:, 2] < 0).numpy().sum()) for _, _, visual in placed)
+    width = max(counts)
     features, slots, ends = [], [], []
     for _, columns, visual in placed:
         newline = visual.cells[:, 2] < 0
@@ -161,14 +201,15 @@ def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines | None:
         same = ((row == patch) | (row == -1)).all(-1)  # (M, N)
         none = torch.ones_like(same[:1])  # found where no newline is
         ends.append(torch.cat([same, none]).int().argmax(0).masked_fill(~same.any(0), width))
-        features.append(visual.features[newline])
+        features.append(visual.features[_where(newline).to(device)])
         slots.append(columns[newline])
-    valid = [torch.ones_like(own, dtype=torch.bool) for own in slots]
+    valid = torch.arange(width) < torch.tensor(counts)[:, None]
     return Newlines(
         pad_sequence(features, batch_first=True),
-        pad_sequence(slots, batch_first=True),
-        pad_sequence(valid, batch_first=True),
-        pad_sequence(ends, batch_first=True, padding_value=width),
+        pad_sequence(slots, batch_first=True).to(device),
+        valid.to(device),
+        pad_sequence(ends, batch_first=True, padding_value=width).to(device),
+        counts,
     )
 
 

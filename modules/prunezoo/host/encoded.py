@@ -3,8 +3,9 @@
 Letters: B rows of the batch, L prompt tokens, R images (or clips), N patches, M newlines, K kept, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.merge import group_mean
 from ..core.plan import KeepPlan, gather_rows
-from .families import find_family
+from .families import PIXELS, find_family
+from .families.base import Kind
 from .parts.model import VLM
 
 IGNORED = -100  # label of a token that is not trained on
@@ -27,6 +29,12 @@ class Newlines:
     slots: Tensor = field(repr=False)  # (R, M) long: the column of each in the prompt; 0 on padding
     valid: Tensor = field(repr=False)  # (R, M) bool
     ends: Tensor = field(repr=False)  # (R, N) long: which of them ends the row of a patch, M where none does
+    known: tuple[int, ...] | None = None  # (R) how many of each image, where the host knows
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many of each image. Which of them live hangs on what was chosen, so the device may be asked."""
+        return tuple(self.valid.sum(1).tolist()) if self.known is None else self.known
 
     def alive(self, index: Tensor, valid: Tensor) -> Tensor:
         """``(R, M)`` bool: those of the rows in which a patch ``index (R, K)``, where ``valid``, is left."""
@@ -34,11 +42,9 @@ class Newlines:
         ends = gather_rows(self.ends, index).masked_fill(~valid, self.valid.shape[1])
         return alive.scatter(1, ends, True)[:, :-1] & self.valid
 
-    def after(self, output: PruneOutput, plan: KeepPlan, sample: Tensor) -> "Newlines":
-        """Those that ``output`` left, in the columns of the shorter prompt."""
-        alive = self.alive(output.index, output.valid)
-        slots = plan.moved(self.slots, sample).masked_fill(~alive, 0)
-        return Newlines(self.features, slots, alive, gather_rows(self.ends, output.index))
+
+Words = tuple[Tensor, Tensor]
+"""Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool; T >= 1."""
 
 
 @dataclass(frozen=True)
@@ -50,72 +56,96 @@ class Encoded:
     labels: Tensor | None  # (B, L)
     sample: Tensor = field(repr=False)  # (R,) long: the row of the batch that an image belongs to
     slots: Tensor = field(repr=False)  # (R, N) long: the column of each patch in the prompt; 0 on padding
+    words: Words  # the prompt's words
+    rows: tuple[int, ...]  # (R) `sample`, on the host
+    kinds: tuple[Kind, ...]  # (R) what each is
+    real: tuple[int, ...]  # (B) real columns of each row of the prompt
     newlines: Newlines | None = None  # where the family puts them
     deep: tuple[Tensor, ...] = field(default=(), repr=False)  # (R, N, D) each: added behind the first decoder layers
     pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
-    planned: tuple[
-        Tensor, ...
-    ] = ()  # (R,) long each: of a layer-stage pruner that has begun, what its later stages leave
+    planned: tuple[Tensor, ...] = ()  # (R,) long each, on the host: what later stages of a begun pruner leave
 
     @property
     def mask(self) -> Tensor:
         """``(B, L)`` bool, False for padding."""
         return real_columns(self.batch)
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
-        """``(R,)`` long: tokens of each image in the prompt, newlines among them."""
-        patches = self.inputs.valid.sum(1)
-        return patches if self.newlines is None else patches + self.newlines.valid.sum(1)
+        """``(R,)`` long, on the host: tokens of each image in the prompt, newlines among them."""
+        return _total(self.inputs.counts, self.newlines)
 
-    def tokens_left(self, output: PruneOutput) -> Tensor:
-        """``(R,)`` long: tokens left of each image, newlines among them."""
-        if self.newlines is None:
-            return output.count
-        return output.count + self.newlines.alive(output.index, output.valid).sum(1)
+    @property
+    def placeholders(self) -> dict[Kind, list[int]]:
+        """(B) placeholders of each kind in each row of the prompt."""
+        counts: dict[Kind, list[int]] = {kind: [0] * len(self.real) for kind in PIXELS}
+        for row, kind, count in zip(self.rows, self.kinds, self.tokens.numpy().tolist(), strict=True):
+            counts[kind][row] += count
+        return counts
 
     def columns_left(self, output: PruneOutput) -> Tensor:
         """``(B, L)`` bool: the columns of the prompt that stay; words (and padding) do."""
         keep = torch.ones_like(self.mask)
-        _put(keep, self.sample, self.slots, self.inputs.valid, False)
-        _put(keep, self.sample, gather_rows(self.slots, output.index), output.valid, True)
+        no, yes = keep.new_zeros(()), keep.new_ones(())
+        keep = put(keep, self.sample, self.slots, self.inputs.valid, no)
+        keep = put(keep, self.sample, gather_rows(self.slots, output.index), output.valid, yes)
         if self.newlines is not None:
             alive = self.newlines.alive(output.index, output.valid)
-            _put(keep, self.sample, self.newlines.slots, self.newlines.valid & ~alive, False)
+            keep = put(keep, self.sample, self.newlines.slots, self.newlines.valid & ~alive, no)
         return keep
+
+    def plan(self, output: PruneOutput) -> tuple[KeepPlan, "Newlines | None"]:
+        """What becomes of the prompt's columns, and of the newlines, when the images are brought to ``output``."""
+        lines = self.newlines
+        if lines is not None:
+            alive = lines.alive(output.index, output.valid)
+            known = lines.counts if output.counts == self.inputs.counts and output.groups is None else None
+            lines = replace(lines, valid=alive, ends=gather_rows(lines.ends, output.index), known=known)
+        left = list(self.real)
+        gone = self.tokens - _total(output.counts, lines)
+        for row, count in zip(self.rows, gone.numpy().tolist(), strict=True):
+            left[row] -= count
+        plan = KeepPlan.from_mask(self.columns_left(output), self.mask, self.real, left)
+        if lines is not None:
+            lines = replace(lines, slots=plan.moved(lines.slots, self.sample).masked_fill(~lines.valid, 0))
+        return plan, lines
 
     def in_columns(self, values: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
         """``(B, L, D)``: ``values (R, K, D)`` in their columns ``slots (R, K)``, and the newlines in theirs."""
         whole = values.new_zeros(*self.batch["input_ids"].shape, values.shape[-1])
-        whole = whole.index_put(places(self.sample, slots, valid), values[valid])
+        whole = put(whole, self.sample, slots, valid, values)
         if self.newlines is None:
             return whole
-        at = places(self.sample, self.newlines.slots, self.newlines.valid)
-        return whole.index_put(at, self.newlines.features[self.newlines.valid].to(whole.dtype))
+        lines = self.newlines
+        return put(whole, self.sample, lines.slots, lines.valid, lines.features.to(whole.dtype))
 
-    def after(self, output: PruneOutput, plan: KeepPlan, batch: dict[str, Any]) -> "Encoded":
+    def after(self, output: PruneOutput, plan: KeepPlan, lines: "Newlines | None", batch: dict[str, Any]) -> "Encoded":
         """What ``output`` left, in the shorter prompt that ``plan`` makes.
 
         Args:
             output: What is left of each image.
-            plan: From :meth:`columns_left`.
+            plan: From :meth:`plan`.
+            lines: Likewise.
             batch: The inputs of the shorter prompt.
         """
         slots = plan.moved(gather_rows(self.slots, output.index), self.sample)
+        columns, real = self.words
         return replace(
             self,
             inputs=self.inputs.after(output),
             batch=batch,
             labels=None if self.labels is None else plan.take(self.labels, IGNORED),
             slots=slots.masked_fill(~output.valid, 0),
-            newlines=None if self.newlines is None else self.newlines.after(output, plan, self.sample),
+            words=(plan.moved(columns), real),
+            real=plan.counts,
+            newlines=lines,
             deep=tuple(_merge(level, output) for level in self.deep),
         )
 
     def still_open(self, gates: Tensor) -> "Encoded":
         """The same without the patches whose gate ``(R, N)`` is 0: what is ajar can still be chosen."""
         valid = self.inputs.valid & (gates.detach() > 0)
-        return replace(self, inputs=replace(self.inputs, valid=valid))
+        return replace(self, inputs=replace(self.inputs, valid=valid, known=None))
 
     def model_inputs(self, vlm: VLM, generating: bool = False, **others: Any) -> dict[str, Any]:
         """What the model takes, with every visual token, made anew and free to be edited.
@@ -127,17 +157,17 @@ class Encoded:
         """
         parts = (self.inputs.features, *self.deep)
         values, *deep = (self.in_columns(part, self.slots, self.inputs.valid) for part in parts)
-        return find_family(vlm).hand_over({**self.batch, **others}, values, deep, generating)
+        return find_family(vlm).hand_over({**self.batch, **others}, values, deep, self.placeholders, generating)
 
 
-def places(sample: Tensor, slots: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column in the batch of ``slots (R, K)``, where ``valid``."""
-    return sample[:, None].expand_as(slots)[valid], slots[valid]
+def put(whole: Tensor, sample: Tensor, slots: Tensor, valid: Tensor, values: Tensor) -> Tensor:
+    """``whole (B, L, ...)`` with ``values (R, K, ...)``, or one for all, in the columns ``slots (R, K)``, if ``valid``.
 
-
-def _put(mask: Tensor, sample: Tensor, slots: Tensor, valid: Tensor, value: bool) -> None:
-    """Set ``mask (B, L)`` at ``slots (R, K)``, where ``valid``."""
-    mask[places(sample, slots, valid)] = value
+    What is not goes into a column behind the last, which is cut off again: so no device is asked how many there are.
+    """
+    length = whole.shape[1]
+    wider = torch.cat([whole, whole[:, :1]], 1)
+    return wider.index_put((sample[:, None].expand_as(slots), slots.masked_fill(~valid, length)), values)[:, :length]
 
 
 def real_columns(batch: Mapping[str, Any]) -> Tensor:
@@ -151,3 +181,9 @@ def _merge(level: Tensor, output: PruneOutput) -> Tensor:
     if output.groups is None:
         return gather_rows(level, output.index)
     return group_mean(level, output.groups, torch.ones_like(output.groups), output.index.shape[1])
+
+
+def _total(counts: Sequence[int], lines: Newlines | None) -> Tensor:
+    """``(R,)`` long: patches and newlines of each image."""
+    patches = torch.tensor(counts, dtype=torch.long)
+    return patches if lines is None else patches + torch.tensor(lines.counts, dtype=torch.long)

@@ -5,9 +5,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..core.budgets import Keep, budget
+from ..core.budgets import Keep, counts_of
+from ..core.checks import deferred, settle
 from ..core.contract import PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import KeepPlan, gather_rows
@@ -15,7 +17,7 @@ from .encode import add_decoder_signals
 from .encoded import Encoded
 from .families import find_family
 from .parts.model import VLM
-from .stages.cut import Cut, layer_tokens, now
+from .stages.cut import Cut, Timer, layer_tokens
 from .stages.layer import LayerStage
 from .stages.prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
 from .stages.vision import choose
@@ -89,8 +91,9 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
     """
     if pruner.stage != "layer":
         return encoded, keep
-    available = encoded.inputs.valid.sum(1)
-    first, *later = pruner.schedule(budget(keep, available), available, find_family(vlm).decoder().depth)
+    counts = encoded.inputs.counts
+    asked, found = (torch.tensor(numbers) for numbers in (counts_of(keep, counts), counts))
+    first, *later = pruner.schedule(asked, found, find_family(vlm).decoder().depth)
     encoded = add_decoder_signals(vlm, encoded, pruner.needs)
     inputs = replace(encoded.inputs, layer=0, step=0)
     return replace(encoded, inputs=inputs, planned=tuple(later)), first
@@ -108,13 +111,13 @@ def reduce_early(vlm: VLM, encoded: Encoded, parts: Parts, positions: Positions,
     """
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
-        start = now(vlm.device)
-        found, asked = find_early(vlm, early.encoded, pruner, keep)
-        finding = now(vlm.device) - start
-        output, seconds = choose(vlm, found, pruner, asked)
+        timer = Timer(encoded.slots.device)
+        with timer.running():
+            found, asked = find_early(vlm, early.encoded, pruner, keep)
+        output = choose(vlm, found, pruner, asked, timer)
         layer = 0 if pruner.stage == "layer" else None
-        cut = Cut(pruner.stage, layer, found.tokens, found.tokens_left(output), finding + seconds)
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
+        cut = Cut(pruner.stage, layer, found.tokens, encoded.tokens, timer)
         early = Early(encoded, (*early.plans, plan), (*early.outputs, output), (*early.cuts, cut))
     return early
 
@@ -140,7 +143,7 @@ def run_pruned(
     parts = pruner.parts(keep)
     depth = find_family(vlm).decoder().depth
     before, layer = split_parts(parts, depth)
-    with adapted(vlm, [pruner, *(part for part, _ in parts)]):
+    with adapted(vlm, [pruner, *(part for part, _ in parts)]), deferred() as checks:
         early = reduce_early(vlm, encoded, before, positions)
         cuts, outputs, labels = list(early.cuts), list(early.outputs), early.encoded.labels
         if layer is None or not len(encoded.sample):
@@ -151,7 +154,9 @@ def run_pruned(
                 prompt = stage.prefill(early.encoded, labels)
                 host = full_forward(vlm, early.encoded, **options)
             cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]
+            checks += prompt.checks
             host = replace(host, labels=labels)
+    settle(checks)
     return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts))
 
 
@@ -200,6 +205,7 @@ def run_gated(
             host = full_forward(vlm, encoded, **options)
         else:
             host = gated_forward(vlm, encoded, gates, log_eps, **options)
+        settle(prompt.checks if prompt else ())
         return host, outputs + (prompt.outputs if prompt else [])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .stages.cut import Cut, layer_mean
+from .stages.cut import Cut, Timer, layer_mean
 
 
 @dataclass
@@ -18,7 +18,12 @@ class StageStats:
     layer: int | None  # in front of which decoder layer; None: before the language model
     before: list[int] = field(default_factory=list)  # tokens of the image found
     after: list[int] = field(default_factory=list)  # tokens of it left
-    seconds: float = 0.0  # in the pruner, without vision tower and language model; with the signals a layer stage needs
+    timers: list[Timer] = field(default_factory=list, repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """In the pruner, without vision tower and language model; with the signals that a layer stage needs."""
+        return sum(timer.seconds for timer in self.timers)
 
     def __str__(self) -> str:
         where = f"{self.stage} stage" if self.layer is None else f"{self.stage} stage, layer {self.layer}"
@@ -59,7 +64,7 @@ class AttachStats:
         for stage, cut in zip(self.stages, cuts, strict=True):
             stage.before += cut.before.tolist()
             stage.after += cut.after.tolist()
-            stage.seconds += cut.seconds
+            stage.timers.append(cut.timer)
         self.tokens += layer_mean(cuts, depth).tolist()
 
     def __str__(self) -> str:

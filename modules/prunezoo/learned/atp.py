@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_no_nan
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -119,8 +120,7 @@ class ATP(Pruner):
         """See the base class; scores are margins above the thresholds."""
         valid = inputs.valid
         margins = self.margins(inputs, keep).masked_fill(~valid, -torch.inf)
-        if bool(margins.isnan().any()):
-            raise PruneZooError(f"pruner '{self.name}' scored NaN: check its weights and the features it was given")
+        require_no_nan(margins, self.name, "scored")
         everything = (keep >= valid.sum(1))[:, None]
         if not self.config.adaptive:
             mask = topk_mask(margins.detach(), valid, keep)
@@ -217,7 +217,7 @@ class Correction(nn.Module):
             )
         dtype = self.head.weight.dtype
         attention = torch.stack([own, asked], dim=-1).to(dtype)
-        place = place_features(inputs.cells, inputs.valid, self.OCTAVES).to(dtype)
+        place = place_features(inputs, self.OCTAVES).to(dtype)
         x = self._enter(inputs.features) + self.place(torch.cat([place, attention], dim=-1))
         words = self._enter(inputs.text)
         x = self.norm(self.block(x, inputs.valid, words, inputs.text_valid))

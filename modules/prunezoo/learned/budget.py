@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import require_no_nan
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -112,8 +113,7 @@ class BudgetPolicy(Pruner):
         available = inputs.valid.sum(1)
         wanted = self.default_mean.expand(len(available)) if mean is None else mean / available
         values = self.values(inputs)
-        if bool(values.isnan().any()):
-            raise PruneZooError(f"pruner '{self.name}' valued NaN: check its weights and the features it was given")
+        require_no_nan(values, self.name, "valued")
         arm = self.best_arm(values, self.price_of(wanted))
         # In double precision, as the same share would be counted: an arm is what it was when its rewards were.
         share = torch.tensor(self.config.arms, dtype=torch.double, device=arm.device)[arm]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_no_nan
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -102,12 +103,12 @@ class M3(Pruner):
             )
         available = inputs.valid.sum(1)
         if self.lora is not None:
-            self.lora.switch(bool((keep < available).any()))
+            self.lora.switch(inputs.asked != inputs.counts)
         index, valid, weight = divide(equal_areas, inputs, keep)
         members = weight > 0  # (B, K, N)
         tokens = inputs.features.masked_fill(~inputs.valid[..., None], 0)
         x = self.project(F.rms_norm(tokens, tokens.shape[-1:]))
-        x = x + self.place(place_features(inputs.cells, inputs.valid, self.config.octaves).to(x.dtype))
+        x = x + self.place(place_features(inputs, self.config.octaves).to(x.dtype))
         size = members.sum(-1, keepdim=True).clamp_min(1)  # (B, K, 1)
         sizes = torch.cat([size, size / available[:, None, None].clamp_min(1)], dim=-1).log2() / 8
         part = weight.to(x.dtype) @ x + self.scale(sizes.to(x.dtype))
@@ -116,8 +117,7 @@ class M3(Pruner):
         for feed in self.feeds:
             part = part + feed(part)
         merged = (attention @ tokens.float()).to(tokens.dtype) + self.out(self.norm(part)) * (size > 1)
-        if bool(merged.isnan().any()):
-            raise PruneZooError(f"pruner '{self.name}' made NaN: check its weights and the features it was given")
+        require_no_nan(merged, self.name, "made")
         groups = torch.where(members.any(1), members.to(torch.uint8).argmax(1), -1)
         return PruneOutput(index=index, valid=valid, features=merged, groups=groups)
 

@@ -90,7 +90,7 @@ class PPM(Pruner):
                 f"build it with width={inputs.features.shape[-1]}"
             )
         valid = inputs.valid
-        x = self._enter(inputs.features) + self.place(place_features(inputs.cells, valid, c.octaves).to(dtype))
+        x = self._enter(inputs.features) + self.place(place_features(inputs, c.octaves).to(dtype))
         text = text_valid = None
         if c.query_aware:
             if inputs.text is None or inputs.text_valid is None:
@@ -213,22 +213,22 @@ class SwiGLU(nn.Module):
         return self.down(value * F.silu(gate))
 
 
-def place_features(cells: Tensor, valid: Tensor, octaves: int) -> Tensor:
+def place_features(inputs: PruneInputs, octaves: int) -> Tensor:
     """Where each token lies in its own tile, from 0 to 1 on either side, so that any grid works.
 
     Args:
-        cells: (B, N, 3) tile, row, column; -1 for what is no patch.
-        valid: (B, N) bool.
+        inputs: The images.
         octaves: Number of frequencies.
 
     Returns:
         (B, N, 4 * octaves + 2): sines and cosines of row and column, zero where there is no patch; 1 for a patch;
         the tile's number, folded into [0, 1).
     """
-    patch = (cells[..., 1:] >= 0).all(-1) & valid
+    cells = inputs.cells
+    patch = (cells[..., 1:] >= 0).all(-1) & inputs.valid
     tile, place = cells[..., 0].clamp_min(0), cells[..., 1:].float() * patch[..., None]
     # a tile's side is one more than the largest index within it
-    largest = place.new_zeros(len(cells), int(tile.max()) + 1, 2)
+    largest = place.new_zeros(len(cells), max(inputs.tiles, 1), 2)
     where = tile[..., None].expand_as(place)
     side = largest.scatter_reduce(1, where, place, "amax").gather(1, where) + 1
     turns = ((place + 0.5) / side)[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=cells.device)

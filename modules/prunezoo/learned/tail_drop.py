@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import require_no_nan
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows, mask_to_index
@@ -107,10 +108,9 @@ class TailDrop(Pruner):
         """A prefix of ``keep`` latents of each image, in the order of their slots."""
         features, valid = inputs.features, inputs.valid
         # a latent sees none that comes after it, so those beyond the longest prefix need not be made
-        latents, _, rank = self.latents(inputs, min(int(keep.max()), self.config.latents))
-        if bool(latents.isnan().any()):
-            raise PruneZooError(f"pruner '{self.name}' made NaN: check its weights and the features it was given")
-        index, kept = mask_to_index(rank < keep[:, None])
+        latents, _, rank = self.latents(inputs, min(inputs.most_asked, self.config.latents))
+        require_no_nan(latents, self.name, "made")
+        index, kept = mask_to_index(rank < keep[:, None], inputs.most_asked)
         number = gather_rows(rank, index)
         own = (number >= latents.shape[1]) | (keep == valid.sum(1))[:, None]
         made = gather_rows(latents, number.clamp_max(latents.shape[1] - 1))
@@ -135,7 +135,7 @@ class TailDrop(Pruner):
     def known(self, inputs: PruneInputs) -> Tensor:
         """What the last latents of the prefixes know among which the stop rule chooses, ``(B, S, E)``."""
         stops = torch.tensor(self.config.stops, device=inputs.valid.device)
-        known = self.latents(inputs, min(int(stops.max()), inputs.valid.shape[1]))[1]
+        known = self.latents(inputs, min(max(self.config.stops), inputs.valid.shape[1]))[1]
         return known[:, (stops - 1).clamp_max(known.shape[1] - 1)]
 
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ class Rebuilder(nn.Module):
     def forward(self, inputs: PruneInputs, made: Tensor, index: Tensor, kept: Tensor) -> Tensor:
         """The error, a scalar, of a prefix (B, K, D) in the slots (B, K), where ``kept`` (B, K)."""
         target = F.rms_norm(inputs.features.detach().float(), (self.width,))
-        places = self.place(place_features(inputs.cells, inputs.valid, self.octaves).to(self.out.weight.dtype))
+        places = self.place(place_features(inputs, self.octaves).to(self.out.weight.dtype))
         known = self.enter(F.rms_norm(made.to(places.dtype), (self.width,))) + gather_rows(places, index)
         x = places + self.look(places, known, kept)
         rebuilt = self.out(x + self.feed(x)).float()

@@ -24,7 +24,6 @@ class DivPrune(Pruner):
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose one token of each image per step, in all images at once."""
         valid = inputs.valid
-        steps = int(keep.max())
         unit = functional.normalize(inputs.features.float(), dim=-1)
         unit = unit.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN too
         distance = 1 - unit @ unit.transpose(1, 2)  # (B, N, N)
@@ -32,10 +31,10 @@ class DivPrune(Pruner):
         rows = torch.arange(len(valid), device=valid.device)
         itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
         nearest = distance.masked_fill(itself | ~valid[:, None], torch.inf).amin(2)
-        for step in range(steps):
+        for step in range(inputs.most_asked):
             best = nearest.masked_fill(chosen | ~valid, -torch.inf).argmax(1)
             chosen[rows, best] |= step < keep
             to_best = distance[rows, :, best]  # (B, N)
             nearest = nearest.minimum(to_best) if step else to_best
-        index, kept = mask_to_index(chosen)
+        index, kept = mask_to_index(chosen, inputs.most_asked)
         return PruneOutput(index=index, valid=kept)

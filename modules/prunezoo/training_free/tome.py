@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.budgets import upload
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -89,16 +90,25 @@ class ToMe(Pruner):
         width = vectors.shape[1]
         alive, leader = inputs.valid, torch.arange(width, device=vectors.device).expand_as(inputs.valid)
         means = vectors
-        while bool((surplus := alive.sum(1) - keep).any()):
+        for step in self.rounds(inputs):
             first = alive & (alive.cumsum(1) % 2 == 0)
             second = alive & ~first
             unit = functional.normalize(means, dim=-1)
             links = (unit @ unit.transpose(1, 2)).masked_fill(~second[:, None], -torch.inf)  # (B, N, N)
             strength, partner = links.max(2)
-            most = (alive.sum(1) * self.config.most).long().clamp_min(1)
-            merged = topk_mask(strength, first, torch.minimum(surplus, most).minimum(first.sum(1)))
+            merged = topk_mask(strength, first, upload(step, alive.device))
             # A merged token led itself until now, so its whole group follows it.
             leader = torch.where(merged.gather(1, leader), partner.gather(1, leader), leader)
             alive = alive & ~merged
             means = group_mean(vectors, leader.masked_fill(~inputs.valid, -1), sizes, width)
         return merge_tokens(inputs, leader)
+
+    def rounds(self, inputs: PruneInputs) -> list[list[int]]:
+        """How many tokens of each image each matching merges, ``(B)`` a matching, which counts alone tell."""
+        assert inputs.asked is not None  # `forward` has set it
+        left, rounds = list(inputs.counts), []
+        while left != list(inputs.asked):
+            most = [min(max(int(n * self.config.most), 1), n // 2) for n in left]
+            rounds.append([min(n - k, m) for n, k, m in zip(left, inputs.asked, most, strict=True)])
+            left = [n - merged for n, merged in zip(left, rounds[-1], strict=True)]
+        return rounds

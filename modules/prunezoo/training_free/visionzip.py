@@ -76,7 +76,7 @@ class VisionZip(Pruner):
         unit = functional.normalize(inputs.signal("vision_keys").float().mean(2), dim=-1)
         nearest = (unit @ unit.transpose(1, 2)).masked_fill(~target[:, None], -torch.inf).argmax(2)
         kept = dominant | target
-        index, valid = mask_to_index(kept)
+        index, valid = mask_to_index(kept, inputs.most_asked)
         column = kept.cumsum(1) - 1  # where a token that stays is found among those kept
         groups = torch.where(joins, column.gather(1, nearest), column.masked_fill(~kept, -1))
 

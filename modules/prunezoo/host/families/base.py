@@ -5,7 +5,7 @@ Letters: B rows of the batch, L prompt tokens, n tokens of one image or clip, D 
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.errors import PruneZooError
+from ...core.plan import gather_rows, mask_to_index
 from ..parts.decoder import Decoder
 from ..parts.tower import Tower
 
@@ -41,7 +42,7 @@ class Visual:
 
     kind: Kind
     features: Tensor  # (n, D)
-    cells: Tensor  # (n, 3) long: tile, row, column; see Family.cells
+    cells: Tensor  # (n, 3) long, on the host: tile, row, column; see Family.cells
     deep: tuple[Tensor, ...] = ()  # (n, D) each: what is added to them behind the first decoder layers (deepstack)
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # (n, ...) each, by name: those of the tower
 
@@ -95,7 +96,7 @@ class Family:
         """Run tower and projector once: all images, in the order of their placeholders, then all clips.
 
         Args:
-            batch: The processor's output, on the model's device.
+            batch: The processor's output, on the model's device, but ``input_ids``, which are on the host.
             watch: Entered around each run of the tower; gives the signals that it made of it, ``(R, N, ...)`` by name.
 
         Raises:
@@ -121,13 +122,13 @@ class Family:
             parts = zip(rows.split(sizes), cells, *(level.split(sizes) for level in levels), strict=True)
             for i, (own, where, *deep) in enumerate(parts):
                 own_signals = {name: values.split(sizes)[i] for name, values in signals.items()}
-                found.append(Visual(kind, own, where.to(own.device), tuple(deep), own_signals))
+                found.append(Visual(kind, own, where, tuple(deep), own_signals))
         return found
 
     def outlines(self, batch: Mapping[str, Any], like: Tensor) -> list[Visual]:
         """What :meth:`visuals` gives, with zeros of the type and width of ``like`` for features: nothing is run."""
         return [
-            Visual(kind, like.new_zeros(len(cells), like.shape[-1]), cells.to(like.device))
+            Visual(kind, like.new_zeros(len(cells), like.shape[-1]), cells)
             for kind in self.kinds(batch)
             for cells in self.cells(kind, batch)
         ]
@@ -229,7 +230,12 @@ class Family:
         return mask
 
     def hand_over(
-        self, batch: dict[str, Any], values: Tensor, deep: list[Tensor], generating: bool = False
+        self,
+        batch: dict[str, Any],
+        values: Tensor,
+        deep: list[Tensor],
+        counts: Mapping[Kind, Sequence[int]],
+        generating: bool = False,
     ) -> dict[str, Any]:
         """Add visual tokens to the inputs of the model.
 
@@ -239,26 +245,27 @@ class Family:
             batch: Inputs with ``input_ids (B, L)``; with ``position_ids``, if ``attention_mask`` is not ``(B, L)``.
             values: ``(B, L, D)`` features in their columns; others do not matter.
             deep: Likewise, what is added behind the first decoder layers.
+            counts: (B) placeholders of each kind in each row.
             generating: The inputs are for `generate`.
 
         Raises:
             PruneZooError: A release of `transformers` in which this family does not take them.
         """
         ids = batch["input_ids"]
-        if not bool(self.is_visual(ids).any()):
+        if not any(map(any, counts.values())):
             return batch
         if not TAKES_FEATURES:
             return self._hand_over_embedded(batch, values, deep, generating)
         outputs = {}
         for kind, token in self.placeholders.items():
-            mask = ids == token
-            sizes = [count for count in mask.sum(1).tolist() if count]
-            if sizes:
+            sizes = counts[kind]
+            if any(sizes):
+                columns = mask_to_index(ids == token, max(sizes))[0]
                 # A list has one entry for each row of the batch that has images; a tensor has one for each token,
                 # which is the only way in which beam search can deal out rows that keep different numbers of them.
                 features, *levels = (
-                    part[mask][:, None] if kind in self.as_tensor else list(part[mask].split(sizes))
-                    for part in (values, *deep)
+                    torch.cat(rows)[:, None] if kind in self.as_tensor else rows
+                    for rows in (_first(gather_rows(part, columns), sizes) for part in (values, *deep))
                 )
                 outputs[kind] = self.encoder_output(features, levels)
         return {**batch, "mm_encoder_outputs": outputs}
@@ -326,10 +333,15 @@ def pool(values: Tensor, factor: int) -> Tensor:
 
 
 def runs(mask: Tensor) -> list[tuple[int, int, int]]:
-    """The unbroken runs of a mask ``(B, L)``: row, first column and length of each, in reading order."""
+    """The unbroken runs of a mask ``(B, L)`` on the host: row, first column and length of each, in reading order."""
     edges = pad(mask.long(), (1, 1)).diff(dim=1)
-    start, end = (edges == 1).nonzero(), (edges == -1).nonzero()
-    return [(row, first, last - first) for (row, first), (_, last) in zip(start.tolist(), end.tolist(), strict=True)]
+    start, end = ((edges == edge).numpy().nonzero() for edge in (1, -1))
+    return [(int(row), int(first), int(last - first)) for row, first, last in zip(*start, end[1], strict=True)]
+
+
+def _first(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The first so many of each row of ``values (B, K, D)``, of the rows that have any."""
+    return [row[:count] for row, count in zip(values, counts, strict=True) if count]
 
 
 def _rows(features: Any) -> Tensor:

@@ -53,7 +53,7 @@ class Idefics3Family(Family):
         side = batch["pixel_values"].shape[-1] // self.config.vision_config.patch_size // self.config.scale_factor
         ids = batch["input_ids"]
         found = runs(ids == self.config.image_token_id)
-        tags = [int(ids[row, start - 1]) if start else -1 for row, start, _ in found]
+        tags = [int(ids.numpy()[row, start - 1]) if start else -1 for row, start, _ in found]
         cells, length = [], 0
         for place, (row, _, own) in enumerate(found):
             length += own

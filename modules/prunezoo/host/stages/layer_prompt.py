@@ -11,15 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...core.budgets import budget
+from ...core.budgets import counts_of
+from ...core.checks import Check, deferred
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
-from ...core.plan import KeepPlan, gather_rows
-from ..encode import prompt_words
-from ..encoded import Encoded, places
+from ...core.plan import gather_rows
+from ...core.signals import Signal
+from ..encoded import Encoded, put
 from ..parts.decoder import take_columns
 from ..signals.language import Entry, attention_to_images
-from .cut import Cut, now
+from .cut import Cut, Timer
 from .layer_cache import Keywords, Past, Segment, cut_mask
 from .layer_plan import LayerPlan
 from .prompt import gate_weights
@@ -31,17 +32,18 @@ class Prompt:
     def __init__(self, plan: LayerPlan, encoded: Encoded) -> None:
         self.plan, self.decoder = plan, plan.decoder
         self.encoded = replace(encoded, deep=())  # what is left of it
-        self.words, self.word_valid = prompt_words(plan.family, encoded.batch, encoded.labels)  # (B, T)
         self.schedule = list(encoded.planned)
         if not plan.begun:
-            available = encoded.inputs.valid.sum(1)
-            self.schedule = plan.pruner.schedule(budget(plan.keep, available), available, self.decoder.depth)
+            counts = encoded.inputs.counts
+            asked, found = (torch.tensor(numbers) for numbers in (counts_of(plan.keep, counts), counts))
+            self.schedule = plan.pruner.schedule(asked, found, self.decoder.depth)
         self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
             encoded.slots
         )  # (R, N)
         self.outputs: list[PruneOutput] = []  # by stage, each in slots of the tokens it found
         self.cuts: list[Cut] = []
-        self.seconds = 0.0  # in signals and pruner since the last cut
+        self.checks: list[Check] = []  # to be settled when the forward is done
+        self.timer = Timer(encoded.slots.device)  # of signals and pruner since the last cut
         self.memo: dict[Any, Keywords] = {}
 
     @property
@@ -101,39 +103,48 @@ class Prompt:
         signals = self.plan.readings.get((layer, own))
         if signals is None:
             return
-        start, kwargs = now(hidden.device), self.adjust(layer, hidden, kwargs)
+        kwargs = self.adjust(layer, hidden, kwargs)
+        with self.timer.running():
+            self._read(signals, layer, self.once(hidden), kwargs)
+
+    def _read(self, signals: dict[str, Signal], layer: int, hidden: Tensor, kwargs: Keywords) -> None:
+        """Of what enters the layer for one copy of each sample, ``(B, S, D)``."""
         hidden, mask = self.once(hidden), kwargs["attention_mask"]
         cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
         entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
         images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
-        words = self.words, self.word_valid
         values = {
             name: gather_rows(hidden[images[0]], images[1])
             if signal.kind == "hidden_states"
-            else attention_to_images(self.decoder, signal, layer, entry, words, *images)
+            else attention_to_images(self.decoder, signal, layer, entry, self.encoded.words, *images)
             for name, signal in signals.items()
         }
         inputs = self.encoded.inputs
         self.encoded = replace(self.encoded, inputs=replace(inputs, signals={**inputs.signals, **values}))
-        self.seconds += now(hidden.device) - start
 
     def ask(self, layer: int, hidden: Tensor) -> PruneOutput:
         """Call the pruner on what stands in front of a layer."""
-        start, step, hidden, encoded = now(hidden.device), len(self.cuts), self.once(hidden), self.encoded
+        step, hidden, encoded = len(self.cuts), self.once(hidden), self.encoded
+        columns, real = encoded.words
         inputs = replace(
             encoded.inputs,
             features=gather_rows(hidden[encoded.sample], encoded.slots),
-            text=gather_rows(hidden, self.words)[encoded.sample],
-            text_valid=self.word_valid[encoded.sample],
+            text=gather_rows(hidden, columns)[encoded.sample],
+            text_valid=real[encoded.sample],
             layer=layer,
             step=step + self.plan.begun,
         )
-        output = self.plan.pruner(inputs, self.schedule[step].minimum(inputs.valid.sum(1)).clamp_min(1))
-        seconds = self.seconds + now(hidden.device) - start
-        self.cuts.append(Cut("layer", layer, encoded.tokens, encoded.tokens_left(output), seconds))
+        with self.timer.running(), deferred() as checks:
+            output = self.plan.pruner(inputs, self.schedule[step].minimum(torch.tensor(inputs.counts)).clamp_min(1))
+        self.checks += checks
         self.outputs.append(output)
-        self.encoded, self.seconds = replace(encoded, inputs=inputs), 0.0
+        self.encoded = replace(encoded, inputs=inputs)
         return output
+
+    def note(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Note a cut, ``(R,)`` tokens found and left."""
+        self.cuts.append(Cut("layer", layer, before, after, self.timer))
+        self.timer = Timer(self.timer.device)
 
 
 class Drop(Prompt):
@@ -155,15 +166,16 @@ class Drop(Prompt):
         """Ask the pruner and drop."""
         output, encoded, copies = self.ask(layer, hidden), self.encoded, len(hidden) // len(self.real)
         if output.features is not None:
-            row, column = places(encoded.sample, gather_rows(encoded.slots, output.index), output.valid)
-            hidden = hidden.clone()
+            slots = gather_rows(encoded.slots, output.index)
             for copy in range(copies):
-                hidden[row * copies + copy, column] = output.features[output.valid].to(hidden.dtype)
-        plan = KeepPlan.from_mask(encoded.columns_left(output), encoded.mask)
+                rows = encoded.sample * copies + copy
+                hidden = put(hidden, rows, slots, output.valid, output.features.to(hidden.dtype))
+        plan, lines = encoded.plan(output)
         self.origin = gather_rows(self.origin, output.index)
-        self.encoded = encoded.after(output, plan, {"attention_mask": plan.valid})
+        self.encoded = encoded.after(output, plan, lines, {"attention_mask": plan.valid})
+        self.note(layer, encoded.tokens, self.encoded.tokens)
         if not plan.identity:
-            self.words, self.columns = plan.moved(self.words), plan.take(self.columns, 0)
+            self.columns = plan.take(self.columns, 0)
             width, index = encoded.mask.shape[1], plan.index.repeat_interleave(copies, 0)
             hidden = torch.cat([gather_rows(hidden[:, :width], index), hidden[:, width:]], 1)
             self.segments.append(self.segment(layer, copies))
@@ -179,7 +191,8 @@ class Drop(Prompt):
         valid = self.encoded.mask
         moved = self.real.cumsum(1).gather(1, self.columns) - valid.cumsum(1)
         columns, valid, moved = (part.repeat_interleave(copies, 0) for part in (self.columns, valid, moved))
-        return Segment(layer, columns, valid, bool(valid.all()), moved.masked_fill(~valid, 0))
+        full = len(set(self.encoded.real)) == 1  # else filler stands in front of some
+        return Segment(layer, columns, valid, full, moved.masked_fill(~valid, 0))
 
     def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """Mask and positions of the columns that are left."""
@@ -227,7 +240,8 @@ class Gate(Prompt):
         bias = gate_weights(self.encoded, output.gates, self.leak).log()
         self.bias = bias if self.bias is None else self.bias + bias
         self.origin = output.index
-        self.encoded = self.encoded.still_open(output.gates)
+        before, self.encoded = self.encoded.tokens, self.encoded.still_open(output.gates)
+        self.note(layer, before, self.encoded.tokens)
         return hidden
 
     def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:

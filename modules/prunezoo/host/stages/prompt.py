@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
 from ...core.plan import KeepPlan
-from ..encoded import Encoded, places
+from ..encoded import Encoded, put
 from ..families import find_family, require_float_mask
 from ..parts.model import VLM
 
@@ -83,12 +83,11 @@ def gate_weights(encoded: Encoded, gates: Tensor, log_eps: float) -> Tensor:
     """``(B, L)``: what each column of the prompt weighs in attention under ``gates (R, N)``; 1 where no image is."""
     valid, newlines = encoded.inputs.valid, encoded.newlines
     weight = torch.ones(encoded.mask.shape, dtype=gates.dtype, device=gates.device)
-    weight = weight.index_put(places(encoded.sample, encoded.slots, valid), gates[valid] + log_eps)
+    weight = put(weight, encoded.sample, encoded.slots, valid, gates + log_eps)
     if newlines is not None:  # as open as the most open gate of its row
         open_ = gates.new_zeros(len(gates), newlines.valid.shape[1] + 1)
         open_ = open_.scatter_reduce(1, newlines.ends, gates.masked_fill(~valid, 0), "amax")[:, :-1]
-        at = places(encoded.sample, newlines.slots, newlines.valid)
-        weight = weight.index_put(at, open_[newlines.valid] + log_eps)
+        weight = put(weight, encoded.sample, newlines.slots, newlines.valid, open_ + log_eps)
     return weight
 
 
@@ -115,7 +114,7 @@ def shorten_prompt(
     check_positions(positions)
     family = find_family(vlm)
     ids, real = encoded.batch["input_ids"], encoded.mask
-    plan = KeepPlan.from_mask(encoded.columns_left(output), real)
+    plan, lines = encoded.plan(output)
 
     batch = dict(encoded.batch)
     if not plan.identity:
@@ -134,7 +133,7 @@ def shorten_prompt(
         # Always explicit, even where it is all ones: without a mask, gaps in the positions would be read as the seams
         # of packed sequences, and no word said.
         batch["attention_mask"] = plan.valid.long()
-    return encoded.after(output, plan, batch), plan
+    return encoded.after(output, plan, lines, batch), plan
 
 
 def check_positions(positions: str) -> None:

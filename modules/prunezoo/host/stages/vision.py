@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...core.budgets import Keep, budget
+from ...core.budgets import Keep, counts_of
 from ...core.contract import PruneInputs, PruneOutput, Pruner
 from ...core.errors import PruneZooError
 from ...core.merge import kept_groups, place_groups
@@ -35,31 +35,30 @@ from ..families import find_family
 from ..parts.model import VLM
 from ..parts.tower import Tower
 from ..signals.vision import VisionTap
-from .cut import now
+from .cut import Timer
 
 
-def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[PruneOutput, float]:
+def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep, timer: Timer) -> PruneOutput:
     """What a pruner in front of the language model, of the prompt or vision stage, leaves of the images of a batch.
-
-    With it the seconds that the pruner took itself, without the tower.
 
     Args:
         vlm: The model that made ``encoded``.
         encoded: From :func:`encode`; for the vision stage with or without features, since the tower runs again.
         pruner: The pruner.
         keep: As in :meth:`Pruner.forward`.
+        timer: Counts what the pruner takes itself, without the tower.
 
     Raises:
         PruneZooError: As the pruner and :class:`VisionStage` do.
     """
     if pruner.stage != "vision" or not len(encoded.sample):
-        start = now(encoded.slots.device)
-        return pruner(encoded.inputs, keep), now(encoded.slots.device) - start
+        with timer.running():
+            return pruner(encoded.inputs, keep)
     family = find_family(vlm)
-    counts = budget(keep, encoded.inputs.valid.sum(1))
-    with VisionStage(family.tower(), pruner, encoded.inputs, counts) as stage:
+    counts = counts_of(keep, encoded.inputs.counts)
+    with VisionStage(family.tower(), pruner, encoded.inputs, counts, timer) as stage:
         features = family.run_encoder("image", {**encoded.batch, **encoded.pixels}).pooler_output
-    return stage.output(features if isinstance(features, Tensor) else torch.stack(list(features))), stage.seconds
+    return stage.output(features if isinstance(features, Tensor) else torch.stack(list(features)))
 
 
 def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
@@ -82,14 +81,15 @@ def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
 class VisionStage:
     """A pruner inside a tower, from ``__enter__`` to ``__exit__``, for one pass over R images."""
 
-    def __init__(self, tower: Tower, pruner: Pruner, inputs: PruneInputs, keep: Tensor) -> None:
+    def __init__(self, tower: Tower, pruner: Pruner, inputs: PruneInputs, keep: tuple[int, ...], timer: Timer) -> None:
         """Plan the pass.
 
         Args:
             tower: A plain ViT.
             pruner: Of the vision stage.
             inputs: The patches of the images; their features are not looked at.
-            keep: ``(R,)`` long, tokens that the last block leaves of each image.
+            keep: (R) tokens that the last block leaves of each image.
+            timer: Of what the pruner takes.
 
         Raises:
             PruneZooError: As :func:`check_vision_stage` does.
@@ -97,13 +97,14 @@ class VisionStage:
         check_vision_stage(tower, pruner)
         blocks = pruner.stages(tower.depth)
         self.tower, self.pruner = tower, pruner
-        self.steps = dict(zip(blocks, pruner.schedule(keep, inputs.valid.sum(1), tower.depth), strict=True))
-        """By block, how many tokens it leaves of each image."""
+        asked, found = (torch.tensor(counts, dtype=torch.long) for counts in (keep, inputs.counts))
+        self.steps = dict(zip(blocks, pruner.schedule(asked, found, tower.depth), strict=True))
+        """By block, how many tokens it leaves of each image, ``(R,)`` on the host."""
         self.cells, self.alive = inputs.cells, inputs
-        self.owner = torch.arange(inputs.valid.shape[1], device=keep.device).masked_fill(~inputs.valid, -1)
+        self.owner = torch.arange(inputs.valid.shape[1], device=inputs.valid.device).masked_fill(~inputs.valid, -1)
         """``(R, N)``: the token that each patch went into, -1 for none."""
         self.mask: Tensor | None = None  # (R, 1, 1, P + M) for the attention of the blocks to come
-        self.seconds = 0.0  # in the pruner
+        self.timer = timer
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -128,9 +129,10 @@ class VisionStage:
         Args:
             features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower.
         """
-        index, valid, groups = place_groups(self.owner, self.cells, (self.owner >= 0).float(), features.shape[1])
+        sizes, width = (self.owner >= 0).float(), features.shape[1]
+        index, valid, groups = place_groups(self.owner, self.cells, sizes, width, max(self.alive.counts))
         order = gather_rows(self.owner, index).clamp_min(0)
-        return PruneOutput(index, valid, gather_rows(features, order), groups=groups)
+        return PruneOutput(index, valid, gather_rows(features, order), groups=groups, known=self.alive.counts)
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
         self.stack.callback(register(hook, **options).remove)
@@ -176,10 +178,9 @@ class VisionStage:
         signals = {name: tap.read(name) for name in self.pruner.needs}
         step = list(self.steps).index(block)
         inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, layer=block, step=step)
-        start = now(hidden.device)
-        output = self.pruner(inputs, self.steps[block])
-        self.seconds += now(hidden.device) - start
-        if torch.equal(output.count, inputs.valid.sum(1)):
+        with self.timer.running():
+            output = self.pruner(inputs, self.steps[block])
+        if output.counts == inputs.counts:
             return None
         groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
         self.owner = torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
@@ -190,7 +191,7 @@ class VisionStage:
     def _make_mask(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to attention logits: log(size), and the lowest number for filler; None if nothing is."""
         valid, sizes = self.alive.valid, self.alive.sizes
-        if sizes is None and bool(valid.all()):
+        if sizes is None and len(set(self.alive.counts)) == 1:
             return None
         kernel = self.tower.kernel
         if kernel not in ("sdpa", "eager"):

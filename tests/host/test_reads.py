@@ -1,0 +1,66 @@
+"""The hot path asks the device for nothing that shapes and ids have told: a read makes the host wait for all before."""
+
+import pytest
+import torch
+from reads import counted_reads
+from tiny_llava import LONG, SHORT, make_image
+
+from prunezoo import PruneZooError, attach
+from prunezoo.core.contract import Pruner
+from prunezoo.core.registry import build_pruner, list_pruners, pruner_class
+
+MORE = 2
+"""Reads that an attached prefill has beyond those of the bare model: ids and mask together, and one flag of all checks."""
+READ_BY_NATURE = {
+    "random": "draws by what is in the picture, on the host",
+    "atp": "decides itself how many tokens it keeps",
+    "budget": "decides itself how many tokens it keeps",
+}
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    return build_pruner(name, **pruner_class(name).tiny_config(32, 32)).eval()
+
+
+@pytest.fixture(scope="module")
+def batch(deep_llava):
+    return deep_llava.batch([LONG, SHORT, LONG], [[make_image(0)], [make_image(1)], [make_image(2)]])
+
+
+def reads_of(vlm, batch, call):
+    with torch.no_grad(), counted_reads() as seen:
+        if call == "forward":
+            vlm(**batch)
+        else:
+            vlm.generate(**batch, max_new_tokens=1)
+    return seen
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("name", [name for name in list_pruners() if name not in READ_BY_NATURE and pruner_class(name).exact])
+def test_an_attached_prefill_waits_twice_more(name, call, deep_llava, batch):
+    vlm = deep_llava.vlm
+    bare = reads_of(vlm, batch, call)
+    with attach(vlm, tiny(name), keep=9):
+        pruned = reads_of(vlm, batch, call)
+    assert pruned.total() <= bare.total() + MORE, pruned - bare
+
+
+class Spoilt(Pruner):
+    name = "spoilt"
+
+    def score(self, inputs):
+        return inputs.features.sum(-1) * torch.nan
+
+
+@pytest.mark.parametrize("stage", ["prompt", "layer"])
+def test_what_is_wrong_is_told_when_the_prompt_has_been_read(stage, deep_llava, batch):
+    vlm = deep_llava.vlm
+    where = {"stage": stage, "stages": lambda self, depth: (2,) if stage == "layer" else ()}
+    with attach(vlm, type("Spoilt", (Spoilt,), where)(), keep=9) as run:
+        for call in (lambda: vlm(**batch), lambda: vlm.generate(**batch, max_new_tokens=3)):
+            with pytest.raises(PruneZooError, match="'spoilt' scored NaN"):
+                call()
+        assert not run.stats.before or len(run.stats.before) % 3 == 0
+    assert "generate" not in vars(vlm)
