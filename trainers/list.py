@@ -19,7 +19,7 @@ from prunezoo.core.registry import list_pruners, pruner_class
 from trainers.cards.about import About, about
 from trainers.cli.errors import command
 from trainers.cli.names import CHECKPOINTS, find_pruner, has_weights, methods_shipped
-from trainers.evaluation.summary import Line, Zoo, read_zoo
+from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
 from trainers.evaluation.tables import percent
 
 
@@ -86,14 +86,15 @@ def markdown() -> str:
     """The table of docs/choose.md."""
     zoo = read_zoo()
     header, lines = lines_of(zoo, entries(zoo))
+    marks, notes = footnotes(line[0] for line in lines)
     rows = [f"| {' | '.join(header)} |", "|---|---|---|---|" + "---:|" * (len(header) - 5) + "---|"]
-    rows += [f"| {' | '.join([f'`{line[0]}`', *line[1:]])} |" for line in lines]
+    rows += [f"| {' | '.join([f'`{line[0]}`{marks[line[0]]}', *line[1:]])} |" for line in lines]
     said = (
         f"Mean retention in % on `{zoo.record['suite']}`, {zoo.record['split']} split, with `{zoo.record['vlm']}`, at "
         "measured tokens, mean over the model's layers; how many questions, and the command, stand in each card, and "
         "of methods without weights in the records of `hub_cards/measured/`; a dash: not measured with so many tokens."
     )
-    return "\n".join([*rows, "", said, ""])
+    return "\n".join([*rows, "", *notes, said, ""])
 
 
 def print_table(zoo: Zoo, found: Sequence[Entry], console: Console) -> None:

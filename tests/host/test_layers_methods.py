@@ -15,14 +15,17 @@ def batch(deep_llava):
     return deep_llava.batch([LONG, SHORT], [[make_image(0)], [make_image(1)]])
 
 
-def eager_rows(vlm, encoded, layer, gone=None, rotary=True):
-    """``(B, N)``: what the last column attends to of the image, in eager maps."""
+def eager_rows(vlm, encoded, layer, gone=None, rotary=True, left=None, images=False):
+    """What the last column attends to of the image tokens ``left``, in eager maps; ``images``: heads weigh alike."""
+    left = torch.arange(encoded.slots.shape[1]).expand_as(encoded.slots) if left is None else left
     eager = eager_copy(vlm)
     with masked(eager, gone or {}):
         if not rotary:
             eager.get_decoder().layers[layer].register_forward_pre_hook(no_rotation, with_kwargs=True)
         maps = full_forward(eager, encoded, output_attentions=True).attentions[layer]
-    return maps.mean(1)[:, -1].gather(1, encoded.slots)
+    slots = encoded.slots.gather(1, left)
+    rows = maps[:, :, -1].gather(2, slots[:, None].expand(-1, maps.shape[1], -1))  # (B, H, N)
+    return (rows / rows.sum(2, keepdim=True) if images else rows).mean(1)
 
 
 def watched(vlm, batch, pruner, keep):
@@ -62,20 +65,22 @@ def test_pyramiddrop_asks_the_layer_it_stands_in_front_of(deep_llava, batch):
     left, (gone, _) = torch.arange(36).expand(2, -1), watch.gone(encoded)
     for inputs, output in watch.calls:
         before = {layer: columns for layer, columns in gone.items() if layer < inputs.layer}
-        rows = eager_rows(deep_llava.vlm, encoded, inputs.layer, before).gather(1, left)
+        rows = eager_rows(deep_llava.vlm, encoded, inputs.layer, before, left=left)
         assert torch.equal(output.index, best(rows, output.index.shape[1]))
         left = left.gather(1, output.index)
     assert torch.equal(run.output.index, left) and [o.index.shape[1] for _, o in watch.calls] == [17, 8, 4]
 
 
+@pytest.mark.parametrize("softmax", ["images", "all"])
 @torch.no_grad()
-def test_feather_joins_grid_and_attention_without_rotation(deep_llava, batch):
-    pruner = build_pruner("feather").eval()
+def test_feather_joins_grid_and_attention_without_rotation(deep_llava, batch, softmax):
+    pruner = build_pruner("feather", softmax=softmax).eval()
     assert pruner.stages(32) == (8, 16)
     encoded, watch, _ = watched(deep_llava.vlm, batch, pruner, 3)
     (first, one), (second, two) = watch.calls
     assert (first.layer, second.layer) == (1, 2)
-    rows = eager_rows(deep_llava.vlm, encoded, 0, rotary=False)
+    alike = {"rotary": False, "images": softmax == "images"}
+    rows = eager_rows(deep_llava.vlm, encoded, 0, **alike)
     grid = torch.tensor([row % 3 == 0 and column % 3 == 0 for row in range(6) for column in range(6)])
     count = one.index.shape[1]
     for image, kept in enumerate(one.index):
@@ -83,7 +88,7 @@ def test_feather_joins_grid_and_attention_without_rotation(deep_llava, batch):
         assert set(kept.tolist()) == set(grid.nonzero()[:, 0].tolist()) | set(others.tolist())
     # No protection in the second stage.
     gone, _ = watch.gone(encoded)
-    later = eager_rows(deep_llava.vlm, encoded, 1, {1: gone[1]}, rotary=False).gather(1, one.index)
+    later = eager_rows(deep_llava.vlm, encoded, 1, {1: gone[1]}, left=one.index, **alike)
     assert torch.equal(two.index, best(later, 3))
     assert not grid[one.index.gather(1, two.index)].all()
 

@@ -5,7 +5,7 @@ of other methods lies in `hub_cards/measured/`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -25,6 +25,11 @@ NEAR = 0.05
 """A figure stands in a column whose tokens it was measured with, up to this share of them."""
 COMMON = ("vlm", "suite", "split", "seed")
 """What records that stand in one table agree in."""
+NOTES = {
+    "pyramiddrop": "its authors number the positions of what is left anew at every stage; here they stay, and "
+    '`attach(..., positions="compact")` does as they do',
+}
+"""What a reader of a method's figures must know, by method."""
 
 Record = Mapping[str, Any]
 
@@ -113,19 +118,32 @@ def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
     return Zoo(shipped, rivals, first)
 
 
+def footnotes(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """What stands behind a name in a table, such as " [1]", for all of ``names``; and the lines below the table."""
+    marks = dict.fromkeys(names, "")
+    lines: list[str] = []
+    for name in marks:
+        if note := NOTES.get(name.partition("?")[0]):
+            lines.append(f"[{len(lines) + 1}] {note}  ")
+            marks[name] = f" [{len(lines)}]"
+    return marks, [*lines, ""] if lines else []
+
+
 def summary_section(zoo: Zoo) -> str:
     """Markdown: mean retention of every shipped module, then of the rivals, best at 1/9 of the tokens first."""
     columns, usual = zoo.columns(), zoo.record["n"]
     full, blind = mean_row(zoo.record, FULL, ALL_TOKENS), mean_row(zoo.record, NONE, NO_TOKENS)
     heads = [f"{share}: {tokens} tokens" for share, tokens in columns.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    marks, notes = footnotes(zoo.rivals)
     for group in (zoo.shipped, zoo.rivals):
         for name, line in sorted(group.items(), key=lambda item: _order(item[1], columns)):
-            shown = f"[`{name}`](checkpoints/{name}/README.md)" if group is zoo.shipped else name
+            shown = f"[`{name}`](checkpoints/{name}/README.md)" if group is zoo.shipped else name + marks[name]
             more = f", {line.n:,} questions" if line.n != usual else ""
             lines.append(f"| {shown}{more} | {' | '.join(_cell(line.at(tokens)) for tokens in columns.values())} |")
     lines += [
         "",
+        *notes,
         f"Mean retention over {len(zoo.record['groups'])} groups of questions: accuracy in % of the full model's, with "
         f"95 % bootstrap interval; the first {usual:,} questions of the {zoo.record['split']} split of "
         f"`{zoo.record['suite']}`, or as many as a line says. With all {full['tokens']:.0f} tokens the model answers "

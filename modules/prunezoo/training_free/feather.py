@@ -4,13 +4,15 @@ Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model 
 https://arxiv.org/abs/2412.13180, code https://github.com/markendo/FEATHER.
 
 The attention is that of the last word in the layer before, without rotary embedding, which favours the bottom of the
-image; mean over heads. In front of the layer at 1/4 of the depth the best share q of the tokens stays, together with
-every third row and column; in front of the layer at 1/2 the best share q * q of those, the grid without protection.
-Here `keep` is what the second stage leaves, and q follows from it: keep = N (q + (1 - q) / 9) q^2, where a token on the
-grid is as likely among the best as any. The first stage leaves exactly N (q + (1 - q) / 9) tokens: the grid first, then
-the best of the others; with fewer than the grid has, the best on the grid. The official code leaves as many as the two
-sets happen to have together, and takes the softmax over image tokens alone, so that heads which look at words weigh as
-much as others.
+image. The softmax is over the image's tokens alone, as in the official code, so that heads which look at words weigh as
+much as others; `softmax="all"` takes it over all that the word sees, as the layer does. Mean over heads.
+
+In front of the layer at 1/4 of the depth the best share q of the tokens stays, together with every third row and
+column; in front of the layer at 1/2 the best share q * q of those, the grid without protection. Here `keep` is what the
+second stage leaves, and q follows from it: keep = N (q + (1 - q) / 9) q^2, where a token on the grid is as likely among
+the best as any. The first stage leaves exactly N (q + (1 - q) / 9) tokens: the grid first, then the best of the others;
+with fewer than the grid has, the best on the grid. The official code leaves as many as the two sets happen to have
+together; asked for that many, this one leaves the same tokens.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 
 HALVINGS = 60  # of [0, 1]; more than the bits of a double
+ATTENTION = {"images": "last_attention@previous+norope+images", "all": "last_attention@previous+norope"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class FeatherConfig(PrunerConfig):
 
     layers: tuple[int, ...] | None = None  # in front of which two decoder layers tokens go; None: 1/4, 1/2 of the depth
     stride: int = 3  # rows and columns from one token of the grid to the next, at least 1
+    softmax: str = "images"  # over which keys: "images", the image's own tokens; "all", whatever the last word sees
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -39,6 +43,8 @@ class FeatherConfig(PrunerConfig):
             raise PruneZooError(f"layers={list(self.layers)}: there are two stages, name two layers")
         if self.stride < 1:
             raise PruneZooError(f"stride={self.stride} must be at least 1")
+        if self.softmax not in ATTENTION:
+            raise PruneZooError(f"softmax='{self.softmax}' of feather is unknown: {', '.join(ATTENTION)}")
 
 
 @register_pruner("feather")
@@ -46,9 +52,13 @@ class Feather(Pruner):
     """Top tokens by attention without rotary embedding, joined with a uniform grid in the first of two stages."""
 
     stage = "layer"
-    needs = ("last_attention@previous+norope",)
     config_class = FeatherConfig
     config: FeatherConfig
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
+        """The attention, over the keys that are configured."""
+        return (ATTENTION[self.config.softmax],)
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """The configured layers, or those at 1/4 and 1/2 of the depth."""
@@ -70,7 +80,7 @@ class Feather(Pruner):
 
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)``: the attention weight from the last word, in the first stage above all others on the grid."""
-        attention = inputs.signal("last_attention@previous+norope")
+        attention = inputs.signal(ATTENTION[self.config.softmax])
         if inputs.step:
             return attention
         on_grid = (inputs.cells[..., 1:] % self.config.stride == 0).all(-1)

@@ -5,8 +5,9 @@ CVPR 2025, https://arxiv.org/abs/2410.17247, code https://github.com/Cooperx521/
 
 In front of the layers at 1/4, 1/2 and 3/4 of the depth the last word of the instruction rates the tokens with that
 layer's own queries and keys, mean over heads. Every stage leaves the same share of what it finds, so that `keep` = 1/8
-is the published 1/2, 1/4, 1/8 of all tokens. Counts are rounded, not cut off. The official code numbers positions anew;
-here they stay unless `attach` is told "compact".
+is the published 1/2, 1/4, 1/8 of all tokens. Counts are rounded, not cut off. The official code numbers the positions
+of what is left anew at every stage; here survivors keep theirs, as under all methods, and
+`attach(..., positions="compact")` numbers as the official code does.
 """
 
 from dataclasses import dataclass

@@ -128,7 +128,13 @@ class Decoder:
     def attention_rows(
         self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Softmax weights of some rows of one layer's attention.
+        """Softmax weights ``(B, heads, T, L)``, float32; arguments as in :meth:`attention_logits`."""
+        return self.attention_logits(layer, hidden, rotary, rows, mask).softmax(-1, dtype=torch.float32)
+
+    def attention_logits(
+        self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """What the softmax of one layer's attention is taken of, in some rows.
 
         Args:
             layer: Which, from 0.
@@ -139,7 +145,7 @@ class Decoder:
                 None, where a row sees what stands at or before its column, back to the layer's window.
 
         Returns:
-            ``(B, heads, T, L)`` float32.
+            ``(B, heads, T, L)``; what a row does not see is the lowest number there is.
         """
         query, key = self.query_key(layer, hidden, rotary, rows)
         logits = query @ key.transpose(-1, -2)  # (B, heads, T, L)
@@ -157,7 +163,7 @@ class Decoder:
             allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
             allowed = allowed if mask is None else allowed & mask.bool()[:, None]
             logits = logits.masked_fill(~allowed[:, None], lowest)
-        return logits.softmax(-1, dtype=torch.float32)
+        return logits
 
     def _join(self, rotary: Rotary) -> Rotary:
         """``(B, L, d)`` where each frequency is that of its axis."""

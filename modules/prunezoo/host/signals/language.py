@@ -160,7 +160,8 @@ def attention_to_images(
 
     Returns:
         ``(R, N)`` float32: the softmax weight, mean over heads and over the words, or over those of the image's tokens
-        that may look at it; 0 where there is none. ``(R, N, H)`` for ``prompt_head_attention``.
+        that may look at it; 0 where there is none. ``(R, N, H)`` for ``prompt_head_attention``. With ``+images`` the
+        softmax is over the image's tokens ``valid``, and the weights of an image add up to 1.
     """
     if signal.kind == "self_attention":
         return _self_attention(decoder, layer, entry, entry.rotary if signal.rotary else None, sample, slots, valid)
@@ -169,15 +170,19 @@ def attention_to_images(
         last = real.sum(1, keepdim=True)
         columns, real = columns.gather(1, (last - 1).clamp_min(0)), last > 0
     rotary = entry.rotary if signal.rotary else None
-    weights = decoder.attention_rows(layer, entry.hidden, rotary, columns, entry.mask)  # (B, H, T, L)
-    if signal.kind != "prompt_head_attention":
-        weights = weights.mean(1, keepdim=True)
+    weights = (decoder.attention_logits if signal.images else decoder.attention_rows)(
+        layer, entry.hidden, rotary, columns, entry.mask
+    )  # (B, H, T, L)
+    if signal.kind != "prompt_head_attention" and not signal.images:
+        weights = weights.mean(1, keepdim=True)  # before the rows are dealt out to images: less to hold
     counted = real[sample]  # (R, T)
     if signal.kind != "last_attention":
         counted = counted & (columns[sample] > slots.amax(1, keepdim=True))
     seen = weights[sample].gather(3, slots[:, None, None].expand(-1, *weights.shape[1:3], -1))  # (R, H or 1, T, N)
+    if signal.images:
+        seen = seen.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
     mean = (seen * counted[:, None, :, None]).sum(2) / counted.sum(1).clamp_min(1)[:, None, None]
-    return mean.transpose(1, 2) if signal.kind == "prompt_head_attention" else mean[:, 0]
+    return mean.transpose(1, 2) if signal.kind == "prompt_head_attention" else mean.mean(1)
 
 
 def _self_attention(
