@@ -92,6 +92,21 @@ def test_the_codebook_follows_and_no_code_stays_dead():
     torch.testing.assert_close(quantizer.codebook.norm(dim=-1), torch.ones(16))
 
 
+def test_codes_of_any_length_follow_by_distance():
+    torch.manual_seed(0)
+    quantizer = Quantizer(codes=16, width=3, unit=False).train()
+    centres = 3 * F.normalize(torch.randn(2, 3), dim=-1)
+    centres = torch.cat([centres, 0.1 * centres])  # two directions, two lengths of each
+    for _ in range(100):
+        quantizer(centres[torch.randint(4, (128,))] + 0.01 * torch.randn(128, 3))
+    quantizer.eval()
+    codes = quantizer.nearest(centres)
+    assert len(codes.unique()) == 4
+    assert torch.equal(codes, torch.cdist(centres, quantizer.codebook).argmin(-1))
+    torch.testing.assert_close(quantizer(centres)[0], centres, rtol=0, atol=0.05)
+    assert torch.cdist(quantizer.codebook, centres).amin(1).max() < 0.1, "every code has come to a centre"
+
+
 def test_the_gradient_passes_straight_through():
     quantizer = Quantizer(codes=8, width=3).eval()
     latents = torch.randn(5, 3, requires_grad=True)
@@ -117,6 +132,9 @@ def test_the_gradient_passes_straight_through():
         ({"head": "words"}, "head='words'"),
         ({"head": "codes"}, "needs patch=16"),
         ({"width": 30}, "width=30"),
+        ({"decoder_width": 30}, "decoder_width=30"),
+        ({"decoder_width": 48, "decoder_heads": 5}, "decoder_heads=5"),
+        ({"decoder_heads": 0}, "decoder_heads=0"),
         ({"widht": 32}, "widht"),
     ],
 )

@@ -23,8 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--reshape", choices=("legacy", "right"), help="how latents were reshaped; by default as the head suggests"
     )
+    p.add_argument(
+        "--codes",
+        choices=("unit", "free"),
+        help="of length 1 or of any, use_l2_norm in the published config; by default as the head suggests",
+    )
     args = p.parse_args(argv)
-    tokenizer = read_official(args.source, None if args.reshape is None else args.reshape == "legacy")
+    legacy = None if args.reshape is None else args.reshape == "legacy"
+    tokenizer = read_official(args.source, legacy, None if args.codes is None else args.codes == "unit")
     tokenizer.save_pretrained(args.folder)
     shown = ", ".join(f"{key}={value}" for key, value in tokenizer.config.to_dict().items())
     print(f"{args.folder}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters; {shown}")

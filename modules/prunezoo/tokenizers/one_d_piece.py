@@ -17,13 +17,11 @@ Letters: B pictures, N tokens, P patches, W width, C width of a code, V codes, S
 """
 
 import binascii
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,8 +31,7 @@ from ..core.hub import Pretrained
 from . import container
 from .maskgit_vqgan import CODE_WIDTH, CODES, STRIDE, PixelDecoder
 from .quantizer import Quantizer
-
-NOISE = 0.02  # spread of what starts at zero
+from .start import NOISE, enter_what, grid_places, make_layers, token_places
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,11 @@ class OneDPieceConfig(PrunerConfig):
     encoder_layers: int = 8
     decoder_layers: int = 8
     heads: int = 8  # divides width
+    decoder_width: int | None = None  # W of the decoder; None: as the encoder's
+    decoder_heads: int | None = None  # divides it; None: as many as the encoder's
     codes: int = 4096  # V, a power of two, so that a code is a whole number of bits
     code_width: int = 12  # C
+    unit_codes: bool = True  # codes have length 1 and are told apart by angle; False: any length, by distance
     head: str = "codes"  # "codes": logits over MaskGIT-VQGAN codes, painted by its decoder; "pixels": pixels at once
     spread: bool = True  # the tokens' places start spread evenly over the picture; False: at random
     legacy_reshape: bool = False  # mix queries and channels as the published weights were trained; never for new ones
@@ -60,8 +60,11 @@ class OneDPieceConfig(PrunerConfig):
                 raise PruneZooError(f"one_d_piece: {name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch:
             raise PruneZooError(f"one_d_piece: patch={self.patch} does not divide image_size={self.image_size}")
-        if self.width % 4 or self.width % self.heads:
-            raise PruneZooError(f"one_d_piece: width={self.width} must be a multiple of 4 and of heads={self.heads}")
+        for part, (width, heads) in {"": (self.width, self.heads), "decoder_": self.decoder_size}.items():
+            if min(width, heads) < 1 or width % 4 or width % heads:
+                raise PruneZooError(
+                    f"one_d_piece: {part}width={width} must be a multiple of 4 and of {part}heads={heads}"
+                )
         if self.codes & (self.codes - 1) or self.codes < 2:
             raise PruneZooError(f"one_d_piece: codes={self.codes} must be a power of two, at least 2")
         if self.code_width < 2 or self.tokens > 256:
@@ -72,6 +75,14 @@ class OneDPieceConfig(PrunerConfig):
             raise PruneZooError(f"one_d_piece: head='{self.head}' is unknown: choose 'codes' or 'pixels'")
         if self.head == "codes" and self.patch != STRIDE:
             raise PruneZooError(f"one_d_piece: head='codes' needs patch={STRIDE}, a cell of MaskGIT-VQGAN")
+
+    @property
+    def decoder_size(self) -> tuple[int, int]:
+        """Width and heads of the decoder."""
+        return (
+            self.width if self.decoder_width is None else self.decoder_width,
+            self.heads if self.decoder_heads is None else self.decoder_heads,
+        )
 
     @property
     def grid(self) -> int:
@@ -104,7 +115,7 @@ class OneDPiece(Pretrained):
         c = self.config
         self.encoder = Encoder(c)
         self.latent_tokens = nn.Parameter(NOISE * torch.randn(c.tokens, c.width))
-        self.quantize = Quantizer(c.codes, c.code_width)
+        self.quantize = Quantizer(c.codes, c.code_width, unit=c.unit_codes)
         self.decoder = Decoder(c)
         if c.head == "codes":
             self.pixel_codes = nn.Parameter(torch.empty(CODES, CODE_WIDTH).uniform_(-1 / CODES, 1 / CODES))
@@ -207,7 +218,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch)
         self.class_embedding = nn.Parameter(NOISE * torch.randn(1, c.width))
         self.positional_embedding = nn.Parameter(grid_places(c.grid, c.width, gives=True))
-        places = token_places(c, gives=False)
+        places = token_places(c.tokens, c.grid, c.width, gives=False, spread=c.spread)
         self.latent_token_positional_embedding = nn.Parameter(places)
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.transformer = make_layers(c.encoder_layers, c.width, c.heads)
@@ -242,19 +253,20 @@ class Decoder(nn.Module):
     def __init__(self, config: OneDPieceConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.decoder_embed = nn.Linear(c.code_width, c.width)
+        width, heads = c.decoder_size
+        self.decoder_embed = nn.Linear(c.code_width, width)
         enter_what(self.decoder_embed.weight, 1.0)
-        self.class_embedding = nn.Parameter(NOISE * torch.randn(1, c.width))
-        self.positional_embedding = nn.Parameter(grid_places(c.grid, c.width, gives=False))
-        self.mask_token = nn.Parameter(NOISE * torch.randn(1, 1, c.width))
-        places = token_places(c, gives=True)
+        self.class_embedding = nn.Parameter(NOISE * torch.randn(1, width))
+        self.positional_embedding = nn.Parameter(grid_places(c.grid, width, gives=False))
+        self.mask_token = nn.Parameter(NOISE * torch.randn(1, 1, width))
+        places = token_places(c.tokens, c.grid, width, gives=True, spread=c.spread)
         self.latent_token_positional_embedding = nn.Parameter(places)
-        self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.transformer = make_layers(c.decoder_layers, c.width, c.heads)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = make_layers(c.decoder_layers, width, heads)
         if c.head == "codes":
-            self.ffn = nn.Sequential(nn.Linear(c.width, 2 * c.width), nn.Tanh(), nn.Linear(2 * c.width, CODES))
+            self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, CODES))
         else:
-            pixels = nn.Linear(c.width, 3 * c.patch**2)
+            pixels = nn.Linear(width, 3 * c.patch**2)
             with torch.no_grad():  # nearly grey at first, or the first steps unlearn the codes to be rid of the noise
                 pixels.weight *= 0.1
                 pixels.bias.zero_()
@@ -276,77 +288,3 @@ class Decoder(nn.Module):
             return x.transpose(1, 2).unflatten(2, (c.grid, c.grid))
         x = x.view(rows, c.grid, c.grid, c.patch, c.patch, 3).permute(0, 5, 1, 3, 2, 4)
         return self.conv_out(x.reshape(rows, 3, c.image_size, c.image_size))
-
-
-@torch.no_grad()
-def enter_what(weight: Tensor, std: float) -> None:
-    """Start a map into the tokens such that it fills the second half of their channels, with weights of this spread."""
-    half = weight.shape[0] // 2
-    nn.init.normal_(weight, std=NOISE / weight[0].numel() ** 0.5)
-    nn.init.normal_(weight[half:], std=std)
-
-
-def make_layers(count: int, width: int, heads: int) -> nn.ModuleList:
-    """Pre-norm transformer layers that start out by looking at givers near by and handing on what these hold.
-
-    Queries and keys start as the same map of the first half of the channels, values and outputs as the identity on the
-    second (after mimetic initialisation, Trockman and Kolter, arXiv 2305.09828).
-    """
-    layers = [
-        nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        for _ in range(count)
-    ]
-    half = width // 2
-    what = torch.diag((torch.arange(width) >= half).float())
-    with torch.no_grad():
-        for layer in layers:
-            attention = layer.self_attn
-            nn.init.normal_(attention.in_proj_weight, std=NOISE)
-            nn.init.normal_(attention.out_proj.weight, std=NOISE)
-            query, key, value = attention.in_proj_weight.chunk(3)
-            near = torch.randn(width, half) * (2 / half) ** 0.5
-            query[:, :half] += near
-            key[:, :half] += near
-            # channel 0 tells givers from takers, and all look for givers
-            giver = torch.randn(width) * (12 / width**0.5)
-            query[:, 0], key[:, 0] = 0.0, giver
-            attention.in_proj_bias[:width] = giver
-            value += what
-            attention.out_proj.weight += 0.5 * what
-            layer.linear2.weight *= 0.2
-    return nn.ModuleList(layers)
-
-
-def grid_places(grid: int, width: int, gives: bool) -> Tensor:
-    """Where the class token (nowhere) and each patch of a square grid stand: (1 + grid², W)."""
-    middles = (torch.arange(grid) + 0.5) / grid
-    return F.pad(mark_places(torch.cartesian_prod(middles, middles), grid, width, gives), (0, 0, 1, 0))
-
-
-def token_places(config: OneDPieceConfig, gives: bool) -> Tensor:
-    """Places for the tokens of a row: (N, W). Spread evenly, so is every prefix of them."""
-    c = config
-    if not c.spread:
-        return 0.5 * torch.randn(c.tokens, c.width)  # about as large as the marks of a place
-    return mark_places(torch.quasirandom.SobolEngine(2).fast_forward(1).draw(c.tokens), c.grid, c.width, gives)
-
-
-def mark_places(places: Tensor, grid: int, width: int, gives: bool) -> Tensor:
-    """Places in [0, 1]² as the first half of the channels, from half a turn a picture to half a turn a patch.
-
-    Args:
-        places: (M, 2).
-        grid: Patches along a side.
-        width: W.
-        gives: Whether what stands there starts as a giver (channel 0 is 1) or as a taker (-1).
-
-    Returns:
-        (M, W); the second half is zero, but for noise.
-    """
-    turns = math.pi * torch.logspace(0, math.log2(max(grid, 2)), width // 8, base=2.0)
-    angles = (places[..., None].to(turns.device) * turns).flatten(-2)
-    marks = F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width - 4 * (width // 8)))
-    marks[:, 0] = 1.0 if gives else -1.0
-    return marks + NOISE * torch.randn_like(marks)

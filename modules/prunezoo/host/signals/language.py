@@ -170,15 +170,14 @@ def attention_to_images(
         last = real.sum(1, keepdim=True)
         columns, real = columns.gather(1, (last - 1).clamp_min(0)), last > 0
     rotary = entry.rotary if signal.rotary else None
-    weights = (decoder.attention_logits if signal.images else decoder.attention_rows)(
-        layer, entry.hidden, rotary, columns, entry.mask
-    )  # (B, H, T, L)
+    read = decoder.attention_logits if signal.images else decoder.attention_rows
+    rows = read(layer, entry.hidden, rotary, columns, entry.mask)  # (B, H, T, L)
     if signal.kind != "prompt_head_attention" and not signal.images:
-        weights = weights.mean(1, keepdim=True)  # before the rows are dealt out to images: less to hold
+        rows = rows.mean(1, keepdim=True)  # before they are dealt out to images: less to hold
     counted = real[sample]  # (R, T)
     if signal.kind != "last_attention":
         counted = counted & (columns[sample] > slots.amax(1, keepdim=True))
-    seen = weights[sample].gather(3, slots[:, None, None].expand(-1, *weights.shape[1:3], -1))  # (R, H or 1, T, N)
+    seen = rows[sample].gather(3, slots[:, None, None].expand(-1, *rows.shape[1:3], -1))  # (R, H or 1, T, N)
     if signal.images:
         seen = seen.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
     mean = (seen * counted[:, None, :, None]).sum(2) / counted.sum(1).clamp_min(1)[:, None, None]
