@@ -43,7 +43,9 @@ class TokenizerModule(L.LightningModule):
         tail_drop: Draw a length each step, from 1 to N, all alike; False, for comparison: always the whole row.
         perceptual_weight: Weight of the Laplacian pyramids' distance beside the squared error of the pixels.
         lr: Peak learning rate.
-        warm_up: Share of the steps in which it rises from 0; from there it falls to 0 by a cosine.
+        warm_up: Share of the steps in which it rises from 0; from there it falls by a cosine.
+        floor: Share of it that is left at the end, in [0, 1].
+        betas: AdamW's.
         weight_decay: Of the matrices; vectors have none.
         measure: Lengths that validation paints.
     """
@@ -60,6 +62,8 @@ class TokenizerModule(L.LightningModule):
         perceptual_weight: float = 0.1,
         lr: float = 1e-3,
         warm_up: float = 0.05,
+        floor: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         measure: tuple[int, ...] = (1, 4, 16, 64, 256),
     ) -> None:
@@ -72,7 +76,7 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.first, self.first_share, self.tail_drop = first, first_share, tail_drop
         self.perceptual_weight = perceptual_weight
-        self.lr, self.warm_up, self.weight_decay = lr, warm_up, weight_decay
+        self.lr, self.warm_up, self.floor, self.betas, self.weight_decay = lr, warm_up, floor, betas, weight_decay
         self.measure = tuple(tokenizer.check_length(length) for length in measure)
         self.quality = Quality(len(self.measure))
         self.used: Tensor
@@ -148,7 +152,7 @@ class TokenizerModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine, over both stages."""
         weights = self.tokenizer.parameters()
-        return adamw_cosine(weights, self.lr, self.weight_decay, self.warm_up, self.total_steps)
+        return adamw_cosine(weights, self.lr, self.weight_decay, self.warm_up, self.total_steps, self.betas, self.floor)
 
 
 class Quality(Metric):
