@@ -8,14 +8,12 @@ its registry name: it is then built, untrained, for the model's width.
 """
 
 import argparse
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -28,7 +26,7 @@ from trainers.benchmarking.tables import print_record
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.evaluation.budgets import parse_budgets
-from trainers.evaluation.loading import DTYPES
+from trainers.evaluation.loading import DTYPES, device_name
 from trainers.evaluation.record import versions, write_record
 from trainers.evaluation.tables import WIDE
 
@@ -76,14 +74,6 @@ def check(args: argparse.Namespace) -> None:
             if value < 1:
                 raise PruneZooError(f"--{option} {value}: at least 1")
     check_output("--json", args.json)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the kind of CPU and how many threads it uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:

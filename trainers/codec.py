@@ -31,6 +31,7 @@ from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.parts import METRICS_FILE, weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.compression.card import read_json, write_card
 from trainers.compression.figures import draw_curves, draw_pictures
 from trainers.compression.measure import (
@@ -61,24 +62,24 @@ def parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("source", type=Path)
     one.add_argument("target", type=Path)
-    one.add_argument("--tokenizer", required=True, help="folder, Hub id, or one-d-piece-tiny, the embedded one")
+    add_option(one, "tokenizer", required=True, help="folder, Hub id, or one-d-piece-tiny, the embedded one")
     compress = commands.add_parser("compress", parents=[one], help="a picture to a file of so many bytes")
     compress.add_argument("--bytes", type=int, required=True, help="of the whole file")
     commands.add_parser("decompress", parents=[one], help="such a file to a picture")
     measure = commands.add_parser("measure", help="quality at several lengths, beside JPEG and WebP")
-    measure.add_argument("--tokenizer", nargs="+", required=True, help="folders or Hub ids; the first is drawn")
+    add_option(measure, "tokenizer", nargs="+", required=True, help="folders or Hub ids; the first is drawn")
     measure.add_argument("--images", type=Path, required=True, help="folder of photographs")
-    measure.add_argument("--split", choices=SPLITS, default="test")
-    measure.add_argument("--limit", type=int, default=256, help="photographs, evenly over the folder")
+    add_option(measure, "split", choices=SPLITS)
+    add_option(measure, "limit", default=256, help="photographs, evenly over the folder")
     measure.add_argument("--length", nargs="+", type=int, help=f"tokens; by default {' '.join(map(str, LENGTHS))}")
-    measure.add_argument("--json", type=Path, help="write all numbers here")
-    measure.add_argument("--report", type=Path, help="write curves and pictures into this folder")
+    add_option(measure, "json")
+    add_option(measure, "report", help="write curves and pictures into this folder")
     speed = commands.add_parser("speed", help="pictures a second, beside the bare ViT")
-    speed.add_argument("--tokenizer", required=True, help="folder or Hub id")
-    speed.add_argument("--batch", type=int, default=8)
+    add_option(speed, "tokenizer", required=True)
+    add_option(speed, "batch", default=8)
     speed.add_argument("--repeats", type=int, default=10)
-    speed.add_argument("--device", default=default_device())
-    speed.add_argument("--json", type=Path, help="write all numbers here")
+    add_option(speed, "device", default=default_device())
+    add_option(speed, "json")
     card = commands.add_parser("card", help="the model card, from what was measured")
     card.add_argument("folder", type=Path, help="the tokenizer's folder")
     card.add_argument("--quality", type=Path, help="what `measure --json` wrote")
@@ -122,8 +123,7 @@ def decompress(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Quality against bytes."""
-    if args.limit < 1:
-        raise PruneZooError(f"--limit {args.limit}: at least 1")
+    check_at_least_one(args, "limit")
     check_output("--json", args.json)
     check_output("--report", args.report, folder=True)
     tokenizers = {name: load(name) for name in args.tokenizer}
@@ -173,9 +173,7 @@ def training_of(source: str) -> dict[str, Any] | None:
 
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Pictures a second."""
-    for option in ("batch", "repeats"):
-        if getattr(args, option) < 1:
-            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
+    check_at_least_one(args, "batch", "repeats")
     check_device(args.device)
     check_output("--json", args.json)
     tokenizer = load(args.tokenizer).to(args.device)

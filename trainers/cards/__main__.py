@@ -10,10 +10,10 @@ Without `--json` the card is rendered anew from the folder's own `metrics.json`;
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from trainers.cli.errors import command
 from trainers.cli.names import find_folder
+from trainers.cli.options import add_option
 from trainers.evaluation.record import read_record
 
 from .cards import card_examples, write_card
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the card of a checkpoint folder."""
     p = argparse.ArgumentParser(prog="python -m trainers.cards", description="Write a pruner's model card.")
     p.add_argument("folder", help="the pruner's folder, or the name of a shipped one")
-    p.add_argument("--json", type=Path, help="what `trainers.evaluate --json` wrote; by default the folder's own")
+    add_option(p, "json", help="what `trainers.evaluate --json` wrote; by default the folder's own")
     p.add_argument("--picture", action="store_true", help="draw the picture of kept tokens anew")
     args = p.parse_args(argv)
     folder = find_folder(args.folder)

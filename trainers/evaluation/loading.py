@@ -1,5 +1,6 @@
 """Bring a frozen vision-language model and its processor into memory, for measuring."""
 
+import platform
 from typing import Any
 
 import torch
@@ -8,6 +9,14 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import DTYPES
 from prunezoo.host.parts import loading
 from prunezoo.host.parts.loading import default_device, default_dtype
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of CPU and how many threads it uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def check_device(device: str) -> None:

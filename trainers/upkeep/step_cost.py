@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,16 +26,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner
-from trainers.benchmark import device_name
 from trainers.benchmarking.memory import peak_memory, weights_size
 from trainers.benchmarking.models import Request, load_model
 from trainers.caches.cached import keep_top
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_vlm
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.conversation import IGNORED
 from trainers.data.modules import TEACHER
+from trainers.evaluation.loading import device_name
 from trainers.evaluation.record import versions, write_record
 from trainers.training.callbacks import GracefulStop, SeedSteps, StopAtNaN
 from trainers.training.distill import DistillModule
@@ -213,18 +212,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         prog="python -m trainers.upkeep.step_cost", description="Measure a step of distillation."
     )
-    p.add_argument("--vlm", required=True, help="folder, Hub id, tiny-llava, or random:llava-120m")
-    p.add_argument("--batch", type=int, default=1, help="pictures at once")
+    add_option(p, "vlm", required=True, help="folder, Hub id, tiny-llava, or random:llava-120m")
+    add_option(p, "batch")
     p.add_argument("--length", type=int, default=64, help="text tokens")
     p.add_argument("--hidden", type=int, default=64, help="width inside the PPM that is trained")
     p.add_argument("--repeats", type=int, default=5, help="steps that are measured")
-    p.add_argument("--device", help="by default a GPU if there is one")
-    p.add_argument("--dtype", help="by default float32 on a CPU, bfloat16 on a GPU")
-    p.add_argument("--json", type=Path, help="write all numbers here")
+    for name in ("device", "dtype", "json"):
+        add_option(p, name)
     args = p.parse_args(argv)
-    for option in ("batch", "repeats"):
-        if getattr(args, option) < 1:
-            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
+    check_at_least_one(args, "batch", "repeats")
     check_output("--json", args.json)
     args.vlm = find_vlm(args.vlm)
     found = measure(args)

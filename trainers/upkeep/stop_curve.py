@@ -30,6 +30,7 @@ from prunezoo.learned.tail_drop import StopRule
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.suite import SPLITS, load_suite
 from trainers.evaluation.curves import COLOURS, GREY
 from trainers.evaluation.loading import DTYPES, default_device, default_dtype
@@ -168,16 +169,16 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainers.upkeep.stop_curve", description="Measure a stop rule beside fixed lengths."
     )
-    p.add_argument("--vlm", required=True, help="folder, Hub id, or tiny-llava, the embedded one")
+    add_option(p, "vlm", required=True)
     p.add_argument("--pruner", required=True, help="folder of tail-drop latents with a stop rule, or tail-drop-tiny")
-    p.add_argument("--suite", required=True, help="a registered suite, e.g. scenes")
-    p.add_argument("--split", default="test", choices=SPLITS)
-    p.add_argument("--limit", type=int, help="only the first so many items")
+    add_option(p, "suite", required=True)
+    add_option(p, "split", choices=SPLITS)
+    add_option(p, "limit")
     p.add_argument("--mean", nargs="+", type=int, default=[2, 3, 4, 6, 8, 12, 16], help="mean lengths for the rule")
-    p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    add_option(p, "batch-size")
+    add_option(p, "dtype", choices=DTYPES)
     p.add_argument("--cache", type=Path, default=Path("runs/stop_curve"), help="folder for what was read")
-    p.add_argument("--json", type=Path, help="write all numbers here")
+    add_option(p, "json")
     p.add_argument("--figure", type=Path, help="draw the curve here (PNG)")
     return p
 
@@ -189,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, console = parser().parse_args(argv), Console()
     check_output("--json", args.json)
     check_output("--figure", args.figure)
-    for option, least in {"--batch-size": args.batch_size, "--mean": min(args.mean)}.items():
-        if least < 1:
-            raise PruneZooError(f"{option} {least}: at least 1")
+    check_at_least_one(args, "batch-size", "mean")
     args.vlm, args.pruner = find_vlm(args.vlm), find_pruner(args.pruner)
     pruner = load_latents(args.pruner)
     if pruner.stop is None:
