@@ -19,12 +19,13 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner
 from trainers import publish
 from trainers.cards import cards
-from trainers.cards.__main__ import main
+from trainers.cards.__main__ import main as write_cards
 from trainers.cards.cards import render_card, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.names import methods_shipped
 from trainers.evaluation.record import read_record, write_record
 from trainers.evaluation.summary import read_zoo
+from trainers.publishing.package import check
 from trainers.training.run_record import RunRecord
 
 CONFIG = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
@@ -89,7 +90,7 @@ def test_what_no_pruner_can_know_stands_apart(checkpoint):
 
 def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
     write_record(record_of(str(checkpoint), weights_digest(checkpoint)), tmp_path / "e.json")
-    assert main([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
+    assert write_cards([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
     assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
 
 
@@ -119,10 +120,10 @@ def test_a_record_of_before_the_oracle_scale_still_makes_a_card(checkpoint, tmp_
     record = record_of(str(checkpoint), weights_digest(checkpoint))
     del record["oracle_scale"], record["layers"]
     write_record(record, tmp_path / "old.json")
-    assert main([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
+    assert write_cards([str(checkpoint), "--json", str(tmp_path / "old.json")]) == 0
     first = (checkpoint / "README.md").read_text()
     assert "as one who knew the answers would choose" not in first
-    assert main([str(checkpoint)]) == 0  # anew, from its own metrics
+    assert write_cards([str(checkpoint)]) == 0  # anew, from its own metrics
     assert (checkpoint / "README.md").read_text() == first
 
 
@@ -199,12 +200,12 @@ def test_what_is_not_whole_or_not_measured_is_refused(published, capsys, spoil, 
 @pytest.mark.parametrize("name", sorted(methods_shipped()))
 def test_all_that_a_card_rests_on_is_published(name, tmp_path):
     """From the published files alone the same is published again: record of a policy, stop rule, pictures and all."""
-    files = publish.check(cards.SHIPPED / name, f"org/{name}").files
+    files = check(cards.SHIPPED / name, f"org/{name}").files
     for file, content in files.items():
         path = tmp_path / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert publish.check(tmp_path / name, f"org/{name}").files == files
+    assert check(tmp_path / name, f"org/{name}").files == files
     left = {path.name for path in (cards.SHIPPED / name).iterdir()} - {Path(file).parts[0] for file in files}
     assert not left, "nothing else lies in what ships"
 

@@ -14,6 +14,7 @@ from prunezoo import AutoPruner, OneDPiece, build_pruner
 from prunezoo.core.errors import PruneZooError
 from trainers import publish
 from trainers.cards.cards import SHIPPED, weights_digest
+from trainers.publishing.package import check
 
 NAME = "org/one-d-piece-test"
 
@@ -89,7 +90,7 @@ def test_publish_then_load_by_name(tokenizer, hub, capsys, monkeypatch, tmp_path
 
 def test_the_card_is_rendered_for_its_hub_id(tokenizer):
     (tokenizer / "README.md").write_text("written by hand")
-    card = ModelCard(publish.check(tokenizer, NAME).files["README.md"].decode())
+    card = ModelCard(check(tokenizer, NAME).files["README.md"].decode())
     assert (card.data.library_name, card.data.license) == ("prunezoo", "apache-2.0")
     assert card.data.pipeline_tag == "image-to-image" and card.data.base_model is None
     assert {"prunezoo", "image-tokenizer", "one_d_piece", "arxiv:2501.10064"} <= set(card.data.tags)
@@ -130,7 +131,7 @@ def spoil_tensor(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_whole_or_not_measured_is_refused(tokenizer, capsys, spoil, message):
-    publish.check(tokenizer, NAME)
+    check(tokenizer, NAME)
     spoil(tokenizer)
     with pytest.raises(SystemExit) as caught:
         publish.main([str(tokenizer), NAME, "--dry-run"])

@@ -22,12 +22,12 @@ from prunezoo.core import source
 from prunezoo.host.run import run_pruned
 from prunezoo.learned.m3 import M3
 from prunezoo.training_free.pool import PoolPruner
-from trainers import publish
 from trainers.cards.cards import write_card
 from trainers.cards.parts import weights_digest
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
 from trainers.fit import main
+from trainers.publishing.package import check
 from trainers.training.losses import answer_slots, distillation_kl
 
 ROOT = Path(__file__).parent.parent.parent
@@ -256,12 +256,12 @@ def test_the_hub_is_asked_for_every_file(tiny_llava, tmp_path, monkeypatch):
 def test_publishing_takes_the_lora_along(tiny_llava, tmp_path):
     folder = made_for(tiny_llava.vlm).save_pretrained(tmp_path / "m3-lora")
     write_card(folder, record_of(str(folder), weights_digest(folder)))
-    files = publish.check(folder, "org/m3-lora").files
+    files = check(folder, "org/m3-lora").files
     assert {"config.json", "model.safetensors", "README.md", *(f"lora/{name}" for name in LORA_FILES)} <= set(files)
     assert "`lora/adapter_model.safetensors`" in (folder / "README.md").read_text()
     edit(folder / "lora" / LORA_FILES[1], lambda state: next(iter(state.values())).add_(1))
     with pytest.raises(PruneZooError, match="measured with other weights"):
-        publish.check(folder, "org/m3-lora")
+        check(folder, "org/m3-lora")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -340,7 +340,7 @@ def test_a_lora_without_weights_is_not_saved(tmp_path):
 @pytest.mark.parametrize("name", ["m3-tiny", "m3-lora-tiny"])
 def test_what_is_shipped_is_whole_and_runs(name):
     shipped = ROOT / "checkpoints"
-    pruner = publish.check(shipped / name, f"org/{name}").module
+    pruner = check(shipped / name, f"org/{name}").module
     vlm = AutoModelForImageTextToText.from_pretrained(shipped / "tiny-llava", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(shipped / "tiny-llava")
     items = list(load_suite("scenes", "validation", 14))
