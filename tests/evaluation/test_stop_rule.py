@@ -15,11 +15,12 @@ from prunezoo import AutoPruner, PruneZooError, attach, encode
 from prunezoo.host.run import run_pruned
 from prunezoo.learned.tail_drop import StopRule, TailDrop
 from trainers import stop_rule
+from trainers.caches.prefix_losses import LossWorker
 from trainers.cards.parts import STOP_FILE, stop_rule_of
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
 from trainers.evaluation.loading import load_vlm
-from trainers.stop_rule import LossWorker, explained, learn, load_latents, with_stops
+from trainers.training.stop_rule import explained, learn, load_latents, with_stops
 from trainers.upkeep import stop_curve
 from trainers.upkeep.stop_curve import FIXED, MIXED, RULE, points_of, record_of
 

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.learned.tail_drop import StopRule
+from trainers.caches.prefix_losses import LossWorker, losses_of
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
@@ -36,7 +37,7 @@ from trainers.evaluation.curves import COLOURS, GREY
 from trainers.evaluation.loading import DTYPES, default_device, default_dtype
 from trainers.evaluation.record import versions, write_record
 from trainers.evaluation.statistics import Floats, interval, resample
-from trainers.stop_rule import LossWorker, load_latents, losses_of
+from trainers.training.stop_rule import load_latents
 
 FIXED, RULE, MIXED = "fixed length", "stop rule", "fixed lengths mixed"
 
