@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from trainers import fit
-from trainers.pretrain import train
+from trainers.pretraining.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 STRATEGIES = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))

@@ -16,7 +16,7 @@ from trainers import benchmark, codec, demo, evaluate, fit, show
 from trainers import list as zoo
 from trainers.cli import names
 from trainers.cli.names import CHECKPOINTS, ROOT, find_config, find_folder, find_pruner, find_vlm
-from trainers.pretrain import Phase
+from trainers.pretraining.train import Phase
 from trainers.upkeep import policy_record, readme, step_cost, stop_curve, unpickle
 
 COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit", "teacher", "stop_rule")

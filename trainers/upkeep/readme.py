@@ -17,9 +17,9 @@ from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 from trainers.benchmarking.tables import speed_section
+from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
 from trainers.evaluation.summary import read_zoo, summary_section
-from trainers.list import markdown
 
 from .support import support_section
 

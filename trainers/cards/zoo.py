@@ -1,0 +1,86 @@
+"""The whole zoo as lines of a table: every method and every shipped pruner, with the results of the shipped records."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunezoo.core.registry import list_pruners, pruner_class
+from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped
+from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
+from trainers.evaluation.tables import percent
+
+from .about import About, about
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line: a method, or a trained pruner of it.
+
+    Attributes:
+        name: what commands take.
+        method: its registry name.
+        kind: learned or training-free.
+        stage: vision, prompt or layer.
+        trained_for: the frozen model; empty for what needs no training, None for a learned method that is not shipped.
+        line: what was measured of it; None: nothing.
+        about: the method in words.
+    """
+
+    name: str
+    method: str
+    kind: str
+    stage: str
+    trained_for: str | None
+    line: Line | None
+    about: About
+
+
+def entries(zoo: Zoo) -> list[Entry]:
+    """The whole zoo: what is learned first, the trained pruners under their own names."""
+    shipped = methods_shipped()
+    found = []
+    for method in sorted(list_pruners(), key=lambda name: (not has_weights(name), name)):
+        cls = pruner_class(method)
+        stage = "several" if method == "combined" else cls.stage
+        if not has_weights(method):
+            names = [name for name in zoo.rivals if name.partition("?")[0] == method] or [method]
+            lines = {name: zoo.rivals.get(name) for name in sorted(names)}
+            found += [Entry(name, method, "training-free", stage, "", line, about(cls)) for name, line in lines.items()]
+            continue
+        folders = [folder for folder, of in shipped.items() if of == method]
+        for folder in folders:
+            stored = json.loads((CHECKPOINTS / folder / "config.json").read_text(encoding="utf-8"))
+            model = stored.get("base_model", {}).get("name", "not noted").rpartition("/")[2]
+            found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
+        if not folders:
+            found.append(Entry(method, method, "learned", stage, None, None, about(cls)))
+    return found
+
+
+def lines_of(zoo: Zoo, found: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table."""
+    columns = zoo.columns()
+    header = ["name", "kind", "stage", "trained for", *(f"{tokens} tokens" for tokens in columns.values()), "arXiv"]
+    lines = []
+    for entry in found:
+        papers = "–" if entry.about.evidence == "ours" else entry.about.papers[0]
+        trained = "not shipped" if entry.trained_for is None else entry.trained_for or "–"
+        rows = [entry.line.at(tokens) if entry.line else None for tokens in columns.values()]
+        results = [percent(row["retention"]) if row else "–" for row in rows]
+        lines.append([entry.name, entry.kind, entry.stage, trained, *results, papers])
+    return header, lines
+
+
+def markdown() -> str:
+    """The table of docs/choose.md."""
+    zoo = read_zoo()
+    header, lines = lines_of(zoo, entries(zoo))
+    marks, notes = footnotes(line[0] for line in lines)
+    rows = [f"| {' | '.join(header)} |", "|---|---|---|---|" + "---:|" * (len(header) - 5) + "---|"]
+    rows += [f"| {' | '.join([f'`{line[0]}`{marks[line[0]]}', *line[1:]])} |" for line in lines]
+    said = (
+        f"Mean retention in % on `{zoo.record['suite']}`, {zoo.record['split']} split, with `{zoo.record['vlm']}`, at "
+        "measured tokens, mean over the model's layers; how many questions, and the command, stand in each card, and "
+        "of methods without weights in the records of `hub_cards/measured/`; a dash: not measured with so many tokens."
+    )
+    return "\n".join([*rows, "", *notes, said, ""])
