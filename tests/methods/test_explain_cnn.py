@@ -16,11 +16,11 @@ from prunezoo import AutoPruner, PruneInputs, PruneZooError, attach, build_prune
 from prunezoo.host.signals.relevance import relevance_map
 from prunezoo.learned.explain_cnn import ExplainCNN, standardised_log
 from trainers import fit, teacher
+from trainers.caches.maps import MapSet, RelevanceWorker, pad_maps
 from trainers.data.conversation import ConversationCollator
 from trainers.data.shards import ShardedCache
 from trainers.data.suite import load_suite
 from trainers.evaluation.loading import load_vlm
-from trainers.training.explain import MapSet, RelevanceWorker, pad_maps
 
 ROOT = Path(__file__).parent.parent.parent
 VLM = ROOT / "checkpoints" / "tiny-llava"

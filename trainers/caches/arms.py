@@ -14,7 +14,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.host import encode, encode_needs, run_pruned
 from prunezoo.learned.budget import BudgetPolicy
 from trainers.data.conversation import ConversationCollator
-from trainers.data.modules import GroupedCollator, LlavaJsonDataModule, SuiteDataModule
+from trainers.data.modules import EARNED, GroupedCollator, LlavaJsonDataModule, SuiteDataModule
 from trainers.data.suite import Item
 from trainers.training.frozen import FrozenModule, judge
 from trainers.training.losses import answer_slots
@@ -23,8 +23,6 @@ from .vlm_cache import CachedDataModule, PrunedWorker, dtype_of, fingerprint
 
 Reward = Literal["probability", "log_likelihood", "right"]
 """Of the reference answer: its probability, mean log-probability a token in nats, whether it is the first choice."""
-EARNED = "earned"
-"""Key of the batch under which rewards travel."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A `Worker` asks it, in one process or in many; a `CachedDataModule` names the folder, computes what is missing there
 before training, and refuses what was computed by another model or of other items. Three kinds are kept for training:
-answers (`cached.py`), relevance maps (`explain.py`) and what each budget earns (`arms.py`).
+answers (`cached.py`), relevance maps (`maps.py`) and what each budget earns (`arms.py`).
 
 Letter: M items.
 """

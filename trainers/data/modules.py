@@ -26,6 +26,8 @@ IDS = "ids"
 """Key of the batch under which their ids travel."""
 TEACHER = "teacher"
 """Key of the batch under which the frozen model's cached answers travel, if there are any."""
+EARNED = "earned"
+"""Key of the batch under which what each budget earns travels, if there is any."""
 
 
 class ItemDataModule(L.LightningDataModule, ABC):

@@ -1,10 +1,11 @@
 """Train a policy that sets budgets: a contextual bandit whose arms are all enumerable, so that nothing need be drawn.
 
-What every arm earns on a training item is computed once (`arms.py`). A step asks the policy for its probabilities at a
-price per token, and follows the exact gradient of the expected reward less the price of the expected tokens. The
-estimators that draw arms are there as well, and agree with it in direction: REINFORCE (Williams, 1992) with the mean of
-the sample's other draws as baseline, and GRPO (arXiv 2402.03300). The price is drawn anew for each sample, so that the
-policy learns all trade-offs at once, or is one number that a dual ascent moves until the expected tokens meet a target.
+What every arm earns on a training item is computed once (`caches/arms.py`). A step asks the policy for its
+probabilities at a price per token, and follows the exact gradient of the expected reward less the price of the expected
+tokens. The estimators that draw arms are there as well, and agree with it in direction: REINFORCE (Williams, 1992) with
+the mean of the sample's other draws as baseline, and GRPO (arXiv 2402.03300). The price is drawn anew for each sample,
+so that the policy learns all trade-offs at once, or is one number that a dual ascent moves until the expected tokens
+meet a target.
 
 Letters: B samples of one image each, A arms, G draws, I validation items.
 """
@@ -21,8 +22,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
 from prunezoo.host import encode, encode_needs
 from prunezoo.learned.budget import BudgetPolicy
-from trainers.caches.arms import EARNED
-from trainers.data.modules import GROUPS, IDS
+from trainers.data.modules import EARNED, GROUPS, IDS
 
 from .adaptive import adopt
 from .frozen import Dtype, FrozenModule

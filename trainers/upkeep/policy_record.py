@@ -34,10 +34,11 @@ from prunezoo.core.subsets import draw_subsets, log_probability, subset_mask
 from prunezoo.host import encode, encode_needs, run_pruned
 from prunezoo.learned.budget import BudgetPolicy
 from prunezoo.learned.policy import KeepPolicy
-from trainers.caches.arms import EARNED, earn
+from trainers.caches.arms import earn
 from trainers.cards.parts import POLICY_FILE
 from trainers.cli.errors import command
 from trainers.data.conversation import ConversationCollator
+from trainers.data.modules import EARNED
 from trainers.evaluation.loading import default_device
 from trainers.training.budget_policy import BudgetModule
 from trainers.training.distill import DistillModule
