@@ -9,6 +9,9 @@ from trainers import publish
 from trainers.evaluation.record import build_record
 from trainers.evaluation.scores import Measurement
 
+SIZES = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1, "text_blocks": 1}
+"""Of a small PPM, or of any pruner with such a config."""
+
 
 def record_of(name: str, digest: str | None, rival: str = "bad", **header: str) -> dict:
     """A record in which `name` is measured, with these weights."""
