@@ -1,10 +1,16 @@
-"""Names of the methods. A file in one of the method folders registers itself; nothing else has to be edited."""
+"""Names of the methods. A file in one of the method folders registers itself; nothing else has to be edited.
+
+An installed distribution can bring methods too: its entry points of the group `prunezoo.pruners` name modules, each of
+which registers what it holds.
+"""
 
 import importlib
+import logging
 import pkgutil
 import re
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +23,9 @@ from .signals import parse_signal
 from .source import Source
 
 METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
+PLUGINS = "prunezoo.pruners"
+"""Group of the entry points that bring methods from outside."""
+log = logging.getLogger(__name__)
 _PRUNERS: dict[str, type[Pruner]] = {}
 P = TypeVar("P", bound=type[Pruner])
 
@@ -50,12 +59,27 @@ def register_pruner(name: str) -> Callable[[P], P]:
 
 @cache
 def _discover() -> None:
-    """Import every file of the method folders, once, so that it registers itself."""
+    """Import every file of the method folders and every plug-in, once, so that it registers itself."""
     parent = __package__.rpartition(".")[0]
     for folder in METHOD_FOLDERS:
         package = importlib.import_module(f"{parent}.{folder}")
         for entry in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{entry.name}")
+    for plugin in sorted(entry_points(group=PLUGINS), key=lambda plugin: plugin.name):  # of two, the same one first
+        _load(plugin)
+
+
+def _load(plugin: EntryPoint) -> None:
+    """Import a plug-in. One that fails brings nothing, is named, and takes nothing else down."""
+    before = dict(_PRUNERS)
+    try:
+        plugin.load()
+    except Exception as error:  # whatever somebody else's code raises
+        _PRUNERS.clear()
+        _PRUNERS.update(before)
+        named = f"'{plugin.name}' ({plugin.value}{f' of {plugin.dist.name}' if plugin.dist else ''})"
+        why = " ".join(str(error).split()) or type(error).__name__
+        log.warning("plug-in %s brings no pruner: %s; mend or uninstall it", named, why)
 
 
 def list_pruners() -> tuple[str, ...]:
