@@ -100,10 +100,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert f"{info}/licenses/LICENSE" in names
 
 
-@pytest.fixture(scope="module")
-def bare_python(wheel, tmp_path_factory) -> Path:
-    """The interpreter of a virtual environment with the wheel and what it requires, and nothing else."""
-    folder = tmp_path_factory.mktemp("bare")
+def bare_python(folder: Path, wheel: Path) -> Path:
+    """The interpreter of a new virtual environment with a wheel and what it requires, and nothing else."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for name in closure(PROJECT["dependencies"]):
@@ -121,7 +119,15 @@ def bare_python(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_wheel_works_in_a_bare_environment(bare_python, tmp_path):
+def run_bare(python: Path, folder: Path, *words: str) -> str:
+    """What a process prints that neither PYTHONPATH nor a setting of pip can lend anything."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_"))}
+    ran = subprocess.run([python, *words], cwd=folder, env=clean, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_wheel_works_in_a_bare_environment(wheel, tmp_path):
     program = """
 import importlib, importlib.util, pkgutil
 from pathlib import Path
@@ -142,10 +148,29 @@ assert type(again) is type(pruner) and again.config == pruner.config
 assert callable(attach)
 print("the wheel works:", prunezoo.core.hub.version())
 """
-    # -I: neither this folder nor PYTHONPATH can lend it anything
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_"))}
-    ran = subprocess.run(
-        [bare_python, "-I", "-c", program], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+    (tmp_path / "work").mkdir()
+    python = bare_python(tmp_path / "bare", wheel)
+    said = run_bare(python, tmp_path / "work", "-I", "-c", program)  # -I: nor can this folder
+    assert said == f"the wheel works: {PROJECT['version']}"
+
+
+def test_the_folder_above_a_clone_called_prunezoo_does_not_shadow_it(tmp_path):
+    """`pip install -e` of the clone, and then Python in the folder above, whose `prunezoo` is the clone, no package."""
+    clone = tmp_path / "prunezoo"
+    clone.mkdir()
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and not path.name.endswith(".egg-info"):
+            (clone / path.name).symlink_to(path)
+    (clone / "modules").unlink()  # a build writes there
+    shutil.copytree(ROOT / "modules", clone / "modules", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    build = "import setuptools.build_meta as b, sys; b.build_editable(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=clone, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (editable,) = tmp_path.glob("*.whl")
+    python = bare_python(tmp_path / "bare", editable)
+    program = (
+        "import sys; assert sys.path[0] == ''  # this folder comes first\n"
+        "import prunezoo; from prunezoo import attach; print(prunezoo.__file__, attach.__module__)"
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == f"the wheel works: {PROJECT['version']}"
+    said = run_bare(python, tmp_path, "-c", program)
+    assert said == f"{clone / 'modules' / 'prunezoo' / '__init__.py'} prunezoo.host.attach"
