@@ -12,19 +12,13 @@ folder's own metrics, or from those but for what is given.
 """
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.tokenizers.one_d_piece import OneDPiece
@@ -34,22 +28,13 @@ from trainers.cli.names import find_pruner
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.compression.card import read_json, write_card
 from trainers.compression.figures import draw_curves, draw_pictures
-from trainers.compression.measure import (
-    file_size,
-    measure_rival,
-    measure_tokenizer,
-    paired_of,
-    rows_of,
-    shown_lengths,
-)
+from trainers.compression.measure import shown_lengths
 from trainers.compression.quality import METRICS
-from trainers.compression.rivals import RIVALS
-from trainers.compression.speed import measure_speed
+from trainers.compression.records import print_rows, quality_record, speed_rows
 from trainers.data.photographs import Photographs, photographs, spread
 from trainers.data.suite import SPLITS
 from trainers.evaluation.loading import check_device, default_device
 from trainers.evaluation.record import versions, write_record
-from trainers.training.run_record import RUN_FILE
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PICTURES = 6  # rows of the sheet that `measure` draws
@@ -130,27 +115,17 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     first = next(iter(tokenizers.values()))
     if len({t.config.image_size for t in tokenizers.values()}) > 1:
         raise PruneZooError("tokenizers of different image_size cannot be measured together")
-    paths = spread(photographs(args.images, args.split), args.limit)
-    pictures = Photographs(paths, first.config.image_size)
+    pictures = Photographs(spread(photographs(args.images, args.split), args.limit), first.config.image_size)
     lengths = args.length or [length for length in LENGTHS if length <= first.config.tokens]
     for length in lengths:
         first.check_length(length)
-    sizes = [file_size(first, length) for length in lengths]
-    with progress(len(paths) * (len(tokenizers) + len(RIVALS))) as advance:
-        own = {name: measure_tokenizer(t, pictures, lengths, advance) for name, t in tokenizers.items()}
-        rivals = {name: measure_rival(name, pictures, sizes, advance) for name in RIVALS}
-    name, *others = own
     record = {
         "command": shlex.join(["python", "-m", "trainers.codec", *words]),
         "images": args.images.name,
         "split": args.split,
-        "n": len(paths),
-        "image_size": first.config.image_size,
-        "weights": {name: weights_digest(name) for name in own},
-        "trained": {name: training_of(name) for name in own},
+        "n": len(pictures),
         "versions": versions(),
-        "rows": [row for codec, figures in {**own, **rivals}.items() for row in rows_of(codec, figures)],
-        "paired": paired_of(name, own[name], {**{other: own[other] for other in others}, **rivals}),
+        **quality_record(tokenizers, pictures, lengths),
     }
     print_rows(record["rows"], ["codec", "tokens", "bytes", "fits", *METRICS])
     if args.json:
@@ -162,31 +137,17 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
         draw_pictures(first, [pictures[i] for i in which], shown_lengths(first)).save(args.report / "pictures.png")
 
 
-def training_of(source: str) -> dict[str, Any] | None:
-    """Command and steps of the training of a tokenizer in a folder, where they were recorded."""
-    path = Path(source) / RUN_FILE
-    if not path.is_file():
-        return None
-    run = json.loads(path.read_text(encoding="utf-8"))
-    return {key: run[key] for key in ("command", "steps")}
-
-
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Pictures a second."""
     check_at_least_one(args, "batch", "repeats")
     check_device(args.device)
     check_output("--json", args.json)
     tokenizer = load(args.tokenizer).to(args.device)
-    side = tokenizer.config.image_size
-    images = torch.rand(args.batch, 3, side, side, device=args.device)
-    lengths = shown_lengths(tokenizer)
-    rows = []
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        rows += measure_speed(tokenizer.to(dtype), images, lengths, args.repeats, name)
+    rows = speed_rows(tokenizer, args.batch, args.repeats)
     print_rows(rows, list(rows[0]))
     if args.json:
-        facts = {"weights": weights_digest(args.tokenizer), "device": args.device}
-        facts |= {"threads": torch.get_num_threads(), "batch": args.batch, "image_size": side}
+        facts = {"weights": weights_digest(args.tokenizer), "device": args.device, "threads": torch.get_num_threads()}
+        facts |= {"batch": args.batch, "image_size": tokenizer.config.image_size}
         head = {"command": shlex.join(["python", "-m", "trainers.codec", *words]), **facts, "versions": versions()}
         write_record({**head, "rows": rows}, args.json)
 
@@ -202,23 +163,6 @@ def card(args: argparse.Namespace, words: Sequence[str]) -> None:
             raise PruneZooError(f"{own}: there is no '{name}' in it: give --{name}")
     for path in write_card(args.folder, metrics["quality"], metrics["speed"], metrics["photographs"]):
         print(path)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar; the function that is given moves it on."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("photographs", total=total)
-        yield lambda: bar.advance(task)
-
-
-def print_rows(rows: Sequence[dict], columns: Sequence[str]) -> None:
-    """A table of some columns."""
-    table = Table(*columns)
-    for row in rows:
-        cells = [row[column] for column in columns]
-        table.add_row(*("–" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
-    Console(width=120).print(table)
 
 
 @command
