@@ -79,10 +79,11 @@ def test_every_command_on_a_page(page, clone, capsys):
 
 def test_most_is_run():
     """Of what the pages hold, that is: a page full of blocks that need something would prove nothing."""
-    found = [(page, needs) for page in RUN for _, needs, _ in blocks(page)]
+    followed = (*RUN, "add_a_method")  # by test_add_a_method.py
+    found = [(page, needs) for page in followed for _, needs, _ in blocks(page)]
     assert {needs for _, needs, _ in blocks("lmms_eval")} <= NEEDS  # which `make test-extras` shows
     assert sum(not needs for _, needs in found) >= 12
-    assert {page for page, needs in found if not needs} == set(RUN) - {"faq"}
+    assert {page for page, needs in found if not needs} == set(followed) - {"faq"}
 
 
 def test_the_notebook_runs_offline(clone, capsys):
@@ -97,10 +98,18 @@ def test_the_notebook_runs_offline(clone, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [DOCS / "architecture.md", DOCS / "add_a_method.md", ROOT / "CONTRIBUTING.md"])
+def test_places_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:modules|trainers|tests|configs|docs)/[\w./]*)`", page.read_text("utf-8"))
+    assert len(named) > 2
+    made = {"modules/prunezoo/training_free/brightest.py", "configs/brightest.yaml"}  # the example's
+    assert not [place for place in named if place not in made and not (ROOT / place).exists()]
 
 
 def test_tables_are_what_was_measured():
