@@ -11,7 +11,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,8 +24,9 @@ from trainers.benchmarking.models import RANDOM, SIZES, Request, load_for_timing
 from trainers.benchmarking.tables import print_record
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.evaluation.budgets import parse_budgets
-from trainers.evaluation.loading import DTYPES, device_name
+from trainers.evaluation.loading import device_name
 from trainers.evaluation.record import versions, write_record
 from trainers.evaluation.tables import WIDE
 
@@ -39,22 +39,20 @@ def parser() -> argparse.ArgumentParser:
         epilog="`full` is measured always: attached with every token kept, it shows what attaching itself costs.",
     )
     made_up = ", ".join(RANDOM + name for name in SIZES)
-    p.add_argument("--vlm", required=True, help=f"folder, Hub id, tiny-llava, or with random weights: {made_up}")
-    p.add_argument(
-        "--pruner",
-        nargs="+",
-        default=[],
+    add_option(p, "vlm", required=True, help=f"folder, Hub id, tiny-llava, or with random weights: {made_up}")
+    add_option(
+        p,
+        "pruner",
         help=f"folders, Hub ids, shipped ones (ppm-tiny), names ({', '.join(list_pruners())})",
     )
-    p.add_argument("--keep", nargs="+", default=["1/3", "1/9"], help="tokens (64) or shares (1/9, 0.25)")
-    p.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once")
+    add_option(p, "keep", default=["1/3", "1/9"])
+    add_option(p, "batch", nargs="+", default=[1])
     p.add_argument("--length", nargs="+", type=int, default=[64], help="text tokens of a prompt, beside the image's")
     p.add_argument("--decode", type=int, default=16, help="new tokens of an answer")
     p.add_argument("--repeats", type=int, default=10, help="times that each case is run beside the bare model")
     p.add_argument("--picture", default="640x480", help="width and height of the pictures in pixels")
-    p.add_argument("--json", type=Path, help="write all numbers here")
-    p.add_argument("--device", help="by default a GPU if there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    for name in ("json", "device", "dtype"):
+        add_option(p, name)
     return p
 
 
@@ -68,11 +66,7 @@ def picture_size(text: str) -> tuple[int, int]:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers that mean nothing, and a place that nothing can be written to."""
-    for option in ("batch", "length", "decode", "repeats"):
-        values = getattr(args, option)
-        for value in values if isinstance(values, list) else [values]:
-            if value < 1:
-                raise PruneZooError(f"--{option} {value}: at least 1")
+    check_at_least_one(args, "batch", "length", "decode", "repeats")
     check_output("--json", args.json)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from prunezoo import AutoPruner, Pruner, PruneZooError, attach
 from trainers.cli.errors import check_output, command
+from trainers.cli.options import add_option
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, load_suite
 from trainers.evaluation.budgets import parse_budget
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m trainers.demo", description="Train, measure and use a small pruner.")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything is written")
     p.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    p.add_argument("--limit", type=int, default=ITEMS, help="questions of the test split to measure on")
+    add_option(p, "limit", default=ITEMS, help="questions of the test split to measure on")
     return p
 
 

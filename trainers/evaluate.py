@@ -25,12 +25,13 @@ from trainers.cards.cards import PICTURES, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.suite import SPLITS, list_suites, load_suite
 from trainers.evaluation.budgets import parse_budget, parse_budgets
 from trainers.evaluation.examples import pick_items, show_examples
 from trainers.evaluation.instrument import BUDGETS, judge
 from trainers.evaluation.journal import Journal
-from trainers.evaluation.loading import DTYPES, load_vlm
+from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.measure import measure, passes
 from trainers.evaluation.methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
 from trainers.evaluation.record import build_record, write_record
@@ -45,25 +46,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m trainers.evaluate",
         description="Measure pruners on a suite, beside the full model and zero tokens.",
     )
-    p.add_argument("--vlm", required=True, help="folder, Hub id, or tiny-llava, the embedded one")
-    p.add_argument(
-        "--pruner",
-        nargs="+",
-        default=[],
-        help="methods (divprune), shipped pruners (ppm), folders, Hub ids, diagnostics",
-    )
-    p.add_argument(
-        "--keep",
-        nargs="+",
+    add_option(p, "vlm", required=True)
+    add_option(p, "pruner", help="methods (divprune), shipped pruners (ppm), folders, Hub ids, diagnostics")
+    add_option(
+        p,
+        "keep",
         default=["1/3", "2/9", "1/9", "1/18"],
         help="tokens (64), shares (1/9, 0.25), or what a pruner sets itself (auto, auto:64)",
     )
-    p.add_argument("--suite", required=True, help=f"one of {', '.join(list_suites())}")
+    add_option(p, "suite", required=True, help=f"one of {', '.join(list_suites())}")
     p.add_argument(
         "--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes, e.g. root=…"
     )
-    p.add_argument("--split", default="test", choices=SPLITS)
-    p.add_argument("--limit", type=int, help="only the first so many items")
+    add_option(p, "split", choices=SPLITS)
+    add_option(p, "limit")
     p.add_argument("--rivals", action="store_true", help=f"add {', '.join(RIVALS)}")
     p.add_argument(
         "--instrument", action="store_true", help="add oracle, random and every attention, and judge model and suite"
@@ -73,15 +69,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="--keep is the mean over the decoder's layers, also for methods that prune between them",
     )
-    p.add_argument("--json", type=Path, help="write rows and paired differences here")
-    p.add_argument("--report", type=Path, help="write a page with curves and pictures into this folder")
+    add_option(p, "json", help="write rows and paired differences here")
+    add_option(p, "report")
     p.add_argument("--examples", type=int, default=2, help="pictures of each group in the report")
     p.add_argument("--card", type=Path, help="write the model card of this checkpoint folder from what is measured")
     p.add_argument("--any-model", action="store_true", help="take pruners that were trained for another model too")
     p.add_argument("--seed", type=int, default=0, help="moves only what is random in a method")
-    p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--device", help="by default a GPU if there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    for name in ("batch-size", "device", "dtype"):
+        add_option(p, name)
     return p
 
 
@@ -129,8 +124,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     budgets = parse_budgets(args.keep)
     if args.instrument:
         budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())
-    if args.batch_size < 1:
-        raise PruneZooError(f"--batch-size {args.batch_size}: at least 1")
+    check_at_least_one(args, "batch-size")
     suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)

@@ -26,6 +26,7 @@ from rich.table import Table
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import check_output, command, one_line
 from trainers.cli.names import find_pruner, find_vlm
+from trainers.cli.options import add_option
 from trainers.data.suite import Item, list_suites, load_suite
 from trainers.evaluation.budgets import parse_budgets
 from trainers.evaluation.examples import Example, answer_of, show_examples
@@ -200,9 +201,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("picture", nargs="?", metavar="IMAGE", help="a file, or scenes:3 for an item of a suite")
     p.add_argument("question", nargs="?", metavar="QUESTION", help="by default the item's own")
-    p.add_argument("--vlm", default="tiny-llava", help="folder, Hub id, or tiny-llava, the embedded one")
-    p.add_argument("--pruner", nargs="+", default=["ppm"], help="methods, shipped pruners, folders, Hub ids")
-    p.add_argument("--keep", nargs="+", default=list(KEEPS), help="tokens (64) or shares (1/9, 0.25)")
+    for name, default in {"vlm": "tiny-llava", "pruner": ["ppm"], "keep": list(KEEPS)}.items():
+        add_option(p, name, default=default)
     p.add_argument("--out", type=Path, default=Path("runs/show.png"), help="the picture that is written")
     p.add_argument("--serve", action="store_true", help="a page on this machine instead")
     p.add_argument("--port", type=int, default=7860, help="of that page")

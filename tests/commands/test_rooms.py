@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainers.cli.names import ROOT
+from trainers.cli.options import OPTIONS
 
 TRAINERS = ROOT / "trainers"
 COMMANDS = "fit evaluate benchmark show list publish plan teacher codec stop_rule pretrain demo".split()
@@ -62,6 +63,19 @@ def test_no_room_imports_a_command(name):
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("trainers.training.")])
 def test_what_is_trained_knows_nothing_of_caches(name):
     assert not [other for other in imports(name) if other.startswith("trainers.caches")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_options_that_several_commands_have_are_defined_once(name):
+    calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))) if isinstance(node, ast.Call)]
+    own = {
+        node.args[0].value.removeprefix("--")
+        for node in calls
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+        if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+    }
+    lightnings = {"pruner"} if name == "trainers.stop_rule" else set()  # a key of a recipe rather than an option
+    assert own & OPTIONS.keys() == lightnings
 
 
 def test_imports_make_no_circle():

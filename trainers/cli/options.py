@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.hub import DTYPES
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "vlm": {"help": "folder, Hub id, or tiny-llava, the embedded one"},
@@ -20,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"type": int, "default": 1, "help": "pictures at once"},
     "batch-size": {"type": int, "default": 32},
     "device": {"help": "by default a GPU if there is one"},
-    "dtype": {"help": "by default float32 on a CPU, bfloat16 on a GPU"},
+    "dtype": {"choices": DTYPES, "help": "by default float32 on a CPU, bfloat16 on a GPU"},
     "json": {"type": Path, "help": "write all numbers here"},
     "report": {"type": Path, "help": "write a page with curves and pictures into this folder"},
 }

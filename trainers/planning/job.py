@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainers.evaluation.loading import DTYPES
+from prunezoo.core.hub import DTYPES
 
 from .simulate import ANSWER, Pass, Weights, count_weights, simulate, vision_flops
 

@@ -34,7 +34,7 @@ from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.suite import SPLITS, load_suite
 from trainers.evaluation.curves import COLOURS, GREY
-from trainers.evaluation.loading import DTYPES, default_device, default_dtype
+from trainers.evaluation.loading import default_device, default_dtype
 from trainers.evaluation.record import versions, write_record
 from trainers.evaluation.statistics import Floats, interval, resample
 from trainers.training.stop_rule import load_latents
@@ -171,13 +171,14 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m trainers.upkeep.stop_curve", description="Measure a stop rule beside fixed lengths."
     )
     add_option(p, "vlm", required=True)
-    p.add_argument("--pruner", required=True, help="folder of tail-drop latents with a stop rule, or tail-drop-tiny")
+    latents = "folder of tail-drop latents with a stop rule, or tail-drop-tiny"
+    add_option(p, "pruner", nargs=None, default=None, required=True, help=latents)
     add_option(p, "suite", required=True)
     add_option(p, "split", choices=SPLITS)
     add_option(p, "limit")
     p.add_argument("--mean", nargs="+", type=int, default=[2, 3, 4, 6, 8, 12, 16], help="mean lengths for the rule")
     add_option(p, "batch-size")
-    add_option(p, "dtype", choices=DTYPES)
+    add_option(p, "dtype")
     p.add_argument("--cache", type=Path, default=Path("runs/stop_curve"), help="folder for what was read")
     add_option(p, "json")
     p.add_argument("--figure", type=Path, help="draw the curve here (PNG)")
