@@ -22,7 +22,7 @@ from rich.table import Table
 
 from prunezoo import AutoPruner, Pruner, PruneZooError, attach
 from trainers.cli.errors import check_output, command
-from trainers.cli.options import add_option
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, load_suite
 from trainers.evaluation.budgets import parse_budget
@@ -138,9 +138,7 @@ def ask(console: Console, vlm_source: str, pruner: Pruner, pictures: Path) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code is 0 when all parts ran, whoever came out above."""
     args = parser().parse_args(argv)
-    for option in ("steps", "limit"):
-        if getattr(args, option) < 1:
-            raise PruneZooError(f"--{option} {getattr(args, option)}: at least 1")
+    check_at_least_one(args, "steps", "limit")
     check_output("--out", args.out, folder=True)
     console = Console()
     if not console.is_terminal:

@@ -37,6 +37,7 @@ from prunezoo.learned.policy import KeepPolicy
 from trainers.caches.arms import earn
 from trainers.cards.parts import POLICY_FILE
 from trainers.cli.errors import command
+from trainers.cli.options import check_at_least_one
 from trainers.data.conversation import ConversationCollator
 from trainers.data.modules import EARNED
 from trainers.evaluation.loading import default_device
@@ -226,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folder", type=Path, help="the policy's folder, with the logs of its training")
     p.add_argument("--updates", type=int, default=10, help="how many are timed")
     args = p.parse_args(argv)
-    if args.updates < 1:
-        raise PruneZooError(f"--updates {args.updates}: at least 1")
+    check_at_least_one(args, "updates")
     try:
         recipe = yaml.safe_load(json.loads((args.folder / RUN_FILE).read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:  # not there, no JSON, no run record
