@@ -19,7 +19,7 @@ from torch import Tensor
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import one_line
 
-from .strategies import exportable
+from .strategies.spread import exportable
 
 
 class SeedSteps(L.Callback):

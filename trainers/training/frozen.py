@@ -27,7 +27,7 @@ from trainers.data.modules import GROUPS
 
 from .losses import answer_slots
 from .optimizer import adamw_cosine
-from .strategies import shard_trained, share_out
+from .strategies.spread import shard_trained, share_out
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

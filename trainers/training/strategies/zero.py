@@ -1,33 +1,17 @@
-"""How a training is spread over processes: what Lightning's own strategies lack for a pruner beside a frozen model.
+"""DeepSpeed's ZeRO for a pruner beside a frozen model, on GPUs and on CPU processes."""
 
-The pruner is trained by the strategy. The frozen model is no part of what it trains; where it is to be shared out among
-the processes (ZeRO-3, FSDP2), it is done here, by the same library. Whatever the strategy, a checkpoint is one file
-with the pruner alone: it can be resumed by other strategies, and by another number of processes.
-
-`configs/strategy/*.yaml` name these classes; docs/scale.md says how to launch them.
-"""
-
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prunezoo.core.errors import PruneZooError
-
-DIRECT = ("score", "reduce", "loss_terms")
-"""Methods of a pruner, besides `forward`, that trainings call."""
 
 
 class Zero(DeepSpeedStrategy):
@@ -186,6 +170,20 @@ class Zero(DeepSpeedStrategy):
         weights = [weight for weight in module.parameters() if hasattr(weight, "ds_id")]
         return deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if changed else None)
 
+    def share_out(self, vlm: Any) -> Any:
+        """In stage 3: make this process' share of a frozen model of it. See `spread.share_out`."""
+        import deepspeed
+
+        assert isinstance(self.config, dict)
+        zero = {key: self.config["zero_optimization"].get(key) for key in ("stage", "offload_param")}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {key: value for key, value in zero.items() if value is not None},
+        }
+        for buffer in vlm.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+        return deepspeed.initialize(model=vlm, config=config, dist_init_required=False)[0]
+
     def _link_states(self) -> None:
         """Tell weights where their states lie; stages 1 and 2 do so once, too early for all groups but the first."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
@@ -237,148 +235,9 @@ class AutocastZero(DeepSpeedPrecision):
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
 
 
-class FSDP2(ModelParallelStrategy):
-    """Fully sharded data parallelism over all processes: pruner and frozen model, by `fully_shard`."""
-
-    twin: nn.Module
-    """A whole copy of what is trained, which is written out in its place."""
-
-    def __init__(self) -> None:
-        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    def setup_environment(self) -> None:
-        """All processes form one group for data."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    def setup(self, trainer: L.Trainer) -> None:
-        """As Lightning does."""
-        if not is_overridden("configure_model", trainer.lightning_module, L.LightningModule):
-            raise PruneZooError(f"{type(trainer.lightning_module).__name__} does not go with FSDP2: take ddp or zero3")
-        super().setup(trainer)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands the optimizer's states over, as they come out of the file."""
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights, on the CPU; every process must call it."""
-        assert self.lightning_module is not None
-        return whole(self.lightning_module.state_dict())
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole states; every process must call it."""
-        return whole(Strategy.optimizer_state(self, optimizer))
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """One file, by the first process."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Of one file, in every process."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put whole weights into this process' shares."""
-        assert self.lightning_module is not None
-        there = self.lightning_module.state_dict()
-        state = {name: like(there.get(name), value) for name, value in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(state, strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Put whole states into this process' shares."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            state = {
-                number: {key: like(weights[number], value) for key, value in values.items()}
-                for number, values in saved["state"].items()
-            }
-            optimizer.load_state_dict({**saved, "state": state})
-
-
-def whole(tree: Any) -> Any:
-    """The same with every sharded tensor put together, on the CPU."""
-    return apply_to_collection(tree, DTensor, lambda shares: shares.full_tensor().cpu())
-
-
-def like(shares: Any, value: Any) -> Any:
-    """This process' share of a whole tensor, where ``shares`` is of the same shape and shared out; else ``value``."""
-    if not isinstance(shares, DTensor) or shares.shape != value.shape:
-        return value
-    return distribute_tensor(value.to(shares.device), shares.device_mesh, shares.placements)
-
-
 def require_deepspeed() -> None:
     """Raise a PruneZooError where DeepSpeed is missing."""
     try:
         import deepspeed  # noqa: F401
     except ImportError:
         raise PruneZooError("this strategy needs DeepSpeed: pip install 'prunezoo[deepspeed]'") from None
-
-
-def share_out(strategy: Strategy, vlm: Any) -> Any:
-    """Bring the frozen model to where it computes: whole to this process' device, or this process' share of it.
-
-    Args:
-        strategy: Of the training.
-        vlm: A `transformers` model, frozen, on the CPU.
-
-    Returns:
-        What must live as long as the model does.
-    """
-    if isinstance(strategy, FSDP2):
-        return shard_leaves(vlm, strategy)
-    if isinstance(strategy, Zero) and strategy.zero_stage_3:
-        import deepspeed
-
-        assert isinstance(strategy.config, dict)
-        zero = {key: strategy.config["zero_optimization"].get(key) for key in ("stage", "offload_param")}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {key: value for key, value in zero.items() if value is not None},
-        }
-        for buffer in vlm.buffers():
-            buffer.data = buffer.data.to(strategy.root_device)
-        return deepspeed.initialize(model=vlm, config=config, dist_init_required=False)[0]
-    vlm.to(strategy.root_device)
-    return None
-
-
-def shard_leaves(module: nn.Module, strategy: FSDP2) -> None:
-    """`fully_shard` on every module that has parameters of its own: signals call single matrices of a layer."""
-    mesh = strategy.device_mesh["data_parallel"]
-    module.to(strategy.root_device)
-    for part in reversed(list(module.modules())):  # what lies within first
-        if part._parameters and any(p is not None for p in part._parameters.values()):
-            fully_shard(part, mesh=mesh)
-
-
-def shard_trained(strategy: Strategy, module: nn.Module) -> None:
-    """Under FSDP2: `fully_shard` on what is trained, in one piece."""
-    if isinstance(strategy, FSDP2):
-        strategy.twin = copy.deepcopy(module)
-        module.to(strategy.root_device)
-        fully_shard(module, mesh=strategy.device_mesh["data_parallel"])
-        for name in DIRECT:
-            if hasattr(module, name):
-                register_fsdp_forward_method(module, name)
-
-
-@contextmanager
-def exportable(strategy: Strategy, trained: nn.Module) -> Iterator[Any]:
-    """What is trained, its weights whole in this process; every process must enter.
-
-    Args:
-        strategy: Of the training.
-        trained: The pruner or tokenizer.
-    """
-    if isinstance(strategy, FSDP2):
-        state = whole(trained.state_dict())
-        strategy.twin.load_state_dict(state)
-        yield strategy.twin
-    elif isinstance(strategy, Zero):
-        with strategy.gathered(trained):
-            yield trained
-    else:
-        yield trained
