@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trainers.cli.lock import held
 from trainers.fit import main
 
 MODELS = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama", "llava.processing_llava")
@@ -77,3 +78,44 @@ class Run:
             process.kill()
         for process in self.processes:
             process.join()
+
+
+class Holder:
+    """Another process, forked from this one, that holds a lock within a `with` block or until it is released or killed.
+
+    Args:
+        place: The folder, or the file, that is locked.
+        folder: Whether it is a folder.
+    """
+
+    def __init__(self, place: Path, folder: bool = True) -> None:
+        context = multiprocessing.get_context("fork")
+        self._holding, self._end = context.Event(), context.Event()
+        self.process = context.Process(target=self._hold, args=(place, folder))
+
+    def _hold(self, place: Path, folder: bool) -> None:
+        with held("--out", place, folder):
+            self._holding.set()
+            self._end.wait(60)
+
+    def __enter__(self) -> "Holder":
+        self.process.start()
+        assert self._holding.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        self.process.join()
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+    def release(self) -> None:
+        """Let it end."""
+        self._end.set()
+
+    def kill(self) -> None:
+        """SIGKILL: it cleans nothing up."""
+        self.process.kill()
+        self.process.join()

@@ -107,7 +107,7 @@ class ArmDataModule(CachedDataModule):
         source: See the data module of items; all its `train_items` are read under every arm.
     """
 
-    content = "rewards of arms 1"
+    content = "rewards of arms 2"
 
     def __init__(
         self,

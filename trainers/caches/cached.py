@@ -154,7 +154,7 @@ class TaughtDataModule(CachedDataModule):
         source: See the data module of items; its `train_items` are asked.
     """
 
-    content = "teacher's answers 1"
+    content = "teacher's answers 2"
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from trainers.training.frozen import judge, load_frozen
 from trainers.training.losses import answer_slots
 from trainers.training.stop_rule import with_stops
 
-from .vlm_cache import PrunedWorker, dtype_of, fill_with_progress, fingerprint, sample_of
+from .vlm_cache import PrunedWorker, dtype_of, fill_with_progress, fingerprint
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def losses_of(worker: LossWorker, folder: Path, processes: int = 1, shard_items:
     """
     vlm = load_frozen(worker.vlm, worker.dtype)
     facts = {
+        "content": "losses of prefixes 2",
         "vlm": fingerprint(vlm),
         "vlm_dtype": dtype_of(vlm),
         "pruner": fingerprint(with_stops(worker.pruner, ())),
         "stops": worker.pruner.config.stops,
-        "data": sample_of(worker.items),
         "max_length": worker.max_length,
     }
     cache = ShardedCache(folder, facts, len(worker.items), shard_items, "run the same command again")

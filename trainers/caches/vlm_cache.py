@@ -10,7 +10,7 @@ Letter: M items.
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from trainers.cli.lock import held
 from trainers.data.conversation import ConversationCollator
 from trainers.data.modules import ItemDataModule
 from trainers.data.shards import Advance, Compute, ShardedCache, fill
@@ -27,8 +28,7 @@ from trainers.data.suite import Item
 from trainers.evaluation.loading import default_device
 from trainers.training.frozen import FrozenModule, load_frozen
 
-SAMPLED = 16
-"""Items that are looked at to know a data set again."""
+from .provenance import BYTES, DIGESTS, Seen, check_items, keep_stamps
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,14 @@ class Worker:
         return ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
 
     def compute(self, vlm: Any, collate: ConversationCollator, numbers: range, advance: Advance) -> dict[str, Tensor]:
-        """Ask the model about some items, a batch at a time; see `read`."""
-        parts: list[dict[str, Tensor]] = []
+        """Ask the model about some items, a batch at a time; see `read`. With the answers go digests of the items."""
+        seen, parts = Seen(self.items), list[dict[str, Tensor]]()
+        worker = replace(self, items=seen)
         for first in range(numbers.start, numbers.stop, self.batch_size):
             batch = range(first, min(first + self.batch_size, numbers.stop))
-            parts.append({name: value.cpu() for name, value in self.read(vlm, collate, batch).items()})
+            parts.append({name: value.cpu() for name, value in worker.read(vlm, collate, batch).items()})
             advance(len(batch))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, DIGESTS: seen.of(numbers)}
 
     @abstractmethod
     def read(self, vlm: Any, collate: ConversationCollator, numbers: range) -> dict[str, Tensor]:
@@ -145,20 +146,24 @@ class CachedDataModule(ItemDataModule):
             "dtype": dtype_of(module.vlm),
             **self.source,
             "split": "train",
-            "sample": sample_of(items),
             "max_length": self.max_length,
             **self.facts(module),
         }
         remedy = "`python -m trainers.teacher` with the same recipe computes it again, and nothing else"
         return ShardedCache(self.folder, facts, len(items), self.shard_items, remedy)
 
-    def make_cache(self, module: FrozenModule) -> None:
-        """Compute what is missing."""
-        fill_with_progress(self.cache(module), self.worker(module), module.vlm, self.processes)
+    def make_cache(self, module: FrozenModule, wait: bool = False) -> None:
+        """Compute what is missing.
+
+        Args:
+            module: Whose model is asked.
+            wait: Where another run does so, for that to end, instead of refusing.
+        """
+        fill_with_progress(self.cache(module), self.worker(module), module.vlm, self.processes, wait)
 
     def prepare_data(self) -> None:
-        """Compute what is missing, in the first process of a machine."""
-        self.make_cache(self.module)
+        """Compute what is missing, in the first process of a machine; others may have the same folder."""
+        self.make_cache(self.module, wait=True)
 
     @property
     def module(self) -> FrozenModule:
@@ -176,11 +181,11 @@ def worker_device(number: int) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights, from a few values of each, so that another model's answers are not taken for its."""
+    """A hash of all of a model's weights, so that another model's answers are not taken for its."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        some = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {some.tolist()}".encode())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -189,16 +194,7 @@ def dtype_of(vlm: Any) -> str:
     return str(vlm.dtype).removeprefix("torch.")
 
 
-def sample_of(items: Sequence[Item]) -> str:
-    """A hash of the first items, so that what was said of another data set is not taken for this one's."""
-    digest = hashlib.sha256()
-    for number in range(min(SAMPLED, len(items))):
-        item = items[number]
-        digest.update(repr((item.id, item.turns, item.image.size)).encode() + item.image.tobytes())
-    return digest.hexdigest()
-
-
-def fill_with_progress(cache: ShardedCache, worker: Worker, vlm: Any, processes: int) -> None:
+def fill_with_progress(cache: ShardedCache, worker: Worker, vlm: Any, processes: int, wait: bool = False) -> None:
     """Compute what is missing in a cache, and say how large it will be and how it goes.
 
     Args:
@@ -206,17 +202,26 @@ def fill_with_progress(cache: ShardedCache, worker: Worker, vlm: Any, processes:
         worker: What to fill it by.
         vlm: The worker's model, loaded already; used where one process is enough.
         processes: How many.
+        wait: Where another run fills it, for that to end, instead of refusing.
 
     Raises:
-        PruneZooError: It would not fit on the disk.
+        PruneZooError: It was made of other items, it would not fit on the disk, or another run fills it.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(worker.label), *columns) as progress:
-        needed = cache.require_space(worker.bytes_per_item(vlm))
+    with (
+        held("cache", cache.folder, folder=True, wait=wait),
+        Progress(TextColumn("{task.description}"), *columns) as progress,
+    ):
+        cache.read_manifest()  # another run may have filled it meanwhile
+        known = progress.add_task("compared with the cache", total=cache.items, visible=bool(cache.shards))
+        stamps = check_items(cache, worker.items, lambda items: progress.advance(known, items))
+        missing = set(cache.missing())
+        needed = cache.require_space(BYTES + worker.bytes_per_item(vlm))
         if needed:
             progress.console.print(f"{cache.folder}: {needed / 1e6:.1f} MB will be written")
-        task = progress.add_task("", total=cache.items)
+        task = progress.add_task(worker.label, total=cache.items)
         opener = (lambda _: worker.on(vlm.to(default_device()))) if processes == 1 else worker
         fill(cache, opener, processes, lambda items: progress.advance(task, items))
+        keep_stamps(cache, worker.items, stamps, missing)
     if needed:
         progress.console.print(f"{cache.folder}: {worker.label} of {cache.rows} out of {cache.items} items")

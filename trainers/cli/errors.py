@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 
 from prunezoo.core.errors import PruneZooError
 
+from .lock import scope
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,7 +37,8 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal without dashes and lines is no reason to fail
         try:
-            return main(*args, **kwargs)
+            with scope():
+                return main(*args, **kwargs)
         except PruneZooError as error:
             message = one_line(error)
         except KeyboardInterrupt:

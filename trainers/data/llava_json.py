@@ -41,6 +41,11 @@ class LlavaJson(Talks):
         with Image.open(self.images / picture) as file:
             return file.convert("RGB")
 
+    def picture_stamp(self, picture: str) -> str:
+        """See Talks. The time of the last change (``ctime``) is set by the system alone: whatever writes moves it."""
+        known = (self.images / picture).stat()
+        return f"{known.st_size} {known.st_mtime_ns} {known.st_ctime_ns} {known.st_ino}"
+
     def _read(self) -> list[Any]:
         lines = self.annotations.suffix == ".jsonl"
         try:

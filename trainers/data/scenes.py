@@ -5,8 +5,12 @@ things, compare their places), grounding (which of 4×4 grid cells), reading (1 
 dialogue (the second turn leans on the first). Answers are balanced, and every reference picks out exactly one thing.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -164,6 +168,16 @@ class Asker:
         return Question("dialogue", turns, [other])
 
 
+@cache
+def drawn_by() -> str:
+    """A hash of all the code that makes a scene out of its number."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("scenes*.py")):
+        digest.update(path.read_bytes())
+    digest.update(" ".join(map(version, ("numpy", "pillow", "scikit-learn"))).encode())
+    return digest.hexdigest()
+
+
 @register_suite("scenes")
 class Scenes(Suite):
     """Item i asks about a scene of its own; groups take turns, so any first N items are balanced over the groups."""
@@ -182,6 +196,10 @@ class Scenes(Suite):
     def size(self) -> int:
         """Number of items in the split; train is as good as endless."""
         return _SIZES[self.split]
+
+    def stamp(self, index: int) -> str:
+        """See Items. A scene is a matter of the code that draws it, and of nothing else."""
+        return f"{drawn_by()} {self.split} {index}"
 
     def item(self, index: int) -> Item:
         """Make item ``index``, in about 2 ms."""

@@ -45,6 +45,20 @@ class Shard:
     rows: int  # items of which something was kept
     bytes: int  # of the file
     sha256: str  # likewise
+    stamp: str | None = None  # what tells that its items are still those; see trainers/caches/provenance.py
+
+    @classmethod
+    def read(cls, known: Mapping[str, Any]) -> "Shard":
+        """From a manifest.
+
+        Raises:
+            ValueError: A value is of another kind.
+        """
+        shard = cls(**known)
+        for value, kind in zip(vars(shard).values(), (int, int, int, str, str | None), strict=True):
+            if not isinstance(value, kind):
+                raise ValueError(f"{value!r} in a shard's entry")
+        return shard
 
 
 class ShardedCache:
@@ -67,21 +81,33 @@ class ShardedCache:
         self.folder, self.remedy, self.items, self.shard_items = Path(folder), remedy, items, shard_items
         self.facts = json.loads(json.dumps({**facts, "shard_items": shard_items}))
         self.shards: dict[str, Shard] = {}
+        self.verified: set[str] = set()
         check_output("cache", self.folder, folder=True)
+        self.read_manifest()
+
+    def read_manifest(self) -> None:
+        """Learn what lies there.
+
+        Raises:
+            PruneZooError: It is something else, or the manifest is damaged.
+        """
         path = self.folder / MANIFEST
         if not path.exists():
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            there, self.shards = known["facts"], {name: Shard(**shard) for name, shard in known["shards"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PruneZooError(f"{path}: not a manifest ({error!r}); delete {folder} and {remedy}") from error
-        for name in sorted({*there, *self.facts}):
-            if there.get(name) != self.facts.get(name):
-                raise PruneZooError(
-                    f"{path}: was made with {name}={there.get(name)!r}, wanted is {self.facts.get(name)!r}; "
-                    "name another folder, or delete this one to have it made anew"
-                )
+            there, shards = known["facts"], known["shards"]
+            others = sorted(name for name in {*there, *self.facts} if there.get(name) != self.facts.get(name))
+            self.shards = {} if others else {name: Shard.read(shard) for name, shard in shards.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PruneZooError(
+                f"{path}: not a manifest ({error!r:.200}); delete {self.folder} and {self.remedy}"
+            ) from error
+        for name in others:
+            raise PruneZooError(
+                f"{path}: was made with {name}={there.get(name)!r}, wanted is {self.facts.get(name)!r}; "
+                "name another folder, or delete this one to have it made anew"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -101,6 +127,8 @@ class ShardedCache:
     def wrong(self, name: str) -> str | None:
         """What is wrong with a shard's file, in words; None if it is whole."""
         path, shard = self.folder / name, self.shards.get(name)
+        if name in self.verified:
+            return None
         if shard is None or shard.items != len(self.range_of(name)):
             return f"{path} has not been computed"
         if not path.is_file():
@@ -110,6 +138,7 @@ class ShardedCache:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}"
+        self.verified.add(name)
         return None
 
     def missing(self) -> list[str]:
@@ -142,6 +171,10 @@ class ShardedCache:
     def note(self, name: str, shard: Shard) -> None:
         """Enter a shard that lies in place into the manifest; only one process may."""
         self.shards[name] = shard
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Put what is known of all shards in place; only one process may."""
         shards = {name: asdict(self.shards[name]) for name in sorted(self.shards)}
         skipped = sum(shard.items - shard.rows for shard in self.shards.values())
         text = json.dumps({"facts": self.facts, "skipped": skipped, "shards": shards}, indent=1) + "\n"

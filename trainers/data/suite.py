@@ -54,6 +54,10 @@ class Items(Sequence[Item]):
     def item(self, index: int) -> Item:
         """Make item ``index``, 0 <= index < len(self)."""
 
+    def stamp(self, index: int) -> str | None:
+        """What changes whenever item ``index`` does, said without opening a picture; None: it cannot be said so."""
+        return None
+
     @overload
     def __getitem__(self, index: int) -> Item: ...
     @overload

@@ -91,6 +91,20 @@ class Talks(Items):
     def __len__(self) -> int:
         return len(self.places)
 
+    def picture_stamp(self, picture: str) -> str | None:
+        """What changes whenever a picture does, without opening it; None: it cannot be said so."""
+        return None
+
+    def mark(self, index: int) -> str:
+        """An item's name, text, and where its picture is."""
+        number, turn = self.places[index]
+        return repr((turn, self.entries[number]))
+
+    def stamp(self, index: int) -> str | None:
+        """See Items."""
+        picture = self.picture_stamp(self.entries[self.places[index][0]].picture)
+        return None if picture is None else f"{self.mark(index)} {picture}"
+
     def item(self, index: int) -> Item:
         """One answer, with the turns before it.
 
@@ -134,6 +148,14 @@ class SkipBroken(Items):
     def lengths(self) -> list[int]:
         """See Talks."""
         return self.items.lengths()  # type: ignore[attr-defined]
+
+    def mark(self, index: int) -> str:
+        """See Talks."""
+        return self.items.mark(index)  # type: ignore[attr-defined]
+
+    def stamp(self, index: int) -> str | None:
+        """See Items. What comes in place of a broken one is known only when it has been opened."""
+        return None if self.known[index] else self.items.stamp(index)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.items)
