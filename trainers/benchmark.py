@@ -23,6 +23,7 @@ from trainers.benchmarking.measure import Setting, cases_of
 from trainers.benchmarking.models import RANDOM, SIZES, Request, load_for_timing, load_model
 from trainers.benchmarking.tables import print_record
 from trainers.cli.errors import check_output, command
+from trainers.cli.lock import hold
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.evaluation.budgets import parse_budgets
@@ -73,6 +74,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
     """Measure, print, and write what was asked for; gives the record back. Ctrl-C prints what there is."""
     check(args)
+    hold("--json", args.json)
     args.vlm = find_vlm(args.vlm)
     picture = picture_size(args.picture)
     budgets = parse_budgets(args.keep)

@@ -24,6 +24,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.parts import METRICS_FILE, weights_digest
 from trainers.cli.errors import check_output, command
+from trainers.cli.lock import hold
 from trainers.cli.names import find_pruner
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.compression.card import read_json, write_card
@@ -110,6 +111,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Quality against bytes."""
     check_at_least_one(args, "limit")
     check_output("--json", args.json)
+    hold("--json", args.json)
     check_output("--report", args.report, folder=True)
     tokenizers = {name: load(name) for name in args.tokenizer}
     first = next(iter(tokenizers.values()))
@@ -142,6 +144,7 @@ def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     check_at_least_one(args, "batch", "repeats")
     check_device(args.device)
     check_output("--json", args.json)
+    hold("--json", args.json)
     tokenizer = load(args.tokenizer).to(args.device)
     rows = speed_rows(tokenizer, args.batch, args.repeats)
     print_rows(rows, list(rows[0]))

@@ -24,6 +24,7 @@ from prunezoo.core.registry import list_pruners
 from trainers.cards.cards import PICTURES, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
+from trainers.cli.lock import hold
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.suite import SPLITS, list_suites, load_suite
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())
     check_at_least_one(args, "batch-size")
     suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
+    hold("--json", args.json)
     vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
     for method in methods:

@@ -9,16 +9,19 @@ import shlex
 import sys
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import check_output, command
+from trainers.cli.lock import hold
+from trainers.cli.moved import moved
 from trainers.cli.names import CONFIGS, expand_configs
 from trainers.training.callbacks import (
     Checkpoints,
@@ -29,7 +32,20 @@ from trainers.training.callbacks import (
     StopAtNaN,
     WholeCheckpoints,
 )
+from trainers.training.resume import SameData, find_checkpoint, train
 from trainers.training.run_record import RunRecord
+
+Log = Literal["csv", "tensorboard", "wandb"]
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes the whole recipe beside the log, as `config.yaml`, and into the log as its hyper-parameters."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Into the log."""
+        recipe = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(recipe)
 
 
 class FitCLI(LightningCLI):
@@ -39,6 +55,7 @@ class FitCLI(LightningCLI):
         """Add what Lightning's trainer does not know, and hand on what is shared."""
         parser.add_argument("--out", type=str, default="runs/fit", help="folder of the trained pruner")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last'")
+        parser.add_argument("--logger", type=Log, default="csv", help="kind of the log, below --out")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(ExportPruner, "export")
         parser.add_lightning_class_args(SeedSteps, "seeds")
@@ -55,12 +72,12 @@ class FitCLI(LightningCLI):
         super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer; a plain CSV log unless a logger is named."""
+        """Build the trainer; its log is what `--logger` says, unless one is built by `trainer.logger`."""
         config = self.config_init["trainer"]
         kwargs["plugins"] = [WholeCheckpoints(), *(config["plugins"] or [])]
-        kwargs["callbacks"] = [GracefulStop(), StopAtNaN(), self.run_record(), *(config["callbacks"] or [])]
+        kwargs["callbacks"] = [GracefulStop(), StopAtNaN(), SameData(), self.run_record(), *(config["callbacks"] or [])]
         if config["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(training_folder(self.config_init["out"]), name="logs")
+            kwargs["logger"] = open_logger(self.config_init["logger"], self.config_init["out"])
         if config["enable_progress_bar"] in (None, True):
             kwargs["callbacks"].append(Progress())
         return super().instantiate_trainer(**kwargs)
@@ -80,6 +97,22 @@ class FitCLI(LightningCLI):
             data=f"{config.data.class_path.rsplit('.', 1)[-1]}({', '.join(named)})",
             seed=int(config.seed_everything),
         )
+
+
+def open_logger(kind: Log, out: str) -> Logger:
+    """A log below `--out`.
+
+    Raises:
+        PruneZooError: It needs a package that is not installed.
+    """
+    folder = training_folder(out)
+    try:
+        if kind == "wandb":
+            Path(folder).mkdir(parents=True, exist_ok=True)  # where it is missing, W&B writes somewhere else
+            return WandbLogger(name=Path(out).name, save_dir=folder, project="prunezoo")
+        return TensorBoardLogger(folder, "logs") if kind == "tensorboard" else CSVLogger(folder, "logs")
+    except ModuleNotFoundError as error:
+        raise PruneZooError(f"--logger={kind} needs another package: pip install {kind}") from error
 
 
 def training_folder(out: str) -> str:
@@ -115,6 +148,7 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
             run=False,
             args=args,
             seed_everything_default=1,
+            save_config_callback=SaveRecipe,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False},
         )
@@ -127,7 +161,10 @@ def root_message(error: BaseException) -> str:
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, PruneZooError):
         inner = inner.__cause__ or inner.__context__
-    return str(inner) if inner else f"configuration: {plain(str(error))}"
+    if inner:
+        return str(inner)
+    names = moved(str(error))
+    return f"configuration: {names}; write so in the recipe" if names else f"configuration: {plain(str(error))}"
 
 
 def plain(message: str) -> str:
@@ -178,6 +215,7 @@ What is often set:
   --trainer.max_steps=100            any key of the recipe, likewise
   --trainer.devices=2 --trainer.strategy=ddp
   --ckpt_path=last                   go on where a run with the same --out stopped
+  --logger=tensorboard               or wandb, or csv: the log, below --out
   --print_config                     the whole recipe, after all files and overrides
   --help-all                         every option of trainer, model and data"""
 
@@ -193,15 +231,9 @@ def main(args: list[str] | None = None) -> None:
         args = ["--help"]
     cli = build(args)
     check(cli.config)
-    try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    except RuntimeError as error:
-        if "in loading state_dict" not in str(error):
-            raise
-        raise PruneZooError(
-            f"--ckpt_path={cli.config.ckpt_path}: the checkpoint is of another recipe, or of other sizes; name the "
-            "recipe that it was trained by, or another --out"
-        ) from error
+    hold("--out", Path(cli.config.out), folder=True)
+    checkpoint = find_checkpoint(cli.config.ckpt_path, Path(cli.config.checkpoint.dirpath))
+    train(cli.trainer, cli.model, checkpoint, datamodule=cli.datamodule)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -90,21 +91,23 @@ class Holder:
 
     def __init__(self, place: Path, folder: bool = True) -> None:
         context = multiprocessing.get_context("fork")
-        self._holding, self._end = context.Event(), context.Event()
-        self.process = context.Process(target=self._hold, args=(place, folder))
+        self._here, there = context.Pipe()
+        self.process = context.Process(target=self._hold, args=(place, folder, there))
 
-    def _hold(self, place: Path, folder: bool) -> None:
+    @staticmethod
+    def _hold(place: Path, folder: bool, there: Connection) -> None:
         with held("--out", place, folder):
-            self._holding.set()
-            self._end.wait(60)
+            there.send("held")
+            there.poll(60)
 
     def __enter__(self) -> "Holder":
         self.process.start()
-        assert self._holding.wait(60)
+        assert self._here.recv() == "held"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        if self.process.is_alive():
+            self.release()
         self.process.join()
 
     @property
@@ -113,7 +116,7 @@ class Holder:
 
     def release(self) -> None:
         """Let it end."""
-        self._end.set()
+        self._here.send("end")
 
     def kill(self) -> None:
         """SIGKILL: it cleans nothing up."""

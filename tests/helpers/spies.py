@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -79,3 +80,24 @@ class SpoilAt(L.Callback):
     def on_exception(self, trainer, pl_module, exception):
         if self.old is not None:
             next(pl_module.pruner.parameters()).data.copy_(self.old)
+
+
+class SpoilWeights(L.Callback):
+    """Before a step, a weight of the pruner becomes NaN and stays so."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            next(pl_module.pruner.parameters()).data.fill_(torch.nan)
+
+
+class Dawdle(L.Callback):
+    """The fourth step takes a minute, and says so by a file `dawdling` beside the pruner."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == 4:
+            (Path(trainer.default_root_dir).parent / "dawdling").touch()
+            for _ in range(600):
+                time.sleep(0.1)

@@ -12,9 +12,12 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import LlavaForConditionalGeneration
 
 from prunezoo.core.errors import PruneZooError
+from trainers.cli.lock import hold
 from trainers.data.loading import ResumableLoader
 from trainers.data.scenes_dense import DenseScenes
 from trainers.training.callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
+from trainers.training.resume import find_checkpoint
+from trainers.training.resume import train as run
 
 from .build import WORD_IDS, Sizes, new_vlm, save_vlm
 from .language import LanguageModule
@@ -104,5 +107,7 @@ def _fit(name: str, module: L.LightningModule, phase: Phase, machine: Machine, f
         world_size=trainer.world_size, rank=trainer.global_rank, seed=seed,
     )  # fmt: skip
     held_out = DenseScenes(words, start=_VALIDATION_START, pictures=128, split="validation")
-    trainer.fit(module, training, DataLoader(held_out, batch_size=64), ckpt_path="last")
+    hold("work", folder, folder=True)
+    validation = DataLoader(held_out, batch_size=64)
+    run(trainer, module, find_checkpoint("last", folder), train_dataloaders=training, val_dataloaders=validation)
     return trainer

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +18,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from prunezoo.core.errors import PruneZooError
-from trainers.cli.errors import one_line
+from trainers.cli.errors import one_line, whole_file
+from trainers.cli.moved import moved
 
+from .resume import worker_died
 from .strategies.spread import exportable
 
 
@@ -114,9 +117,19 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write a checkpoint, unless that would wait for processes that know of no exception."""
-        if trainer.world_size == 1 or isinstance(exception, (SIGTERMException, StoppedTogether)):
+        """Write a checkpoint, unless that would wait for processes that know of no exception, or what it would hold is
+        not worth the one before: weights that are no numbers, or a step that was broken off in its middle.
+        """
+        together = trainer.world_size == 1 or isinstance(exception, (SIGTERMException, StoppedTogether))
+        broken_off = isinstance(exception, KeyboardInterrupt) or worker_died(exception)
+        if together and not broken_off and numbers(trainer, pl_module):
             super().on_exception(trainer, pl_module, exception)
+
+
+def numbers(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Whether all that is trained is finite; every process must ask."""
+    mine = all(bool(getattr(p, "_local_tensor", p).isfinite().all()) for p in trained(module).parameters())
+    return trainer.strategy.reduce_boolean_decision(mine, all=True)
 
 
 class GracefulStop(L.Callback):
@@ -184,8 +197,8 @@ class StopAtNaN(L.Callback):
         ids = getattr(trainer.datamodule, "batch_ids", None)  # type: ignore[attr-defined]
         if ids and isinstance(exception, Exception) and not isinstance(exception, SIGTERMException):
             said = {"step": trainer.global_step, "error": str(exception), "ids": ids}
-            self.path(trainer).parent.mkdir(parents=True, exist_ok=True)
-            self.path(trainer).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            with suppress(OSError), whole_file(self.path(trainer)) as scratch:  # what went wrong comes first
+                scratch.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def path(trainer: L.Trainer) -> Path:
@@ -226,8 +239,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, map_location, weights_only)
-        except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = one_line(error)
+        except (EOFError, KeyError, RuntimeError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+            names = moved(str(error))
+            reason = f"it is of before {names}" if names else one_line(error)
             raise PruneZooError(f"{path}: not a checkpoint that can be read ({reason:.200}); name another") from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

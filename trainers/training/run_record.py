@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from trainers.cli.errors import whole_file
+
 from .callbacks import trained
 
 RUN_FILE = "run.json"
@@ -68,8 +70,8 @@ class RunRecord(L.Callback):
             "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
             "recipe": self.recipe,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with whole_file(self.folder / RUN_FILE) as scratch:
+            scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds so far."""
