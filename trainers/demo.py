@@ -22,6 +22,7 @@ from rich.table import Table
 
 from prunezoo import AutoPruner, Pruner, PruneZooError, attach
 from trainers.cli.errors import check_output, command
+from trainers.cli.lock import hold
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, load_suite
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_at_least_one(args, "steps", "limit")
     check_output("--out", args.out, folder=True)
+    hold("--out", args.out, folder=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

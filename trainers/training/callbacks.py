@@ -128,7 +128,7 @@ class Checkpoints(ModelCheckpoint):
 
 def numbers(trainer: L.Trainer, module: L.LightningModule) -> bool:
     """Whether all that is trained is finite; every process must ask."""
-    mine = all(bool(getattr(p, "_local_tensor", p).isfinite().all()) for p in trained(module).parameters())
+    mine = all(bool(getattr(p, "_local_tensor", p).isfinite().all()) for p in module.parameters())
     return trainer.strategy.reduce_boolean_decision(mine, all=True)
 
 
