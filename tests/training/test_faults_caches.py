@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 from prunezoo import PruneZooError, build_pruner, load_pruner
 from trainers.caches.arms import LlavaJsonArms
 from trainers.caches.cached import TaughtLlavaJson, TaughtSuite
+from trainers.caches.maps import LlavaJsonMaps
 from trainers.caches.vlm_cache import fingerprint
 from trainers.data.llava_json import LlavaJson
 from trainers.data.shards import MANIFEST, ShardedCache
@@ -23,7 +24,7 @@ from trainers.data.suite import load_suite
 from trainers.stop_rule import LossWorker, losses_of, with_stops
 from trainers.training.budget_policy import BudgetModule
 from trainers.training.distill import DistillModule
-from trainers.training.explain import ExplainModule, LlavaJsonMaps
+from trainers.training.explain import ExplainModule
 
 VLM = str(Path(__file__).parent.parent.parent / "checkpoints" / "tiny-llava")
 LATENTS = str(Path(VLM).parent / "tail-drop-tiny")

@@ -128,7 +128,7 @@ class MapDataModule(CachedDataModule):
             rightly; its `batch_size` is that of the frozen model's passes.
     """
 
-    content = "relevance maps 1"
+    content = "relevance maps 2"
 
     def __init__(
         self,
