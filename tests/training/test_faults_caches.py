@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainers.caches.cached import TaughtLlavaJson, TaughtSuite
 from trainers.caches.maps import LlavaJsonMaps
 from trainers.caches.vlm_cache import fingerprint
 from trainers.data.llava_json import LlavaJson
-from trainers.data.shards import MANIFEST, ShardedCache
+from trainers.data.shards import MANIFEST, ShardedCache, fill
 from trainers.data.suite import load_suite
 from trainers.stop_rule import LossWorker, losses_of, with_stops
 from trainers.training.budget_policy import BudgetModule
@@ -240,6 +241,26 @@ def test_a_damaged_manifest_is_one_line_or_what_it_lacks_is_computed(text, fine,
     assert (said is None) == fine
     if said is not None:
         assert said.startswith(str(tmp_path / MANIFEST)) and "\n" not in said and len(said) < 600
+
+
+@dataclass(frozen=True)
+class Dies:
+    """Computes nothing of use, and is killed at the last item, as the system does where memory ends."""
+
+    def __call__(self, number):
+        def compute(numbers, advance):
+            if 8 in numbers:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"item": torch.tensor(list(numbers))}
+
+        return compute
+
+
+def test_a_process_that_is_killed_while_it_computes_is_one_line_and_what_is_done_stays(tmp_path):
+    cache = ShardedCache(tmp_path, {}, 9, 2, "make it again")
+    with pytest.raises(PruneZooError, match=r"a process that computes was killed.*with fewer processes"):
+        fill(cache, Dies(), 2, lambda items: None)
+    assert "00004.safetensors" in ShardedCache(tmp_path, {}, 9, 2, "make it again").missing()
 
 
 def test_every_weight_of_a_model_counts():

@@ -4,7 +4,7 @@ import re
 
 from .names import ROOT
 
-PATHS = re.compile(r"\b(?:modules|trainers|prunezoo)\.[a-z_0-9.]+\.[A-Za-z_]\w*")
+PATHS = re.compile(r"\b(?:modules|trainers)\.[a-z_0-9.]+\.[A-Za-z_]\w*")
 ROOTS = (ROOT, ROOT / "modules")
 """Folders that modules are imported from."""
 

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,11 @@ def fill(cache: ShardedCache, open_worker: Callable[[int], Compute], processes: 
                 now = done.value
                 advance(now - told)
                 told = now
+        except BrokenProcessPool as error:
+            raise PruneZooError(
+                f"{cache.folder}: a process that computes was killed, often because the machine's memory is full; give "
+                "the command again with fewer processes, it goes on from here"
+            ) from error
         except BaseException:  # leaving the block waits for the processes: let it not be long
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)

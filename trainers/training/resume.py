@@ -54,7 +54,7 @@ def train(trainer: L.Trainer, module: L.LightningModule, checkpoint: str | None,
     except RuntimeError as error:
         if "in loading state_dict" in str(error):
             raise PruneZooError(
-                f"--ckpt_path={checkpoint}: the checkpoint is of another recipe, or of other sizes; name the recipe "
+                f"--ckpt_path: {checkpoint} is a checkpoint of another recipe, or of other sizes; name the recipe "
                 "that it was trained by, or another --out"
             ) from error
         if worker_died(error):
