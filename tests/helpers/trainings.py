@@ -55,6 +55,16 @@ def words(world: Path, vlm: Path, out: Path, *extra: str) -> list[str]:
     ]
 
 
+def short(world, vlm, out, *extra):
+    """A training of four steps, in this process, that validates nothing."""
+    quick = "--trainer.max_steps=4", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"
+    return words(world, vlm, out, *quick, *extra)
+
+
+def checkpoints(out):
+    return out / "training" / "checkpoints"
+
+
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "trainers.fit", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
