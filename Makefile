@@ -78,6 +78,7 @@ test-extras: $(STAMP_EXTRAS)
 
 support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.upkeep.support $(PY_MIN) $(PY)
+	@$(PY) -m trainers.upkeep.methods
 	@$(PY) -m trainers.upkeep.readme
 
 speed: $(STAMP)

@@ -11,24 +11,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import list_pruners
-from prunezoo.host import attach
-from trainers.benchmarking.measure import Setting, cases_of
-from trainers.benchmarking.models import RANDOM, SIZES, Request, load_for_timing, load_model
-from trainers.benchmarking.tables import print_record
-from trainers.cli.errors import check_output, command
-from trainers.cli.lock import hold
-from trainers.cli.names import find_pruner, find_vlm
-from trainers.cli.options import add_option, check_at_least_one
-from trainers.evaluation.budgets import parse_budgets
-from trainers.evaluation.loading import device_name
-from trainers.evaluation.record import versions, write_record
+from trainers.benchmarking.models import RANDOM, SIZES
+from trainers.benchmarking.run import run
+from trainers.cli.errors import command
+from trainers.cli.options import add_option
+from trainers.cli.terminal import Terminal
 from trainers.evaluation.tables import WIDE
 
 
@@ -57,78 +46,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def picture_size(text: str) -> tuple[int, int]:
-    """Width and height out of `640x480`."""
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise PruneZooError(f"--picture {text}: write width and height in pixels, as 640x480")
-    return int(width), int(height)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing, and a place that nothing can be written to."""
-    check_at_least_one(args, "batch", "length", "decode", "repeats")
-    check_output("--json", args.json)
-
-
-def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
-    """Measure, print, and write what was asked for; gives the record back. Ctrl-C prints what there is."""
-    check(args)
-    hold("--json", args.json)
-    args.vlm = find_vlm(args.vlm)
-    picture = picture_size(args.picture)
-    budgets = parse_budgets(args.keep)
-    vlm, processor = load_model(args.vlm, args.device, args.dtype)
-    width = vlm.config.get_text_config().hidden_size
-    named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
-    pruners = [(name, load_for_timing(name, width).to(vlm.device)) for name in dict.fromkeys(named)]
-    for _, pruner in pruners:
-        attach(vlm, pruner, budgets[0].keep)  # refuses here and now what it cannot do
-    settings = [
-        Setting(
-            vlm, Request(vlm, processor, batch, length, picture), cases_of(pruners, budgets), args.decode, args.repeats
-        )
-        for batch in dict.fromkeys(args.batch)
-        for length in dict.fromkeys(args.length)
-    ]
-
-    def record() -> dict[str, Any]:
-        return {
-            "vlm": args.vlm,
-            "command": command_line,
-            "versions": versions(),
-            "device": device_name(vlm.device),
-            "dtype": str(vlm.dtype).removeprefix("torch."),
-            "decode": args.decode,
-            "repeats": args.repeats,
-            "rows": [row for setting in settings for row in setting.rows()],
-            "overhead": [overhead for setting in settings if (overhead := setting.overhead())],
-        }
-
-    names = ", ".join(name for name, _ in pruners) or "attach alone"
-    console.print(f"measuring {names} in turns with the bare {args.vlm} on {device_name(vlm.device)}")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=sum(setting.steps for setting in settings))
-            for setting in settings:
-                batch = len(setting.request.items)
-                progress.update(task, description=f"batch {batch}, {setting.request.length} text tokens")
-                setting.measure(lambda: progress.advance(task))
-    except KeyboardInterrupt:
-        print_record(record(), console)
-        raise
-    result = record()
-    print_record(result, console)
-    if args.json:
-        write_record(result, args.json)
-        console.print(f"numbers: {args.json}")
-    return result
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 after a mistake that the user can mend, 130 after Ctrl-C."""
@@ -137,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(
             parser().parse_args(argv),
             shlex.join(["python", "-m", "trainers.benchmark", *argv]),
-            Console(width=None if sys.stdout.isatty() else WIDE),
+            Terminal(width=None if sys.stdout.isatty() else WIDE),
         )
     except KeyboardInterrupt:
         print("stopped; what was measured stands above, no file was written", file=sys.stderr)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainers.cards.zoo import Entry, entries, lines_of, markdown
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner
+from trainers.cli.terminal import Terminal
 from trainers.evaluation.summary import Zoo, read_zoo
 from trainers.evaluation.tables import percent
 
@@ -36,7 +38,7 @@ def print_table(zoo: Zoo, found: Sequence[Entry], console: Console) -> None:
 
 def print_entry(entry: Entry, console: Console) -> None:
     """Print all that is known of one."""
-    console.rule(f"[bold]{entry.name}[/] ({entry.method}, {entry.kind}, {entry.stage} stage)")
+    console.rule(Text(entry.name, style="bold").append(f" ({entry.method}, {entry.kind}, {entry.stage} stage)", "none"))
     console.print(entry.about.text, highlight=False)
     console.print(f"\nEvidence: {entry.about.evidence}.", highlight=False)
     for row in entry.line.rows if entry.line else ():
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("name", nargs="*", help="tell all about these: a method or a shipped pruner")
     p.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = p.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Terminal(width=None if sys.stdout.isatty() else 132)
     zoo = read_zoo()
     found = entries(zoo)
     if args.markdown:

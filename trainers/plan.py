@@ -12,10 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import command
+from trainers.cli.terminal import Terminal
 from trainers.fit import FitCLI, build
 from trainers.planning.job import Job, plan
 from trainers.planning.models import load_config
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--memory", type=float, default=80, help="GiB of a GPU")
     args, words = p.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     job, source = make_job(args, words)
-    show(job, plan(job, args.tflops, args.items), args.memory, args.tflops, source, Console())
+    show(job, plan(job, args.tflops, args.items), args.memory, args.tflops, source, Terminal())
 
 
 if __name__ == "__main__":

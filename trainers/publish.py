@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner
+from trainers.cli.terminal import Terminal
 from trainers.publishing.package import check, show
 from trainers.publishing.upload import upload
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--private", action="store_true", help="make a new repository private")
     args = p.parse_args(argv)
     package = check(Path(find_pruner(str(args.folder))), args.repo)
-    console = Console()
+    console = Terminal()
     show(package, console)
     if args.dry_run:
         console.print("dry run: nothing was uploaded")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
-from rich.console import Console
 from torch.utils.data import Subset
 
 from prunezoo.core.errors import PruneZooError
 from trainers.caches.prefix_losses import LossWorker, losses_of
 from trainers.cli.errors import command
+from trainers.cli.terminal import Terminal
 from trainers.fit import FitCLI, asks_for_help, build
 from trainers.training.stop_rule import learn_rule, load_latents, with_stops
 
@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> None:
     if asks_for_help(args):
         print(HELP)
         return
-    cli, console = build(args, StopCLI), Console()
+    cli, console = build(args, StopCLI), Terminal()
     config, model, data = cli.config, cli.config.model.init_args, cli.datamodule
     latents = load_latents(config.pruner)
     stops = tuple(config.stops)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from prunezoo import build_pruner
 from trainers import demo, evaluate
+from trainers.evaluation.demo import ASKED, KEEP, SUITE, ask, verdict
 from trainers.evaluation.methods import RIVALS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +32,7 @@ def record(own, rivals, low):
 )
 def test_verdict_says_what_was_measured(own, low, said):
     rivals = {name: (80.0 if name == "pool" else 50.0) if own else None for name in RIVALS}
-    text = demo.verdict(record(own, rivals, low), "ppm")
+    text = verdict(record(own, rivals, low), "ppm").plain
     assert said in text
     if own:
         assert f"{own:.1f} %" in text
@@ -43,7 +44,7 @@ def test_commands_are_ones_that_the_repository_has(tmp_path):
     assert words[:2] == ["-m", "trainers.evaluate"]
     args = evaluate.parser().parse_args(words[2:])
     assert args.rivals
-    assert (args.vlm, args.suite, args.keep, args.limit) == (demo.VLM, demo.SUITE, [demo.KEEP], 70)
+    assert (args.vlm, args.suite, args.keep, args.limit) == (demo.VLM, SUITE, [KEEP], 70)
     fit = demo.fit_words(10, "runs/demo/ppm")
     assert (ROOT / fit[fit.index("--config") + 1]).is_file()
     assert "--trainer.max_steps=10" in fit
@@ -51,7 +52,7 @@ def test_commands_are_ones_that_the_repository_has(tmp_path):
 
 def test_sample_questions_are_answered_with_all_tokens_and_with_few(tiny_llava_folder, tmp_path):
     console = Console(record=True, width=160)
-    demo.ask(console, str(tiny_llava_folder), build_pruner("uniform"), tmp_path / "questions")
+    ask(console, str(tiny_llava_folder), build_pruner("uniform"), tmp_path / "questions")
     printed = console.export_text()
-    assert len(re.findall("36 -> 4", printed)) == len(demo.ASKED)
-    assert {path.stem for path in (tmp_path / "questions").iterdir()} == set(demo.ASKED)
+    assert len(re.findall("36 -> 4", printed)) == len(ASKED)
+    assert {path.stem for path in (tmp_path / "questions").iterdir()} == set(ASKED)

@@ -2,18 +2,19 @@
 
 import base64
 import json
-import threading
 import urllib.error
 import urllib.request
 
 import pytest
 from browser import CHROMIUM, probed, read
 from PIL import Image
+from web import serving
 
 from trainers import show
 from trainers.cli.names import ROOT
 from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.methods import build_method
+from trainers.evaluation.web import Page
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +31,8 @@ def model():
 def served(model):
     """Address of a running server with two pruners."""
     methods = [build_method("checkpoints/ppm-tiny"), build_method("pool")]
-    with show.Server(0, *model, methods) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
+    with serving(Page(*model, methods)) as address:
+        yield address
 
 
 def test_a_question_in_the_terminal(tmp_path, capsys, monkeypatch, model):
@@ -103,7 +100,7 @@ def test_the_server_answers_and_refuses(served, tmp_path):
         status, found = post(served, {**asked, **change})
         assert status == 400 and message in found["error"]
     assert post(served, b"{")[0] == 400
-    assert post(served, asked, kind="text/plain")[0] == 400  # what a form of another site could send
+    assert post(served, asked, kind="text/plain")[0] == 415  # what a form of another site could send
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{served}etc/passwd", timeout=10)
 
@@ -121,8 +118,8 @@ def test_the_page_asks_and_draws(served, tmp_path, monkeypatch):
         return { first, size, then: $("answer").textContent, full: $("full").textContent,
           share: $("share").textContent };
     """
-    whole = show.Server.page
-    monkeypatch.setattr(show.Server, "page", lambda self: probed(whole(self), script))
+    whole = Page.html
+    monkeypatch.setattr(Page, "html", lambda self: probed(whole(self), script))
     found = read(served, tmp_path)
     assert found["errors"] == []
     assert found["first"].startswith("16: ") and found["then"].startswith("72: ") and found["share"] == "50 %"

@@ -38,7 +38,9 @@ def reads_of(vlm, batch, call):
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
-@pytest.mark.parametrize("name", [name for name in list_pruners() if name not in READ_BY_NATURE and pruner_class(name).exact])
+@pytest.mark.parametrize(
+    "name", [name for name in list_pruners() if name not in READ_BY_NATURE and pruner_class(name).exact]
+)
 def test_an_attached_prefill_waits_twice_more(name, call, deep_llava, batch):
     vlm = deep_llava.vlm
     bare = reads_of(vlm, batch, call)

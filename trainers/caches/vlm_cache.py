@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.lock import held
+from trainers.cli.terminal import Terminal, progress_bar
 from trainers.data.conversation import ConversationCollator
 from trainers.data.modules import ItemDataModule
 from trainers.data.shards import Advance, Compute, ShardedCache, fill
@@ -207,10 +207,9 @@ def fill_with_progress(cache: ShardedCache, worker: Worker, vlm: Any, processes:
     Raises:
         PruneZooError: It was made of other items, it would not fit on the disk, or another run fills it.
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeElapsedColumn(), TimeRemainingColumn())
     with (
         held("cache", cache.folder, folder=True, wait=wait),
-        Progress(TextColumn("{task.description}"), *columns) as progress,
+        progress_bar(Terminal(), "items") as progress,
     ):
         cache.read_manifest()  # another run may have filled it meanwhile
         known = progress.add_task("compared with the cache", total=cache.items, visible=bool(cache.shards))

@@ -15,6 +15,7 @@ from trainers.cli.errors import command
 from trainers.cli.names import find_folder
 from trainers.cli.options import add_option
 from trainers.evaluation.record import read_record
+from trainers.evaluation.sight import sight_note
 
 from .cards import card_examples, write_card
 from .parts import METRICS_FILE
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     examples = card_examples(folder, record) if args.picture else ()
     for path in write_card(folder, record, examples):
         print(path)
+    note = sight_note(record)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import file_names
 from prunezoo.core.registry import load_pruner
+from trainers.cli.text import shown_path
 from trainers.data.suite import load_suite
 from trainers.evaluation.budgets import parse_budgets
 from trainers.evaluation.examples import Example, pick_items, show_examples
@@ -20,10 +21,12 @@ from trainers.evaluation.methods import build_method
 from trainers.evaluation.record import MEAN, mean_row, select, write_record
 from trainers.evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from trainers.evaluation.sheet import draw_sheet
+from trainers.evaluation.sight import is_blind, notes_of
 from trainers.evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
 from trainers.training.run_record import RUN_FILE
 
 from .about import about
+from .markdown import FILTERS
 from .parts import (
     CARD_FILE,
     CARDS,
@@ -38,7 +41,6 @@ from .parts import (
     layer_table,
     policy_of,
     rival_table,
-    shown_path,
     speed_of,
     stop_rule_of,
     weakest,
@@ -70,7 +72,7 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     if record["split"] != "test":
         raise PruneZooError(f"{folder}: a card needs the held-out test split, the evaluation has {record['split']!r}")
     paired = [row for row in record["paired"] if row["pruner"] == name]
-    kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance")
+    kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance", "left_out", "sight")
     header = {key: record[key] for key in kept if key in record}
     parts: dict[str, Any] = {"rows": record["rows"], "paired": paired}
     for key in ("oracle_scale", "layers", "histogram"):  # which records of before they were measured have not
@@ -115,7 +117,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
         .render(
             card_data=data.to_yaml(),
             name=folder.resolve().name,
-            source=repo or shown_path(folder),
+            source=repo or shown_path(folder.resolve()),
             method=pruner.name,
             about=method.text,
             evidence=method.evidence,
@@ -128,6 +130,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             metrics=metrics,
             full=mean_row(metrics, FULL, ALL_TOKENS),
             blind=mean_row(metrics, NONE, NO_TOKENS),
+            unseen=is_blind(metrics),
+            notes=notes_of(metrics),
             budgets=budgets,
             rivals=rival_table(metrics, diagnostics=False),
             diagnostics=rival_table(metrics, diagnostics=True),
@@ -147,13 +151,15 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
 
 
 def templates() -> Environment:
-    """The card templates."""
-    return Environment(  # Markdown, not a page: nothing to escape
+    """The card templates; what other people wrote goes through one of `markdown.FILTERS`."""
+    environment = Environment(  # Markdown, not a page: it has rules of its own
         loader=FileSystemLoader(CARDS),
         undefined=StrictUndefined,
         trim_blocks=True,
         autoescape=False,  # noqa: S701
     )
+    environment.filters.update(FILTERS)
+    return environment
 
 
 def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
@@ -193,6 +199,7 @@ def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
             tokens=mean_row(record, FULL, ALL_TOKENS)["tokens"],
             words=len(processor.tokenizer),
             record=record,
+            notes=notes_of(record),
             lines=lines,
         )
     )
@@ -222,7 +229,7 @@ def write_card(folder: Path, record: Mapping[str, Any], examples: Sequence[Examp
     if folder.resolve().parent == SHIPPED:
         texts[CARDS / f"{name}.md"] = shipped_copy(str(card), name)
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name need not be text
     write_record(metrics, folder / METRICS_FILE)
     return [*texts, folder / METRICS_FILE]
 

@@ -12,8 +12,10 @@ from huggingface_hub import EvalResult
 from prunezoo.core.budgets import AUTO
 from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import COLUMNS, ratio, settings_of
+from trainers.data.suite import list_suites
 from trainers.evaluation.record import MEAN, Row, mean_row, select
 from trainers.evaluation.scores import is_diagnostic
+from trainers.evaluation.sight import is_blind
 from trainers.evaluation.tables import budgets_of, display_name, percent, span, tokens_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,16 +35,18 @@ def weights_digest(folder: str | Path) -> str | None:
     return hashlib.sha256(b"".join(p.read_bytes() for p in (path, *parts))).hexdigest()
 
 
-def shown_path(folder: Path) -> str:
-    """A folder as the card shows it: within the repository from its root, elsewhere by its last name alone."""
-    folder = folder.resolve()
-    return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
-
-
 def datasets_of(run: Mapping[str, Any] | None) -> list[str] | None:
-    """What it was trained on, by the names in the run record, `LlavaDataModule(mix665k.json, images)`."""
-    match = re.search(r"\((.+)\)", run["data"]) if run else None
-    return [Path(name).stem for name in match[1].split(", ")][:1] if match else None
+    """What it was trained on, where that has a name which others know: a suite of ours, or a data set of the Hub.
+
+    Args:
+        run: the run record, whose `data` reads `HubDataModule(org/name)`; a file's name says nothing to others.
+    """
+    match = re.match(r"(\w+)\(([^,)]+)", run["data"]) if run else None
+    if match is None:
+        return None
+    kind, name = match.groups()
+    on_hub = "Hub" in kind and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return [name] if on_hub or name in list_suites() else None
 
 
 def speed_of(folder: Path, method: str) -> dict[str, Any] | None:
@@ -101,12 +105,18 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def budget_table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line a budget: its tokens, and retention with interval for each group and the mean."""
+    """One line a budget: its tokens, and retention with interval for each group and the mean.
+
+    Accuracy where nothing has a retention.
+    """
     lines = []
     for keep in budgets_of(metrics):
         rows = {row["group"]: row for row in select(metrics, pruner=metrics["pruner"], keep=keep)}
-        groups = [*metrics["groups"], MEAN]
-        cells = [f"{percent(rows[group]['retention'])} ({span(rows[group])})" for group in groups]
+        shown = [rows[group] for group in (*metrics["groups"], MEAN)]
+        if is_blind(metrics):
+            cells = [percent(100 * row["accuracy"]) for row in shown]
+        else:
+            cells = [f"{percent(row['retention'])} ({span(row)})" for row in shown]
         example = f'"{keep}"' if AUTO.fullmatch(keep) else keep  # as it is written in Python
         lines.append({"keep": keep, "example": example, "tokens": tokens_of(rows[MEAN]), "cells": cells})
     return lines
@@ -146,8 +156,13 @@ def policy_of(folder: Path) -> dict[str, Any] | None:
 
 
 def rival_table(metrics: Mapping[str, Any], diagnostics: bool) -> list[dict[str, Any]]:
-    """One line a rival, or a diagnostic: its mean retention at every budget, and how far the pruner is above it."""
-    lines = []
+    """One line a rival, or a diagnostic: its mean retention at every budget, and how far the pruner is above it.
+
+    None where nothing has a retention.
+    """
+    lines: list[dict[str, Any]] = []
+    if is_blind(metrics):
+        return lines
     for rival in dict.fromkeys(p["rival"] for p in metrics["paired"] if is_diagnostic(p["rival"]) == diagnostics):
         cells = []
         for keep in budgets_of(metrics):

@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 from prunezoo.core.errors import PruneZooError
 
 from .lock import scope
+from .text import visible
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +53,7 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
                 message = f"{place}: {error.strerror}; name another file or folder"
             else:
                 raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {visible(message)}", file=sys.stderr)
         sys.exit(2)
 
     return run

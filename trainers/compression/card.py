@@ -14,7 +14,8 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.about import about
 from trainers.cards.cards import templates
-from trainers.cards.parts import CARD_FILE, METRICS_FILE, shown_path, weights_digest
+from trainers.cards.parts import CARD_FILE, METRICS_FILE, weights_digest
+from trainers.cli.text import shown_path
 from trainers.data.photographs import centre_square, to_tensor
 from trainers.evaluation.record import write_record
 from trainers.training.run_record import RUN_FILE
@@ -113,7 +114,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
         .render(
             card_data=data.to_yaml(),
             name=folder.resolve().name,
-            source=repo or shown_path(folder),
+            source=repo or shown_path(folder.resolve()),
             about=method.text,
             papers=method.papers,
             parameters=f"{sum(p.numel() for p in tokenizer.parameters()):,}",

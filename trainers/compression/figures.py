@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cli.text import in_figure
 
 from .measure import file_size
 from .quality import METRICS
@@ -27,7 +28,7 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
         for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
             points = [(r["bytes"], r[metric]) for r in record["rows"] if r["codec"] == codec and r[metric] is not None]
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=Path(codec).name)
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=in_figure(Path(codec).name))
         panel.set(xlabel="bytes of the file", title=title)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(ScalarFormatter())

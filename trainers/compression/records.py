@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.parts import weights_digest
+from trainers.cli.terminal import Terminal
 from trainers.data.photographs import Photographs
 from trainers.training.run_record import RUN_FILE
 
@@ -71,7 +71,7 @@ def training_of(source: str) -> dict[str, Any] | None:
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[], None]]:
     """A progress bar; the function that is given moves it on."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("photographs", total=total)
         yield lambda: bar.advance(task)
 
@@ -82,4 +82,4 @@ def print_rows(rows: Sequence[dict], columns: Sequence[str]) -> None:
     for row in rows:
         cells = [row[column] for column in columns]
         table.add_row(*("–" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
-    Console(width=120).print(table)
+    Terminal(width=120).print(table)

@@ -13,10 +13,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from prunezoo.core.budgets import AUTO, Keep, budget
+from prunezoo.core.budgets import AUTO, Keep, auto_mean, budget
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host.stages.cut import Cut, layer_mean
+
+MOST_TOKENS = 10**9
+"""Of a budget; more is a slip of the hand, and in the end no number that a tensor can hold."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def parse_budget(text: str) -> Budget:
     """
     label = text.strip()
     if AUTO.fullmatch(label):
+        if (auto_mean(label) or 0) > MOST_TOKENS:
+            raise PruneZooError(f"--keep {label:.40}: a budget is at most {MOST_TOKENS:,} tokens")
         return Budget(label, label)
     keep: int | float
     try:
@@ -49,12 +54,14 @@ def parse_budget(text: str) -> Budget:
             keep = int(label) if label.lstrip("+-").isdigit() else float(label)
     except (ValueError, ZeroDivisionError):
         raise PruneZooError(
-            f"--keep {text!r} is not a budget: write tokens (64), a fraction (1/9), a share (0.25) or auto"
+            f"--keep {text[:40]!r} is not a budget: write tokens (64), a fraction (1/9), a share (0.25) or auto"
         ) from None
     if isinstance(keep, int) and keep < 1:
         raise PruneZooError(
             f"--keep {label}: a budget is at least 1 token (zero tokens are measured always, as `none`)"
         )
+    if isinstance(keep, int) and keep > MOST_TOKENS:
+        raise PruneZooError(f"--keep {label:.40}: a budget is at most {MOST_TOKENS:,} tokens")
     if isinstance(keep, float) and not (math.isfinite(keep) and 0 < keep <= 1):
         raise PruneZooError(f"--keep {label}: a share lies in (0, 1]; for a number of tokens write an integer")
     return Budget(label, keep)

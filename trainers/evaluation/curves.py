@@ -10,8 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from trainers.cli.text import in_figure
+
 from .record import MEAN, Row, select
 from .scores import NONE, ORACLE, RELEVANCE, is_diagnostic
+from .sight import unseen
 from .tables import display_name, methods_of
 
 # Okabe and Ito's colours, which people with colour-blindness can tell apart; the first is the leading method's
@@ -45,7 +48,7 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot(rows, columns, number + 1, sharex=axes, sharey=axes)
         _draw_panel(axes, record, group, pruners, colours)
         axes.set_title(
-            "mean over groups" if group == MEAN else group, fontsize=10, loc="left", color=INK, weight="bold"
+            "mean over groups" if group == MEAN else in_figure(group), fontsize=10, loc="left", color=INK, weight="bold"
         )
         if number % columns == 0:
             axes.set_ylabel("retention, %", fontsize=9)
@@ -90,6 +93,8 @@ def _draw_panel(
         if not diagnostic:
             low, high = [row["ci"][0] for row in points], [row["ci"][1] for row in points]
             axes.vlines(x, low, high, color=colours[pruner], linewidth=1.1, alpha=0.6, zorder=3)
+    if group in unseen(record):
+        axes.text(0.5, 0.5, "no retention", transform=axes.transAxes, ha="center", color=GREY, fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks(budgets, [f"{tokens:g}" for tokens in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -113,7 +118,7 @@ def _legend(pruners: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
                 [],
                 [],
                 color=colours[pruner],
-                label=display_name(pruner),
+                label=in_figure(display_name(pruner)),
                 linestyle="--" if named else "-",
                 linewidth=2.2 if number == 0 else 1.2,
                 marker=None if named else MARKERS[number % len(MARKERS)],

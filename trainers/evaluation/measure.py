@@ -29,6 +29,7 @@ from prunezoo.core.registry import build_pruner
 from prunezoo.host import Encoded, HostOutput, encode, full_forward
 from prunezoo.host.families import find_family
 from prunezoo.host.run import run_pruned
+from trainers.cli.errors import one_line
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
@@ -147,6 +148,27 @@ def measure(
     groups = tuple(group for group in suite.groups if group in set(group_names))
     group_of = np.array([groups.index(name) for name in group_names], dtype=np.int64)
     return Measurement(groups, group_of, suite.chance, scores)
+
+
+@torch.no_grad()
+def why_not(vlm: Any, processor: Any, item: Item, method: Method, budgets: Sequence[Budget]) -> str | None:
+    """Why a model cannot have a method at these budgets, by running an item under it; None where it can."""
+    items = [item]
+    made = ConversationCollator(processor)(items)
+    batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in made.items()}
+    try:
+        encoded = encode(vlm, batch, needs=method.needs)
+        view = view_of(vlm, batch, encoded, items, [method])
+        for budget in budgets:
+            run_pruned(vlm, encoded, method.pruner(view), method.amount(view, budget.keep), logits_to_keep=1)
+    except PruneZooError as error:
+        return one_line(error)
+    return None
+
+
+def of_pruner(name: str, why: str) -> str:
+    """A reason with the method in front, unless it names it or an option already."""
+    return why if why.startswith((name, f"`{name}`", "--")) else f"--pruner {name}: {why}"
 
 
 def _passes(

@@ -8,6 +8,7 @@ from typing import Any
 from .curves import INK, colours_of
 from .record import MEAN, select
 from .scores import NONE, is_diagnostic
+from .sight import unseen
 from .tables import methods_of
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 270, 190, 32, 258, 28, 168
@@ -28,7 +29,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One group; all places in pixels, y downwards."""
+    """One group; all places in pixels, y downwards. `note` stands in place of curves."""
 
     title: str
     curves: list[Curve]
@@ -36,6 +37,7 @@ class Panel:
     full: float
     floor: float | None
     y_ticks: tuple[tuple[float, str], ...]
+    note: str = ""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -82,7 +84,7 @@ def panels_of(record: Mapping[str, Any]) -> list[Panel]:
         (none,) = select(record, pruner=NONE, group=group)
         title = "mean over groups" if group == MEAN else group
         y_ticks = tuple((y(value), str(value)) for value in (0, 25, 50, 75, 100))
-        panels.append(
-            Panel(title, curves[::-1], ticks, y(100.0), maybe_y(none["retention"]), y_ticks)
-        )  # the first is drawn last, on top
+        note = "no retention" if group in unseen(record) else ""
+        # the first is drawn last, on top
+        panels.append(Panel(title, curves[::-1], ticks, y(100.0), maybe_y(none["retention"]), y_ticks, note))
     return panels

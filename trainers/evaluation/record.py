@@ -14,7 +14,7 @@ from prunezoo.core.budgets import AUTO
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import whole_file
 
-from .scores import ALL_TOKENS, FULL, NONE, Key, Measurement
+from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, Key, Measurement
 from .statistics import Resampled, interval, resample
 
 MEAN = "mean"
@@ -31,8 +31,8 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     Returns:
         `{pruner, keep, tokens, tokens_spread, group, n, accuracy, retention, agreement, kl, ci}`: the spread is the
         standard deviation over items, above 0 where a method decides by itself; accuracy and agreement in [0, 1], kl in
-        nats, retention and its 95 % interval in percent of the full model (None where the full model answers
-        nothing).
+        nats, retention and its 95 % interval in percent of the full model (None where there is none to give,
+        see `sight_of`).
     """
     retention, draws = resampled.retention(), resampled.retention_draws()
     rows = []
@@ -96,6 +96,20 @@ def paired_of(measurement: Measurement, resampled: Resampled, contenders: Sequen
                     }
                 )
     return rows
+
+
+def sight_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
+    """By how much the full model is above zero tokens, paired over the same items.
+
+    Returns:
+        `{group, difference, ci}` in points of accuracy for each group and the mean over groups. Where the interval
+        reaches 0, rows have no retention; where that of the mean does, none has, and no pair a difference.
+    """
+    names = (*measurement.groups, MEAN)
+    return [
+        {"group": name, "difference": _number(points), "ci": [_number(low), _number(high)]}
+        for name, (points, low, high) in zip(names, resampled.sight(), strict=True)
+    ]
 
 
 def layers_of(measurement: Measurement) -> list[Row]:
@@ -172,14 +186,15 @@ def build_record(
         resamples: bootstrap resamples.
     """
     correct = np.stack([scores.correct for scores in measurement.scores.values()])
-    full = next(scores.correct for (pruner, _), scores in measurement.scores.items() if pruner == FULL)
-    resampled = resample(correct, full, measurement.group_of, len(measurement.groups), resamples)
+    full, none = measurement.scores[FULL, ALL_TOKENS].correct, measurement.scores[NONE, NO_TOKENS].correct
+    resampled = resample(correct, full, measurement.group_of, len(measurement.groups), resamples, none=none)
     return {
         **header,
         "n": measurement.items,
         "versions": versions(),
         "groups": list(measurement.groups),
         "chance": {group: measurement.chance.get(group) for group in measurement.groups},
+        "sight": sight_of(measurement, resampled),
         "rows": rows_of(measurement, resampled),
         "paired": paired_of(measurement, resampled, contenders),
         "oracle_scale": oracle_scale_of(measurement, contenders),

@@ -16,6 +16,7 @@ from .panels import page_colours, panels_of
 from .pictures import data_uri, enlarge
 from .record import MEAN, Row
 from .scores import FULL, NONE, is_diagnostic
+from .sight import is_blind, notes_of
 from .tables import display_name, methods_of, percent, rows_at, span, tokens_of
 
 PAGE, FIGURE = "index.html", "retention.png"
@@ -42,6 +43,8 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
             record=record,
             colours=page_colours(record),
             panels=panels_of(record),
+            notes=notes_of(record),
+            blind=is_blind(record),
             summary=summary_of(record),
             budgets=list(budgets),
             preferred=preferred_budget(record),
@@ -51,7 +54,7 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
         )
     )
     with whole_file(folder / PAGE) as scratch:
-        scratch.write_text(page, encoding="utf-8")
+        scratch.write_text(page, encoding="utf-8", errors="backslashreplace")  # a name need not be text
     return folder / PAGE
 
 

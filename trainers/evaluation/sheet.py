@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from trainers.cli.text import visible
+
 from .examples import Example
 from .pictures import SIDE, draw_kept, enlarge
 from .tables import display_name
@@ -27,11 +29,11 @@ def draw_sheet(examples: Sequence[Example], *pruners: str) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for number, (title, tiles) in enumerate(rows):
         top = GAP + number * height
-        draw.text((GAP, top), title, INK, font)
+        draw.text((GAP, top), visible(title), INK, font)
         for column, (picture, label, is_right) in enumerate(tiles):
             left = GAP + column * (SIDE + GAP)
             sheet.paste(picture, (left, top + LINE))
-            draw.text((left, top + LINE + picture.height + 3), label, GOOD if is_right else BAD, font)
+            draw.text((left, top + LINE + picture.height + 3), visible(label), GOOD if is_right else BAD, font)
     return sheet
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from .instrument import Verdict
 from .record import MEAN, Row, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
+from .sight import is_blind, notes_of
 
 TOKENS = "Tokens are measured: image tokens that the language model reads, mean over its layers."
 WIDE = 150
@@ -60,12 +61,15 @@ def span(row: Row) -> str:
 
 
 def print_record(record: Mapping[str, Any], console: Console) -> None:
-    """Print retention per group at each budget, then the paired differences; a narrow terminal gets fewer columns."""
+    """Print retention per group at each budget, then the paired differences; a narrow terminal gets fewer columns.
+
+    Accuracy where nothing has a retention; then nothing is compared.
+    """
     groups = record["groups"]
-    wide = console.width >= WIDE
+    wide, blind = console.width >= WIDE, is_blind(record)
     for keep in budgets_of(record):
         rows = rows_at(record, keep)
-        table = _table(f"Retention in % at --keep {keep}")
+        table = _table(f"{'Accuracy' if blind else 'Retention'} in % at --keep {keep}")
         table.add_column("pruner", no_wrap=True)
         table.add_column("tokens", justify="right", no_wrap=True)
         for group in groups:
@@ -81,13 +85,16 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
             cells: list[str | Text] = [display_name(pruner), tokens_of(mean)]
             for group in (*groups, MEAN):
                 top = pruner not in (FULL, NONE) and of[group]["retention"] == best[group]
-                cells.append(Text(percent(of[group]["retention"]), style="bold green" if top else ""))
+                shown = 100 * of[group]["accuracy"] if blind else of[group]["retention"]
+                cells.append(Text(percent(shown), style="bold green" if top else ""))
             shares = [f"{100 * mean[name]:.1f}" for name in ("accuracy", "agreement")]
             cells += [span(mean), *shares, f"{mean['kl']:.3f}"] if wide else []
             table.add_row(*cells, style="dim" if pruner in (FULL, NONE) else None)
         console.print(table)
     console.print(TOKENS, style="dim")
-    if record["paired"]:
+    for note in notes_of(record):
+        console.print(note, style="bold yellow", highlight=False)
+    if record["paired"] and not blind:
         console.print(_paired_table(record["paired"], budgets_of(record)))
     for row in record["oracle_scale"]:
         if row["group"] == MEAN:

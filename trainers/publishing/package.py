@@ -28,6 +28,7 @@ from trainers.cards.parts import (
     weights_digest,
 )
 from trainers.cli.errors import one_line
+from trainers.cli.text import without_folders
 from trainers.compression import card as tokenizer_card
 from trainers.evaluation.record import read_record
 from trainers.training.run_record import RUN_FILE
@@ -126,7 +127,11 @@ def check(folder: Path, repo: str) -> Package:
         why = f"{type(error).__name__}: {one_line(error)}"
         raise PruneZooError(f"{folder}: its records are not what a card rests on ({why}); {how}") from error
     names = (*file_names(module), *kind.required, *(name for name in kind.optional if (folder / name).is_file()))
-    files = {name: (folder / name).read_bytes() for name in names} | {CARD_FILE: str(card).encode()}
+    files = {name: (folder / name).read_bytes() for name in names}
+    for name in {METRICS_FILE, *kind.optional} & files.keys():
+        if name.endswith(".json"):  # of what was done on this machine, whose folders are nobody's business
+            files[name] = without_folders(files[name].decode()).encode()
+    files[CARD_FILE] = str(card).encode(errors="backslashreplace")
     assert isinstance(card.data, ModelCardData)
     return Package(folder, repo, files, module, card.data)
 

@@ -1,12 +1,12 @@
-"""The parts of README.md and docs/choose.md that are made from measured files.
+"""The parts of README.md, docs/choose.md and docs/families.md that are made from measured files.
 
 They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
     python -m trainers.upkeep.readme     write them anew
 
-No number and no "yes" in them is typed: `support` comes from tests/families/support.json, which `make support` writes,
-`speed` from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the shipped
-modules and in hub_cards/measured/.
+No number and no "yes" in them is typed: `support` and `methods` come from tests/families/*.json, which `make support`
+writes, `speed` from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the
+shipped modules and in hub_cards/measured/.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
 from trainers.evaluation.summary import read_zoo, summary_section
 
+from .methods import methods_section
 from .support import support_section
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,6 +31,11 @@ README = ROOT / "README.md"
 def support() -> str:
     """What works on which family."""
     return support_section(_read(ROOT / "tests" / "families" / "support.json", "support"))
+
+
+def methods() -> str:
+    """Which method goes with which family."""
+    return methods_section(_read(ROOT / "tests" / "families" / "methods.json", "support"))
 
 
 def measured() -> str:
@@ -46,7 +52,11 @@ SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measur
 """What makes a section, by name."""
 
 
-PAGES = {README: SECTIONS, ROOT / "docs" / "choose.md": {"zoo": markdown}}
+PAGES = {
+    README: SECTIONS,
+    ROOT / "docs" / "choose.md": {"zoo": markdown},
+    ROOT / "docs" / "families.md": {"methods": methods},
+}
 """The pages with such sections."""
 
 
@@ -77,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write them anew."""
     p = argparse.ArgumentParser(
         prog="python -m trainers.upkeep.readme",
-        description="Write the tables of README.md and docs/choose.md anew, from the records beside what is shipped.",
+        description="Write the tables of README.md and docs/ anew, from the records beside what is shipped.",
     )
     p.parse_args(argv)
     for page in PAGES:

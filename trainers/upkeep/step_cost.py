@@ -33,6 +33,7 @@ from trainers.caches.cached import keep_top
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_vlm
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.terminal import Terminal
 from trainers.data.conversation import IGNORED
 from trainers.data.modules import TEACHER
 from trainers.evaluation.loading import device_name
@@ -224,10 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output("--json", args.json)
     args.vlm = find_vlm(args.vlm)
     found = measure(args)
-    show(found, Console())
     if args.json:
         line = shlex.join(["python", "-m", "trainers.upkeep.step_cost", *argv])
         write_record({"vlm": args.vlm, "command": line, "versions": versions(), **found}, args.json)
+    show(found, Terminal())
 
 
 if __name__ == "__main__":

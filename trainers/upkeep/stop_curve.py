@@ -32,6 +32,7 @@ from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.terminal import Terminal
 from trainers.data.suite import SPLITS, load_suite
 from trainers.evaluation.curves import COLOURS, GREY
 from trainers.evaluation.loading import default_device, default_dtype
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args, console = parser().parse_args(argv), Console()
+    args, console = parser().parse_args(argv), Terminal()
     check_output("--json", args.json)
     check_output("--figure", args.figure)
     check_at_least_one(args, "batch-size", "mean")
@@ -215,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         **record_of(points, table["right"][:, 0].double().numpy(), group_of, suite.groups),
     }
-    show(record, console)
     if args.json:
         write_record(record, args.json)
+    show(record, console)
     if args.figure:
         draw(record, args.figure)
     return 0

@@ -27,8 +27,13 @@ OUTCOMES = ROOT / "tests" / "families" / "support.json"
 STAGES = {"vision": "vision stage", "prompt": "prompt stage", "layer": "layer stage"}
 
 
-def run_matrix(python: str) -> dict[str, Any]:
-    """Run the matrix with one interpreter.
+def run_matrix(python: str, files: Sequence[str] = MATRIX, test: str = "test_matrix") -> dict[str, Any]:
+    """Run a matrix with one interpreter.
+
+    Args:
+        python: The interpreter.
+        files: Of the tests.
+        test: Whose cells record an outcome.
 
     Returns:
         `{"transformers": release, "outcomes": {"STAGE-FAMILY-CHECK": "yes" or "refused: why"}}`.
@@ -41,14 +46,14 @@ def run_matrix(python: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # conftest.py needs what training needs, which not every interpreter has
-        options = ["-q", "--noconftest", "-k", "test_matrix", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-        code = subprocess.run([python, "-m", "pytest", *options, *MATRIX], cwd=ROOT, check=False).returncode  # noqa: S603
+        options = ["-q", "--noconftest", "-k", test, "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        code = subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, check=False).returncode  # noqa: S603
         if code or release.returncode:
             raise PruneZooError(f"{python}: the matrix did not pass, so there is nothing to note; see above")
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 - pytest's own file
     outcomes = {}
     for case in cases:
-        name = case.attrib["name"].removeprefix("test_matrix[").removesuffix("]")
+        name = case.attrib["name"].removeprefix(f"{test}[").removesuffix("]")
         outcomes[name] = next(p.attrib["value"] for p in case.iter("property") if p.attrib["name"] == "outcome")
     return {"transformers": release.stdout.strip(), "outcomes": outcomes}
 

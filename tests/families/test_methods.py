@@ -1,0 +1,59 @@
+"""Every method on every family: a matrix, from which docs/families.md is made.
+
+Ids read ``FAMILY-METHOD``; each cell records its outcome, "yes" or "refused: why". The models are tiny and random, but
+as deep as real ones, since some methods act at layers by number.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from families import FAMILIES, LARGE, Sample
+
+from prunezoo import PruneZooError, attach, list_pruners
+from prunezoo.core.registry import pruner_class
+from prunezoo.host.families.base import TAKES_FEATURES
+from trainers.benchmarking.models import load_for_timing
+from trainers.cli.names import has_weights
+
+DEPTH = 28
+METHODS = [name for name in list_pruners() if name not in ("full", "none", "combined")]
+"""Not those that every table has beside them, nor several of these at once."""
+
+
+@cache
+def deep(name):
+    """A family whose model has DEPTH decoder layers."""
+    family = type(FAMILIES[name])()
+    shallow = family.config()
+    text = {key: value for key, value in shallow.get_text_config().to_dict().items() if key != "layer_types"}
+    shallow.text_config = type(shallow.get_text_config())(**{**text, "num_hidden_layers": DEPTH})
+    family.config = lambda: shallow
+    return family
+
+
+def build(method, width):
+    """A method as a command builds it; one that is learned untrained, for this width."""
+    cls = pruner_class(method)
+    torch.manual_seed(0)
+    if method == "budget":  # its width is that of the pruner inside
+        return cls(**cls.tiny_config(width, width)).eval()
+    return load_for_timing(method, width)
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in FAMILIES for method in METHODS])
+@torch.no_grad()
+def test_methods(name, method, record_property):
+    family = deep(name)
+    batch = family.batch([Sample((LARGE,), 5)])
+    outcome = "yes"
+    try:
+        with attach(family.vlm, build(method, family.vlm.config.get_text_config().hidden_size), 0.5) as run:
+            logits = family.vlm(**batch).logits
+        assert logits[:, -1].isfinite().all() and run.stats.after < run.stats.before
+    except PruneZooError as error:
+        outcome = f"refused: {error}"
+    record_property("outcome", outcome)
+    if not TAKES_FEATURES and "transformers 5.19 or later" in outcome:
+        return
+    assert outcome == "yes" or not has_weights(method), outcome  # what is trained for a model can be had with it

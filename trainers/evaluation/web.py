@@ -1,0 +1,222 @@
+"""The page of `trainers.show --serve`: a frozen model and pruners behind it, one question at a time.
+
+Starlette and uvicorn read what comes in. Here are the limits: whatever is not a question of bounded size from this
+machine is answered with 4xx and one line, and the next request is answered as ever.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from PIL import Image, UnidentifiedImageError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from prunezoo.core.errors import PruneZooError
+from trainers.cli.errors import one_line
+from trainers.data.suite import Item, load_suite
+
+from .look import look
+from .methods import Method
+from .pictures import data_uri
+from .report import page_templates
+from .tables import display_name
+
+MOST_BYTES = 20 << 20
+"""Of a question with its picture."""
+MOST_PIXELS = 50_000_000
+"""Of a picture."""
+MOST_LETTERS = {"question": 2000, "pruner": 1000, "keep": 32}
+"""Of the texts."""
+MOST_SECONDS = 10.0
+"""Until the head of a request is there, and from there on until its body is."""
+MOST_CONNECTIONS = 64
+LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+"""Names by which a page of this machine is asked for; another in the Host header means a page of elsewhere."""
+
+
+class Page:
+    """What the page shows and answers.
+
+    Args:
+        vlm: the model.
+        processor: its processor.
+        methods: what can be chosen.
+    """
+
+    def __init__(self, vlm: Any, processor: Any, methods: Sequence[Method]) -> None:
+        self.vlm, self.processor = vlm, processor
+        self.methods = {display_name(method.name): method for method in methods}
+        self.sample = load_suite("scenes", "test")[0]
+
+    def html(self) -> str:
+        """The page itself."""
+        return (
+            page_templates()
+            .get_template("show.html.j2")
+            .render(
+                vlm=display_name(self.vlm.name_or_path),
+                pruners=list(self.methods),
+                most={"bytes": MOST_BYTES, "letters": MOST_LETTERS["question"]},
+                sample={"picture": data_uri(self.sample.image), "question": self.sample.question},
+            )
+        )
+
+    def answer(self, asked: Any) -> dict[str, Any]:
+        """What the page asked for: `{picture, question, pruner, keep}`, the picture as a data URI.
+
+        Raises:
+            PruneZooError: something of it cannot be read, or is too large.
+        """
+        keys = ("picture", "question", "pruner", "keep")
+        if not isinstance(asked, dict) or not all(isinstance(asked.get(key), str) for key in keys):
+            raise PruneZooError(f"a question has {', '.join(keys)}, all texts")
+        for key, most in MOST_LETTERS.items():
+            if len(asked[key]) > most:
+                raise PruneZooError(f"{key}: {len(asked[key]):,} letters, more than {most:,}")
+        if asked["pruner"] not in self.methods:
+            raise PruneZooError(f"no pruner '{asked['pruner']}' here; there are: {', '.join(self.methods)}")
+        if not asked["question"].strip():
+            raise PruneZooError("what is the question?")
+        method = self.methods[asked["pruner"]]
+        item = Item("asked", picture_of(asked["picture"]), ((asked["question"].strip(), ""),), "")
+        example = look(self.vlm, self.processor, item, [method], [asked["keep"]])
+        (shown,) = example.shown
+        kept = [int(row * example.grid[1] + column) for row, column in shown.kept]
+        facts = {"grid": example.grid, "kept": kept, "anchors": shown.anchors, "tokens": len(kept)}
+        return {**facts, "answer": shown.answer, "full": example.answer, "same": shown.right}
+
+
+def picture_of(uri: str) -> Image.Image:
+    """The picture in a data URI, RGB.
+
+    Raises:
+        PruneZooError: there is none, or one of too many pixels.
+    """
+    try:
+        data = base64.b64decode(uri.partition(",")[2], validate=True)
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MOST_PIXELS:
+            raise PruneZooError(f"a picture of {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+        return image.convert("RGB")
+    except PruneZooError:
+        raise
+    except (ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        raise PruneZooError("that is not a picture that can be read") from None
+
+
+def application(page: Page, hosts: Sequence[str] = ()) -> Starlette:
+    """GET / is the page, POST /answer a question; what cannot be answered comes back as `{error}` in one line.
+
+    Args:
+        page: the page.
+        hosts: further names by which it may be asked for.
+    """
+    turn = asyncio.Lock()
+
+    async def show(_: Request) -> Response:
+        return HTMLResponse(page.html(), headers={"Connection": "close"})
+
+    async def answer(request: Request) -> Response:
+        try:
+            asked = json.loads(await asyncio.wait_for(read_body(request), MOST_SECONDS))
+            async with turn:
+                return reply(200, await run_in_threadpool(page.answer, asked))
+        except HTTPException as error:
+            return reply(error.status_code, {"error": error.detail})
+        except TimeoutError:
+            return reply(408, {"error": f"the question took more than {MOST_SECONDS:g} seconds to arrive"})
+        except (PruneZooError, ValueError) as error:
+            return reply(400, {"error": one_line(error)})
+        except RecursionError:
+            return reply(400, {"error": "a question has no lists within lists"})
+        except ClientDisconnect:
+            return reply(400, {"error": "the question broke off"})
+
+    routes = [Route("/", show), Route("/answer", answer, methods=["POST"])]
+    hosted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, *hosts], www_redirect=False)
+    return Starlette(routes=routes, middleware=[hosted])
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a question.
+
+    Raises:
+        HTTPException: it is no JSON, or too large, however large it says that it is.
+    """
+    # a page of another origin cannot send JSON here without being asked first, which this server never allows
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "a question is JSON")
+    too_large = HTTPException(413, f"more than {MOST_BYTES >> 20} MiB")
+    if int(request.headers.get("Content-Length", 0)) > MOST_BYTES:  # a number; uvicorn has refused all others
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def reply(status: int, content: dict[str, Any]) -> Response:
+    """JSON; each connection is for one request, so that one that says nothing more is not waited for."""
+    return JSONResponse(content, status, headers={"Connection": "close"})
+
+
+class Protocol(H11Protocol):
+    """HTTP as uvicorn reads it, but for a connection that does not bring the head of a request in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
+        self.loop.call_later(MOST_SECONDS, self.give_up)
+
+    def give_up(self) -> None:
+        """End it, unless a request has come."""
+        if self.cycle is None and not self.transport.is_closing():
+            self.send_400_response(f"no request within {MOST_SECONDS:g} seconds")
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on this machine alone.
+
+    Args:
+        port: 0: any that is free.
+
+    Raises:
+        PruneZooError: the port is taken, or not for everybody.
+    """
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise PruneZooError(f"--port {port}: {error.strerror}; take another, or 0 for any that is free") from None
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """The server; `run(sockets=[listen(port)])` serves until Ctrl-C."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+    )
