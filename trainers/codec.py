@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.tokenizers.one_d_piece import OneDPiece
@@ -33,6 +32,7 @@ from trainers.compression.measure import shown_lengths
 from trainers.compression.quality import METRICS
 from trainers.compression.records import print_rows, quality_record, speed_rows
 from trainers.data.photographs import Photographs, photographs, spread
+from trainers.data.pictures import BrokenImage, open_picture
 from trainers.data.suite import SPLITS
 from trainers.evaluation.loading import check_device, default_device
 from trainers.evaluation.record import versions, write_record
@@ -82,10 +82,10 @@ def load(source: str) -> OneDPiece:
 def compress(args: argparse.Namespace, words: Sequence[str]) -> None:
     """A picture to a file."""
     try:
-        with Image.open(args.source) as image:
-            data = load(args.tokenizer).compress(image, args.bytes)
-    except (OSError, UnidentifiedImageError) as error:
+        picture = open_picture(args.source)
+    except BrokenImage as error:
         raise PruneZooError(f"{args.source} is not a readable picture ({error})") from None
+    data = load(args.tokenizer).compress(picture, args.bytes)
     args.target.write_bytes(data)
     print(f"{args.target}: {len(data)} bytes")
 

@@ -103,7 +103,7 @@ def bomb():
         ({"question": "what " * 1000}, "question: 5,000 letters, more than 2,000"),
         ({"pruner": "[/b]\x1b[31m"}, "no pruner"),
         ({"pruner": "x" * 5000}, "pruner: 5,000 letters, more than 1,000"),
-        ({"picture": uri(png((9000, 6000)))}, "a picture of 9000 x 6000 pixels, more than 50,000,000"),
+        ({"picture": uri(png((9000, 6000)))}, "9000 x 6000 pixels, more than 50,000,000"),
         ({"picture": uri(bomb())}, "picture"),
         ({"picture": uri(b"GIF89a")}, "not a picture that can be read"),
         ({"picture": "data:,é"}, "not a picture that can be read"),

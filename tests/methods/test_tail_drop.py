@@ -165,7 +165,7 @@ def test_training_brings_short_prefixes_nearer_to_the_full_model(world, tiny_lla
     pruner = AutoPruner.from_pretrained(tmp_path / "out")
     assert pruner.name == "tail_drop" and not pruner.training
     log = (tmp_path / "out/training/logs/version_0/metrics.csv").read_text()
-    assert "train/kl" in log and "train/rebuild" in log and "val/retention_0.028" in log
+    assert "train/kl" in log and "train/rebuild" in log and "val/accuracy_0.028" in log
     assert pruner(make_inputs(), 3).count.tolist() == [3, 3, 3]
 
 

@@ -18,11 +18,11 @@ from tiny_llava import make_image
 from torch.utils.data import DataLoader
 
 from prunezoo import PruneZooError
+from trainers.data.broken import SkipBroken, Tally
 from trainers.data.hub_dataset import HubDataset
 from trainers.data.llava_json import LlavaJson
 from trainers.data.loading import ResumableLoader, begin_worker
 from trainers.data.modules import HubDataModule, LlavaJsonDataModule, WebShardsDataModule
-from trainers.data.talks import SkipBroken
 from trainers.data.web_shards import WebShards, braces
 
 ROOT = Path(__file__).parent.parent.parent
@@ -113,8 +113,8 @@ def test_web_dataset_shards_are_read_in_place(name, folder, tmp_path):
     assert same(WebShards(str(folder / name), tmp_path))
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 3
-    text = json.loads(kept[0].read_text())
-    kept[0].write_text(json.dumps(text[:1]))
+    index = json.loads(kept[0].read_text())
+    kept[0].write_text(json.dumps({**index, "samples": index["samples"][:1]}))
     assert len(WebShards(str(folder / name), tmp_path)) == 2 * (NUMBER - 3), "what is kept is not looked up again"
 
 
@@ -176,9 +176,13 @@ def some_broken(folder, tmp_path):
     return LlavaJson(folder / "data.json", tmp_path)
 
 
+def skipping(items, share):
+    return SkipBroken(items, Tally(len(items), share))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_pictures_are_counted_once_and_left_out(workers, some_broken, caplog):
-    items = SkipBroken(some_broken, 0.2)  # 4 of 24 items
+    items = skipping(some_broken, 0.2)  # 4 of 24 items
     loader = DataLoader(
         items, 2, collate_fn=list, num_workers=workers, worker_init_fn=begin_worker if workers else None
     )
@@ -186,13 +190,13 @@ def test_broken_pictures_are_counted_once_and_left_out(workers, some_broken, cap
         seen = [[item.id for batch in loader for item in batch] for _ in range(2)]
     assert seen[0] == seen[1] and len(seen[0]) == 24, "batches stay whole"
     assert {name.split("/")[0] for name in seen[0]} == {str(n) for n in range(NUMBER)} - {"3", "4"}
-    assert items.broken == 4
+    assert items.tally.broken == 4
     if not workers:
         assert len([r for r in caplog.records if "broken image of entry" in r.message]) == 4
 
 
 def test_going_through_the_items_comes_to_an_end(some_broken):
-    items = SkipBroken(some_broken, 0.2)
+    items = skipping(some_broken, 0.2)
     seen = [item.id for item in islice(items, 2 * len(items))]
     assert len(seen) == len(items) == 24 and items[-1].id == seen[-1]
     with pytest.raises(IndexError):
@@ -201,11 +205,11 @@ def test_going_through_the_items_comes_to_an_end(some_broken):
 
 def test_too_many_broken_pictures_are_an_error(some_broken):
     with pytest.raises(PruneZooError, match=r"3 of 24 items have broken images, more than broken_share=0\.1"):
-        [SkipBroken(some_broken, 0.1)[i] for i in range(24)]
+        [skipping(some_broken, 0.1)[i] for i in range(24)]
     with pytest.raises(PruneZooError, match="broken image of entry '3'"):
-        SkipBroken(some_broken, 0.0)[6]
+        skipping(some_broken, 0.0)[6]
     with pytest.raises(PruneZooError, match="broken_share"):
-        SkipBroken(some_broken, 1.0)
+        skipping(some_broken, 1.0)
 
 
 # Batches of items of like length

@@ -47,7 +47,7 @@ def test_a_run_leaves_logs_and_checkpoints_with_only_the_pruner(straight):
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"pruner"}
     log = (straight / "training" / "logs" / "version_0" / "metrics.csv").read_text()
     for share in ("0.333", "0.222", "0.111", "0.056"):
-        assert f"val/retention_{share}" in log and f"val/all_{share}" in log
+        assert f"val/accuracy_{share}" in log and f"val/all_{share}" in log
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(straight, world, tiny_llava_folder, tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from trainers.data.pictures import decode_picture
+
 RIVALS = {
     "jpeg": {"format": "JPEG", "optimize": True},
     "webp": {"format": "WEBP", "method": 6},
@@ -34,8 +36,7 @@ def attempts(rival: str, image: Image.Image) -> list[Coded]:
         for quality in QUALITIES:
             file = io.BytesIO()
             small.save(file, quality=quality, **RIVALS[rival])  # type: ignore[arg-type]
-            with Image.open(file) as coded:
-                picture = coded.convert("RGB").resize(image.size, Image.Resampling.BICUBIC)
+            picture = decode_picture(file.getvalue()).resize(image.size, Image.Resampling.BICUBIC)
             error = np.square(np.asarray(picture, np.float64) - true).mean() / 255**2
             found.append(Coded(len(file.getvalue()), picture, -10 * np.log10(max(error, 1e-10))))
     return found

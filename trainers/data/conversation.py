@@ -4,15 +4,17 @@ Works with any `transformers` processor that has a chat template, and never look
 text.
 """
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
-if TYPE_CHECKING:
-    from .suite import Item
+from .pictures import BrokenImage
+from .suite import Item
 
 IGNORED = -100
 """The label of a token that no loss looks at."""
@@ -28,6 +30,9 @@ class ConversationCollator:
             assistant is to speak; padding on the left, no labels. Earlier answers are history in both cases.
         max_length: Longest sequence in tokens, image tokens included. Longer conversations lose their oldest turns,
             then the tail of their answer. None: no limit.
+
+    What a text has of the tokenizer's special tokens, such as the placeholder of a picture, is text: a space goes into
+    each, so that nothing takes it for one.
     """
 
     def __init__(self, processor: Any, answers: bool = True, max_length: int | None = None) -> None:
@@ -36,13 +41,18 @@ class ConversationCollator:
         self.processor = processor
         self.answers = answers
         self.max_length = max_length
+        self.reserved = re.compile("|".join(map(re.escape, sorted(reserved(processor), key=len, reverse=True))))
 
-    def __call__(self, items: Sequence["Item"]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Collate.
 
         Returns:
             The processor's output, `input_ids` (B, L), `attention_mask` (B, L), `pixel_values` …, and with answers
             `labels` (B, L), which is -100 all over but at the last answer and its end token.
+
+        Raises:
+            BrokenImage: The processor refuses a picture; the message names its item.
+            PruneZooError: A prompt alone fills ``max_length``.
         """
         turns = [list(item.turns) for item in items]
         batch = self._process(items, turns)
@@ -62,37 +72,76 @@ class ConversationCollator:
             batch.update({name: tensor[:, : self.max_length] for name, tensor in cut.items()})
         return batch
 
-    def _process(self, items: Sequence["Item"], turns: list[list[tuple[str, str]]]) -> dict[str, Any]:
-        prompts = [self._render(t, answered=False) for t in turns]
-        texts = [self._render(t, answered=True) for t in turns] if self.answers else prompts
+    def _process(self, items: Sequence[Item], turns: list[list[tuple[str, str]]]) -> dict[str, Any]:
+        places = [
+            max(item.picture_turn - (len(item.turns) - len(left)), 0) for item, left in zip(items, turns, strict=True)
+        ]
+        prompts = [self._render(t, place, answered=False) for t, place in zip(turns, places, strict=True)]
+        texts = prompts
+        if self.answers:
+            texts = [self._render(t, place, answered=True) for t, place in zip(turns, places, strict=True)]
+        try:
+            batch = self._ask(texts, [item.image for item in items])
+        except Exception as error:  # processors raise whatever their own code happens to
+            self._blame(items, texts)
+            raise error
+        if self.answers:
+            batch["labels"] = self._labels(batch, prompts, texts)
+        return batch
+
+    def _ask(self, texts: list[str], images: Sequence[Image.Image]) -> dict[str, Any]:
+        """What the processor makes of texts with a picture each."""
         bos = self.processor.tokenizer.bos_token
-        batch = dict(
+        return dict(
             self.processor(
                 text=texts,
-                images=[[item.image.convert("RGB")] for item in items],
+                images=[[image.convert("RGB")] for image in images],
                 padding=True,
                 padding_side="right" if self.answers else "left",
                 add_special_tokens=bos is None or not texts[0].startswith(bos),  # the template may have written it
                 return_tensors="pt",
             )
         )
-        if self.answers:
-            batch["labels"] = self._labels(batch, prompts, texts)
-        return batch
 
-    def _render(self, turns: Sequence[tuple[str, str]], answered: bool) -> str:
-        """The conversation as text, up to the last answer's end token (answered) or to where the assistant begins."""
+    def _blame(self, items: Sequence[Item], texts: Sequence[str]) -> None:
+        """Find the item whose picture the processor refuses, where it would take another picture.
+
+        Raises:
+            BrokenImage: There is one.
+        """
+        for item, text in zip(items, texts, strict=True):
+            try:
+                self._ask([text], [item.image])
+            except Exception as error:  # as above
+                try:
+                    self._ask([text], [Image.new("RGB", (256, 256))])
+                except Exception:  # no fault of this picture
+                    return
+                raise BrokenImage(
+                    f"{item.id}: {type(self.processor).__name__} refuses its picture of {item.image.width} x "
+                    f"{item.image.height} pixels ({' '.join(str(error).split()):.200}); replace it or drop the entry"
+                ) from error
+
+    def _render(self, turns: Sequence[tuple[str, str]], place: int, answered: bool) -> str:
+        """The conversation as text, up to the last answer's end token (answered) or to where the assistant begins;
+        the picture stands in question ``place``.
+        """
         messages: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(turns):
-            image = [{"type": "image"}] if number == 0 else []
-            messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            image = [{"type": "image"}] if number == place else []
+            asked, said = ({"type": "text", "text": self._plain(text)} for text in (question, answer))
+            messages.append({"role": "user", "content": [*image, asked]})
+            messages.append({"role": "assistant", "content": [said]})
         if not answered:
             return self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
         text = self.processor.apply_chat_template(messages).rstrip()
         # LLaVA-1.5's template, for one, writes no end token; without it nobody would learn, or measure, to stop
         ended = text.endswith(tuple(self.processor.tokenizer.all_special_tokens))
         return text if ended else text + self.processor.tokenizer.eos_token
+
+    def _plain(self, text: str) -> str:
+        """A text in which no special token stands."""
+        return self.reserved.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _labels(self, batch: dict[str, Any], prompts: list[str], texts: list[str]) -> torch.Tensor:
         """Labels (B, L): what the full text has beyond its prompt.
@@ -116,3 +165,11 @@ class ConversationCollator:
         if self.answers:
             lengths = lengths - (batch["labels"] != IGNORED).sum(1)
         return lengths.tolist()
+
+
+def reserved(processor: Any) -> set[str]:
+    """Strings that a processor or its tokenizer takes for something else than text."""
+    own = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    added = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    # a line feed, or a single letter, cannot be told from text
+    return {token for token in own | added | set(processor.tokenizer.all_special_tokens) if len(token.strip()) > 1}

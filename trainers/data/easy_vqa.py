@@ -17,10 +17,10 @@ from importlib.resources import files
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
+from .pictures import decode_picture
 from .suite import Item, Suite, register_suite
 
 _VALIDATION_FROM = 3600  # the first training picture that is kept for validation
@@ -65,8 +65,7 @@ class EasyVqa(Suite):
     def item(self, index: int) -> Item:
         """Question ``index``; relevant are the pixels of the shape."""
         question, answer, number = self._rows[index]
-        with files("easy_vqa").joinpath("data", self._folder, "images", f"{number}.png").open("rb") as file:
-            image = Image.open(file).convert("RGB")
+        image = decode_picture(files("easy_vqa").joinpath("data", self._folder, "images", f"{number}.png").read_bytes())
         return Item(
             id=f"{self._folder}-{number}-{index}",
             image=image,

@@ -1,16 +1,20 @@
 """Conversations about pictures from a Hugging Face data set: a Hub id, a folder that `save_to_disk` wrote, or files.
 
-A row has a picture (column ``image``) and either LLaVA-style ``conversations`` or a ``question`` and an ``answer``.
+A row has a picture (column ``image``) and either LLaVA-style ``conversations`` or a ``question`` and an ``answer``. One
+without a picture holds nothing to prune and is left out; one with several is left out too, and counted.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
-from .talks import Entry, Talks, read_turns
+from .pictures import MOST_BYTES, BrokenImage, decode_picture, open_picture
+from .talks import Entry, Talks, read_turns, tell_skipped
 
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -59,20 +63,80 @@ class HubDataset(Talks):
                 f"{name}: column {', '.join(missing)} is missing, there are: {', '.join(sorted(there))}; name yours in "
                 "data.columns"
             )
-        self.images = table.select_columns([named["image"]]).cast_column(named["image"], datasets.Image())
         self.column = named["image"]
+        self.images = undecoded(name, table.select_columns([self.column]), self.column)
+        counts = pictures_of_rows(self.images, self.column)
+        words = words_of(table, wanted[1:])
         entries = []
-        for number, row in enumerate(table.select_columns(wanted[1:])):
-            turns = row[wanted[1]] if talking else question_and_answer(row[wanted[1]], row[wanted[2]])
-            entries.append(Entry(f"{split}-{number}", str(number), read_turns(turns, wrong_row(name, number))))
+        for number, (count, row) in enumerate(zip(counts, words, strict=True)):
+            if count == 1:
+                turns = row[wanted[1]] if talking else question_and_answer(row[wanted[1]], row[wanted[2]])
+                entries.append(Entry(f"{split}-{number}", str(number), *read_turns(turns, wrong_row(name, number))))
+        tell_skipped(name, [f"{split}-{number}" for number, count in enumerate(counts) if count > 1])
         super().__init__(name, entries)
 
     def open(self, picture: str) -> Image.Image:
         """See Talks."""
-        image = self.images[int(picture)][self.column]
-        if image is None:
-            raise OSError("the row has no image")
-        return image
+        found = self.images[int(picture)][self.column]
+        kept = found[0] if isinstance(found, list) else found
+        if kept["bytes"] is not None:
+            return decode_picture(kept["bytes"])
+        if "://" not in kept["path"]:
+            return open_picture(kept["path"])
+        try:
+            with fsspec.open(kept["path"], "rb") as file:
+                return decode_picture(file.read(MOST_BYTES + 1))
+        except (OSError, ValueError, ImportError) as error:
+            raise BrokenImage(str(error)) from error
+
+
+def undecoded(name: str, table: Any, column: str) -> Any:
+    """A table whose pictures, or lists of pictures, are left as bytes and paths: they are opened here.
+
+    Raises:
+        PruneZooError: The column holds something else.
+    """
+    import datasets
+
+    kind = table.features[column]
+    picture = datasets.Image(decode=False)
+    listed = isinstance(kind, datasets.List | datasets.LargeList)
+    try:
+        return table.cast_column(column, datasets.List(picture) if listed else picture)
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
+        kind = getattr(kind, "dtype", type(kind).__name__)
+        raise PruneZooError(
+            f"{name}: column '{column}' holds {kind} instead of pictures; name the right one in data.columns.image"
+        ) from error
+
+
+def pictures_of_rows(table: Any, column: str) -> list[int]:
+    """How many pictures each row has, without reading any."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts: list[int] = []
+    for batch in table.with_format("arrow").iter(1000):
+        values = batch[column].combine_chunks()
+        if pa.types.is_struct(values.type):
+            there = pc.or_(pc.is_valid(values.field("bytes")), pc.is_valid(values.field("path")))
+            counts += pc.and_(pc.is_valid(values), there).cast(pa.int64()).to_pylist()
+        else:
+            counts += pc.fill_null(pc.list_value_length(values), 0).to_pylist()
+    return counts
+
+
+def words_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows' texts; of columns that hold numbers or names of classes, as these are written."""
+    features = {column: table.features[column] for column in columns}
+    for row in table.select_columns(columns):
+        for column, kind in features.items():
+            value = row[column]
+            if isinstance(value, int) and hasattr(kind, "int2str"):
+                row[column] = kind.int2str(value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                row[column] = str(value)
+        yield row
 
 
 def question_and_answer(question: Any, answer: Any) -> list[dict[str, Any]]:

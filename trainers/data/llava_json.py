@@ -1,7 +1,8 @@
 r"""LLaVA-format instruction data: one JSON list, or JSON lines, and a folder of images, as LLaVA's training reads them.
 
 An entry is ``{"id": …, "image": "coco/train2017/1.jpg", "conversations": [{"from": "human", "value": "<image>\n…"},
-{"from": "gpt", "value": "…"}, …]}``. Entries without a picture hold nothing to prune and are left out.
+{"from": "gpt", "value": "…"}, …]}``. Entries without a picture hold nothing to prune and are left out; those with
+several are left out too, and counted.
 """
 
 import json
@@ -13,7 +14,8 @@ from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
-from .talks import PLACEHOLDER, Entry, Talks, read_turns
+from .pictures import open_picture
+from .talks import PLACEHOLDER, Entry, Talks, read_turns, tell_skipped, whole_text
 
 
 class LlavaJson(Talks):
@@ -32,14 +34,15 @@ class LlavaJson(Talks):
         self.annotations, self.images = Path(annotations), Path(images)
         if not self.images.is_dir():
             raise PruneZooError(f"{self.images}: no such folder; set data.images to what {annotations} refers to")
+        self.skipped: list[str] = []  # entries with several pictures
         seen: set[str] = set()
         entries = [self._check(entry, number, seen) for number, entry in enumerate(self._read())]
+        tell_skipped(str(annotations), self.skipped)
         super().__init__(str(annotations), [entry for entry in entries if entry is not None])
 
     def open(self, picture: str) -> Image.Image:
         """See Talks."""
-        with Image.open(self.images / picture) as file:
-            return file.convert("RGB")
+        return open_picture(self.images / picture)
 
     def picture_stamp(self, picture: str) -> str:
         """See Talks. The time of the last change (``ctime``) is set by the system alone: whatever writes moves it."""
@@ -47,43 +50,71 @@ class LlavaJson(Talks):
         return f"{known.st_size} {known.st_mtime_ns} {known.st_ctime_ns} {known.st_ino}"
 
     def _read(self) -> list[Any]:
-        lines = self.annotations.suffix == ".jsonl"
         try:
-            text = self.annotations.read_text(encoding="utf-8")
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+            text = self.annotations.read_text(encoding="utf-8-sig")  # the sig is what some editors put in front
         except FileNotFoundError:
             raise PruneZooError(f"{self.annotations}: no such file; set data.json to a LLaVA-format JSON") from None
         except (OSError, ValueError) as error:
             raise PruneZooError(f"{self.annotations}: not readable as JSON ({error})") from error
+        if self.annotations.suffix == ".jsonl":
+            # a line ends with a line feed and nothing else that Unicode calls the end of one: JSON has those in texts
+            lines = enumerate(text.split("\n"), start=1)
+            return [self._parse(line, f", line {number}") for number, line in lines if line.strip()]
+        entries = self._parse(text)
         if not isinstance(entries, list):
             raise PruneZooError(f"{self.annotations}: must hold a list of entries, not {type(entries).__name__}")
         return entries
 
+    def _parse(self, text: str, where: str = "") -> Any:
+        try:
+            return json.loads(text)
+        except RecursionError:
+            raise PruneZooError(f"{self.annotations}: not readable as JSON{where} (nested too deeply)") from None
+        except ValueError as error:
+            raise PruneZooError(f"{self.annotations}: not readable as JSON{where} ({error})") from error
+
     def _check(self, entry: Any, number: int, seen: set[str]) -> Entry | None:
-        """An entry, None without picture; `seen` are the images known to be there."""
-        name = str(entry.get("id", f"#{number}")) if isinstance(entry, dict) else f"#{number}"
+        """An entry, None without picture or with several; `seen` are the images known to be there."""
+        named = entry.get("id") if isinstance(entry, dict) else None
+        name = whole_text(str(named)) if isinstance(named, str | int | float) else f"#{number}"
 
         def wrong(what: str) -> PruneZooError:
             return PruneZooError(f"{self.annotations}: entry '{name}': {what}")
 
         if not isinstance(entry, dict):
             raise wrong("key 'conversations' with a list of turns is missing; add it or drop the entry")
-        image = entry.get("image")
-        if image is None:
-            if PLACEHOLDER in str(entry.get("conversations")):
+        images = entry.get("image")
+        images = [] if images in (None, "") else images if isinstance(images, list) else [images]
+        if len(images) > 1:
+            self.skipped.append(name)
+            return None
+        if not images:
+            if speaks_of_picture(entry.get("conversations")):
                 raise wrong(f"key 'image' is missing though the text has {PLACEHOLDER}; add it or drop the entry")
             return None
+        (image,) = images
         if not isinstance(image, str) or not image:
-            raise wrong("'image' must be one path; entries with several pictures are not supported, drop them")
+            raise wrong(f"'image' must be a path, not {type(image).__name__}; mend it or drop the entry")
         if image not in seen:
             self._look(image, wrong)
             seen.add(image)
-        return Entry(name, image, read_turns(entry.get("conversations"), wrong))
+        return Entry(name, image, *read_turns(entry.get("conversations"), wrong))
 
     def _look(self, image: str, wrong: Callable[[str], PruneZooError]) -> None:
         """Whether an image is in the folder."""
         if any(p.is_absolute() or p.drive or ".." in p.parts for p in (PurePosixPath(image), PureWindowsPath(image))):
             raise wrong(f"image '{image}' lies outside {self.images}; use a path inside that folder")
         path = self.images / image
-        if not path.is_file() or not path.stat().st_size:
+        try:
+            there = path.is_file() and path.stat().st_size
+        except (OSError, ValueError):  # a name that no file system can hold
+            there = False
+        if not there:
             raise wrong(f"image {path} is missing or empty; put it there or drop the entry")
+
+
+def speaks_of_picture(conversation: Any) -> bool:
+    """Whether a question of a LLaVA-style list of turns has a placeholder."""
+    questions = conversation[::2] if isinstance(conversation, list) else []
+    texts = [turn.get("value") for turn in questions if isinstance(turn, dict)]
+    return any(PLACEHOLDER in text for text in texts if isinstance(text, str))

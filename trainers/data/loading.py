@@ -1,5 +1,6 @@
 """A loader that can stop in mid-epoch and go on there, alone or on many processes."""
 
+import itertools
 import multiprocessing.util
 import os
 import signal
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from prunezoo.core.errors import PruneZooError
 
 
 def begin_worker(number: int) -> None:
@@ -85,7 +88,50 @@ class ResumableSampler(DistributedSampler):
         """Ignored: the loader counts the epochs, so that a resumed run and an unbroken one agree."""
 
 
-class ResumableLoader(DataLoader):
+class TellingLoader(DataLoader):
+    """A DataLoader whose errors say which items they came from.
+
+    What is raised while a batch is made has the attribute `ids`, the names of the batch's items, where the data set
+    can name them without making them. A PruneZooError is the one that was raised, also where a worker raised it.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        for number in itertools.count():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except PruneZooError as error:
+                raise self.told(bare(error), number) from error
+            except Exception as error:
+                self.told(error, number)
+                raise
+            yield batch
+
+    def told(self, error: Exception, number: int) -> Exception:
+        """An error in making a batch, with the ids of its items."""
+        numbers = next(itertools.islice(self.batch_sampler, number, None))  # type: ignore[arg-type]
+        error.ids = [id_of(self.dataset, place) for place in numbers]  # type: ignore[attr-defined]
+        return error
+
+
+def bare(error: PruneZooError) -> PruneZooError:
+    """An error without the traceback that a worker has wrapped it into, in whose last line it stands."""
+    kind, message = type(error), str(error)
+    if not message.startswith(f"Caught {kind.__name__} in DataLoader worker"):
+        return error
+    return kind(message.strip().splitlines()[-1].partition(": ")[2])
+
+
+def id_of(items: Any, place: int) -> str:
+    """The id of an item, by the first of the sequences around it that knows it; else its number."""
+    while not hasattr(items, "id_of") and hasattr(items, "items"):
+        items = items.items
+    return items.id_of(place) if hasattr(items, "id_of") else str(place)
+
+
+class ResumableLoader(TellingLoader):
     """A DataLoader whose state (epoch, batches done) Lightning writes into its checkpoints and restores.
 
     Args:

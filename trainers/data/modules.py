@@ -1,7 +1,9 @@
 """Data modules: where `python -m trainers.fit` gets its questions about pictures."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ from transformers import AutoProcessor
 
 from prunezoo.core.errors import PruneZooError
 
+from .broken import SkipBroken, skip_broken
 from .conversation import ConversationCollator
 from .hub_dataset import HubDataset
 from .llava_json import LlavaJson
-from .loading import ResumableLoader, begin_worker
+from .loading import ResumableLoader, TellingLoader, begin_worker
 from .suite import Item, load_suite
-from .talks import SkipBroken, Talks
+from .talks import Talks
 from .web_shards import WebShards
+
+log = logging.getLogger("prunezoo.data")
 
 GROUPS = "groups"
 """Key of the batch under which the group names of its items travel."""
@@ -71,15 +76,19 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def groups(self) -> tuple[str, ...]:
         """Groups that validation reports apart; known after `setup`."""
 
+    @cached_property
+    def collate(self) -> "GroupedCollator":
+        """From items to a batch, by the model's own processor."""
+        try:
+            processor = AutoProcessor.from_pretrained(self.vlm)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise PruneZooError(f"no processor in '{self.vlm}' ({reason}); give a folder or Hub id") from error
+        return GroupedCollator(processor, max_length=self.max_length)
+
     def setup(self, stage: str | None = None) -> None:
         """Open processor and data, and check them."""
         if self.train_set is None:
-            try:
-                processor = AutoProcessor.from_pretrained(self.vlm)
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise PruneZooError(f"no processor in '{self.vlm}' ({reason}); give a folder or Hub id") from error
-            self.collate = GroupedCollator(processor, max_length=self.max_length)
             self.train_collate: Callable[..., dict[str, Any]] = self.collate
             self.train_set, self.validation_set = self.items("train"), self.items("validation")
 
@@ -112,7 +121,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader:
         """In order."""
         assert self.validation_set is not None
-        return DataLoader(
+        return TellingLoader(
             self.validation_set,  # type: ignore[arg-type]
             self.batch_size,
             collate_fn=self.collate,
@@ -167,11 +176,11 @@ class TalksDataModule(ItemDataModule):
     """Conversations about pictures; a subclass says where they are.
 
     Args:
-        validation_share: Share of the pictures in (0, 1) held out; none of them is trained on.
+        validation_share: Share of the pictures in (0, 1) held out, at least one; none of them is trained on.
         validation_items: At most so many held-out items are measured each time.
         train_items: Only the first so many items to train on; None: all.
-        broken_share: Share of the items in [0, 1) whose pictures may be broken: they are logged and left out. One
-            beyond it is an error.
+        broken_share: Share of all items in [0, 1) whose pictures may be broken, or refused by the processor: they are
+            logged and left out. One beyond it is an error.
         group_by_length: Batches of items whose texts are of about the same length, so that less of them is padding.
         common: See ItemDataModule.
     """
@@ -192,18 +201,22 @@ class TalksDataModule(ItemDataModule):
         super().__init__(vlm, batch_size, workers, max_length, seed)
         self.validation_share, self.broken_share, self.group_by_length = validation_share, broken_share, group_by_length
         self.limits = {"train": train_items, "validation": validation_items}
-        self._everything: Talks | None = None
+        self._splits: dict[str, SkipBroken] = {}
 
     @abstractmethod
     def open(self) -> Talks:
         """All that there is."""
 
+    def splits(self) -> dict[str, Talks]:
+        """The items of `train` and `validation`."""
+        everything = self.open()
+        return {split: everything.part(split, self.validation_share, limit) for split, limit in self.limits.items()}
+
     def items(self, split: str) -> Sequence[Item]:
         """Training or held-out items."""
-        if self._everything is None:
-            self._everything = self.open()
-        part = self._everything.part(split, self.validation_share, self.limits[split])
-        return SkipBroken(part, self.broken_share)
+        if not self._splits:
+            self._splits = skip_broken(self.splits(), self.broken_share, self.collate)
+        return self._splits[split]
 
     def lengths(self) -> list[int] | None:
         """Of the training items' texts, where they make the batches."""
@@ -221,20 +234,34 @@ class LlavaJsonDataModule(TalksDataModule):
     Args:
         json: The JSON file; with the ending `.jsonl`, an entry a line.
         images: Folder that its image paths are relative to.
+        validation_json: Another such file, of the same folder, whose items are the held-out ones; then all of `json`
+            is trained on, and `validation_share` is not asked.
         common: See TalksDataModule.
     """
 
-    def __init__(self, vlm: str, json: Path, images: Path, **common: Any) -> None:
+    def __init__(self, vlm: str, json: Path, images: Path, validation_json: Path | None = None, **common: Any) -> None:
         super().__init__(vlm, **common)
-        self.json, self.images = json, images
+        self.json, self.images, self.validation_json = json, images, validation_json
 
     def open(self) -> Talks:
         """The file."""
         return LlavaJson(self.json, self.images)
 
+    def splits(self) -> dict[str, Talks]:
+        """See TalksDataModule."""
+        if self.validation_json is None:
+            return super().splits()
+        found = {"train": self.open(), "validation": LlavaJson(self.validation_json, self.images)}
+        train, held_out = ({entry.picture for entry in items.entries} for items in found.values())
+        if both := train & held_out:
+            log.warning("%s: %d of its pictures are trained on as well", self.validation_json, len(both))
+        return {split: items.first(self.limits[split]) for split, items in found.items()}
+
     @property
     def source(self) -> dict[str, Any]:
         """The file's name, and how it is split."""
+        if self.validation_json:
+            return {"json": self.json.name, "validation_json": self.validation_json.name}
         return {"json": self.json.name, "validation_share": self.validation_share}
 
 

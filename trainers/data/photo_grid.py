@@ -21,10 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
+from .pictures import BrokenImage, open_picture
 from .suite import SPLITS, Item, Suite, register_suite
 
 ENVIRONMENT = "PRUNEZOO_PHOTOS"
@@ -51,9 +52,8 @@ def _photographs(folder: Path, split: str) -> list[Path]:
 def _load(path: Path, side: int) -> np.ndarray:
     """A photograph's centre square as (side, side, 3) uint8."""
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = open_picture(path)
+    except BrokenImage as error:
         raise PruneZooError(f"suite photo-grid: {path} is not a readable picture ({error})") from None
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2

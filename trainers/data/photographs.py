@@ -1,7 +1,6 @@
 """Photographs without questions, from any folder: what a tokenizer is trained and measured on."""
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from prunezoo.core.errors import PruneZooError
 
-from .loading import ResumableLoader
+from .loading import ResumableLoader, TellingLoader
+from .pictures import BrokenImage, decode_picture, open_picture, read_picture
 from .suite import SPLITS
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -44,8 +44,11 @@ class Photographs(Dataset[Tensor]):
 
     def picture(self, index: int) -> Image.Image:
         """The same as a picture."""
-        with Image.open(self.paths[index]) as file:
-            return centre_square(file.convert("RGB"), self.size)
+        path = self.paths[index]
+        try:
+            return centre_square(open_picture(path), self.size)
+        except BrokenImage as error:
+            raise BrokenImage(f"{path}: {error}; it was whole when this run began") from error
 
 
 class PhotographDataModule(L.LightningDataModule):
@@ -104,7 +107,7 @@ class PhotographDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
-        return DataLoader(self.validation_set, self.batch_size, num_workers=self.workers)
+        return TellingLoader(self.validation_set, self.batch_size, num_workers=self.workers)
 
 
 def photographs(folder: str | Path, split: str) -> list[Path]:
@@ -146,10 +149,9 @@ def _scan(folder: Path) -> list[tuple[Path, float]]:
 def _place(path: Path) -> float | None:
     """Where a picture falls in [0, 1); None if it cannot be read to its end."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as file:
-            file.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL's readers raise
+        content = read_picture(path)
+        decode_picture(content)
+    except BrokenImage:
         return None
     return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
 

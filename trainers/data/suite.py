@@ -28,6 +28,7 @@ class Item:
         group: the question group, reported apart.
         relevant: (H, W) float32, at least 0: how much the question is about a pixel, higher = first to keep; what an
             oracle keeps. None where the suite does not know.
+        picture_turn: number of the turn whose question the picture stands in.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Item:
     turns: tuple[tuple[str, str], ...]
     group: str
     relevant: np.ndarray | None = None
+    picture_turn: int = 0
 
     @property
     def question(self) -> str:

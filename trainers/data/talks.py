@@ -6,7 +6,7 @@ question to question. A source says what its entries are and opens a picture; `l
 """
 
 import logging
-import multiprocessing
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from zlib import crc32
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
 
+from .pictures import BrokenImage
 from .suite import Item, Items
 
 PLACEHOLDER = "<image>"
+LONE = re.compile("[\ud800-\udfff]")
 log = logging.getLogger("prunezoo.data")
 Self = TypeVar("Self", bound="Talks")
+Turns = tuple[tuple[str, str], ...]
+"""(question, answer) pairs."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,8 @@ class Entry:
 
     name: str  # for messages and ids
     picture: str  # where it is, in the source's own words
-    turns: tuple[tuple[str, str], ...]  # (question, answer) pairs
-
-
-class BrokenImage(PruneZooError):
-    """A picture that cannot be read."""
+    turns: Turns
+    picture_turn: int = 0  # the pair whose question the picture stands in; nothing is asked before it is there
 
 
 class Talks(Items):
@@ -50,14 +51,18 @@ class Talks(Items):
         if not entries:
             raise PruneZooError(f"{source}: holds no entry with a picture; nothing to train on")
         self.source, self.entries = source, entries
-        self.places = [(number, turn) for number, entry in enumerate(entries) for turn in range(len(entry.turns))]
+        self.places = [
+            (number, turn)
+            for number, entry in enumerate(entries)
+            for turn in range(entry.picture_turn, len(entry.turns))
+        ]
 
     @abstractmethod
     def open(self, picture: str) -> Image.Image:
-        """A picture, decoded, in any mode.
+        """A picture; see `pictures.py`.
 
         Raises:
-            OSError: It cannot be read; so do PIL's own errors.
+            BrokenImage: It cannot be read.
         """
 
     def split_by(self, entry: Entry) -> str:
@@ -67,6 +72,8 @@ class Talks(Items):
     def part(self: Self, split: str, validation_share: float, limit: int | None = None) -> Self:
         """The items of one split; all items of one picture fall into the same one, by a hash of ``split_by``.
 
+        Of few pictures a small share is none: then the one with the least hash makes the validation split.
+
         Args:
             split: ``train`` or ``validation``.
             validation_share: Share of the pictures in (0, 1) that make the validation split.
@@ -74,11 +81,20 @@ class Talks(Items):
         """
         if not 0 < validation_share < 1:
             raise PruneZooError(f"validation_share must lie in (0, 1), got {validation_share}")
-        held_out = [crc32(self.split_by(entry).encode()) / 2**32 < validation_share for entry in self.entries]
+        # names of files that are not UTF-8 come as halves of surrogate pairs
+        hashes = [crc32(self.split_by(entry).encode(errors="surrogatepass")) for entry in self.entries]
+        threshold = max(validation_share * 2**32, min(hashes) + 1)
+        held_out = [value < threshold for value in hashes]
         chosen = copy(self)
-        chosen.places = [p for p in self.places if held_out[p[0]] == (split == "validation")][:limit]
+        chosen.places = [p for p in self.places if held_out[p[0]] == (split == "validation")]
         if not chosen.places:
             raise PruneZooError(f"{self.source}: no picture falls into the {split} split; change validation_share")
+        return chosen.first(limit)
+
+    def first(self: Self, limit: int | None) -> Self:
+        """Only the first so many items; None: all."""
+        chosen = copy(self)
+        chosen.places = self.places[:limit]
         return chosen
 
     def lengths(self) -> list[int]:
@@ -87,6 +103,11 @@ class Talks(Items):
         for number, turn in self.places:
             ends.append(sum(len(question) + len(answer) for question, answer in self.entries[number].turns[: turn + 1]))
         return ends
+
+    def id_of(self, index: int) -> str:
+        """The id of an item, without opening its picture."""
+        number, turn = self.places[index]
+        return f"{self.entries[number].name}/{turn}"
 
     def __len__(self) -> int:
         return len(self.places)
@@ -114,88 +135,19 @@ class Talks(Items):
         number, turn = self.places[index]
         entry = self.entries[number]
         try:
-            picture = self.open(entry.picture).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            picture = self.open(entry.picture)
+        except BrokenImage as error:
             raise BrokenImage(
                 f"{entry.picture}: broken image of entry '{entry.name}' in {self.source} ({error}); replace it or drop "
-                "the entry, or allow some: data.broken_share"
+                "the entry"
             ) from error
-        return Item(id=f"{entry.name}/{turn}", image=picture, turns=entry.turns[: turn + 1], group="all")
+        turns = entry.turns[: turn + 1]
+        return Item(self.id_of(index), picture, turns, group="all", picture_turn=entry.picture_turn)
 
 
-class SkipBroken(Items):
-    """The same items, but in place of one whose picture is broken comes the next one whose picture is not.
-
-    Args:
-        items: Of which some may be broken.
-        share: Of all items that may be, in [0, 1]; beyond it the first broken one is an error.
-
-    Each broken item is counted and logged once for all loader workers of a process.
-    """
-
-    def __init__(self, items: Sequence[Item], share: float) -> None:
-        if not 0 <= share < 1:
-            raise PruneZooError(f"broken_share must lie in [0, 1), got {share}")
-        self.items, self.share = items, share
-        # shared with the workers, however these are started
-        self.known = multiprocessing.get_context("spawn").Array("b", len(items))
-
-    @property
-    def broken(self) -> int:
-        """Broken items so far."""
-        return sum(self.known.get_obj())
-
-    def lengths(self) -> list[int]:
-        """See Talks."""
-        return self.items.lengths()  # type: ignore[attr-defined]
-
-    def mark(self, index: int) -> str:
-        """See Talks."""
-        return self.items.mark(index)  # type: ignore[attr-defined]
-
-    def stamp(self, index: int) -> str | None:
-        """See Items. What comes in place of a broken one is known only when it has been opened."""
-        return None if self.known[index] else self.items.stamp(index)  # type: ignore[attr-defined]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def item(self, index: int) -> Item:
-        """The item, or the next one whose picture is whole.
-
-        Raises:
-            PruneZooError: There are too many broken ones.
-        """
-        for step in range(len(self)):
-            number = (index + step) % len(self)
-            try:
-                return self.items[number]
-            except BrokenImage as error:
-                self.note(number, error)
-        raise AssertionError("unreachable: a share below 1 is passed before all are broken")
-
-    def note(self, number: int, error: BrokenImage) -> None:
-        """Note a broken item.
-
-        Raises:
-            PruneZooError: There are too many.
-        """
-        with self.known.get_lock():
-            if self.known[number]:
-                return
-            if self.broken + 1 > self.share * len(self):
-                if not self.share:
-                    raise error
-                raise PruneZooError(
-                    f"{self.broken + 1} of {len(self)} items have broken images, more than broken_share={self.share} "
-                    f"allows; the last: {error}"
-                )
-            self.known[number] = 1
-            log.warning("skipped, %d so far: %s", self.broken, error)
-
-
-def read_turns(conversation: Any, wrong: Callable[[str], PruneZooError]) -> tuple[tuple[str, str], ...]:
-    """(question, answer) pairs of a LLaVA-style list of turns, without placeholders.
+def read_turns(conversation: Any, wrong: Callable[[str], PruneZooError]) -> tuple[Turns, int]:
+    """(question, answer) pairs of a LLaVA-style list of turns, without the placeholder; and the number of the pair
+    whose question it stood in, which is where the picture belongs: 0, if it stood in none.
 
     Args:
         conversation: ``[{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]``.
@@ -209,9 +161,23 @@ def read_turns(conversation: Any, wrong: Callable[[str], PruneZooError]) -> tupl
             raise wrong(f"turn {number} must be {{'from': '{speaker}', 'value': text}}; mend it or drop the entry")
     if not conversation or len(conversation) % 2:
         raise wrong("conversations must be pairs of a human and a gpt turn; mend it or drop the entry")
-    if sum(turn["value"].count(PLACEHOLDER) for turn in conversation) > 1:
+    questions, answers = ([whole_text(turn["value"]) for turn in conversation[start::2]] for start in (0, 1))
+    if sum(question.count(PLACEHOLDER) for question in questions) > 1:
         raise wrong(f"several times {PLACEHOLDER} for one image; keep one")
-    texts = [turn["value"].replace(PLACEHOLDER, "").strip() for turn in conversation]
-    if not all(texts[1::2]):
+    if not all(answer.strip() for answer in answers):
         raise wrong("an answer is empty; fill it or drop the entry")
-    return tuple(zip(texts[::2], texts[1::2], strict=True))
+    pairs = zip(questions, answers, strict=True)
+    place = next((number for number, question in enumerate(questions) if PLACEHOLDER in question), 0)
+    return tuple((question.replace(PLACEHOLDER, "").strip(), answer.strip()) for question, answer in pairs), place
+
+
+def whole_text(text: str) -> str:
+    """A text with a replacement character for each half of a surrogate pair, which no tokenizer takes."""
+    return LONE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def tell_skipped(source: str, names: Sequence[str]) -> None:
+    """Say how many entries are left out because they have several pictures."""
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        log.warning("%s: %d entries with several pictures are left out: %s", source, len(names), shown)

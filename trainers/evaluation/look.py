@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from prunezoo.core.errors import PruneZooError
-from trainers.cli.errors import one_line
+from trainers.data.pictures import BrokenImage, open_picture
 from trainers.data.suite import Item, list_suites, load_suite
 
 from .budgets import parse_budgets
@@ -43,13 +43,12 @@ def read_item(picture: str, question: str | None) -> Item:
         raise PruneZooError(f"{picture}: no suite is called '{suite}'; there are: {', '.join(list_suites())}")
     if question is None:
         raise PruneZooError(f'{picture}: what is the question? python -m trainers.show {picture} "what is it?"')
+    if not Path(picture).exists():
+        raise PruneZooError(f"{picture}: no such file; an item of a suite is written scenes:3")
     try:
-        with Image.open(picture) as image:
-            return Item(picture, image.convert("RGB"), ((question, ""),), "")
-    except FileNotFoundError:
-        raise PruneZooError(f"{picture}: no such file; an item of a suite is written scenes:3") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise PruneZooError(f"{picture}: not a picture that can be read ({one_line(error)})") from None
+        return Item(picture, open_picture(picture), ((question, ""),), "")
+    except BrokenImage as error:
+        raise PruneZooError(f"{picture}: not a picture that can be read ({error})") from None
 
 
 def look(vlm: Any, processor: Any, item: Item, methods: Sequence[Method], keeps: Sequence[str]) -> Example:

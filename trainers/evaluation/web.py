@@ -6,14 +6,13 @@ machine is answered with 4xx and one line, and the next request is answered as e
 
 import asyncio
 import base64
-import io
 import json
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -26,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import one_line
+from trainers.data.pictures import BrokenImage, decode_picture
 from trainers.data.suite import Item, load_suite
 
 from .look import look
@@ -106,14 +106,10 @@ def picture_of(uri: str) -> Image.Image:
         PruneZooError: there is none, or one of too many pixels.
     """
     try:
-        data = base64.b64decode(uri.partition(",")[2], validate=True)
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MOST_PIXELS:
-            raise PruneZooError(f"a picture of {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-        return image.convert("RGB")
-    except PruneZooError:
-        raise
-    except (ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return decode_picture(base64.b64decode(uri.partition(",")[2], validate=True), MOST_PIXELS)
+    except BrokenImage as error:
+        raise PruneZooError(f"that is not a picture that can be read ({error})") from None
+    except ValueError:
         raise PruneZooError("that is not a picture that can be read") from None
 
 

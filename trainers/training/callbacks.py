@@ -1,13 +1,14 @@
 """What happens around the training steps: seeds, progress, stopping cleanly, checkpoints, and the exported pruner."""
 
 import json
+import math
 import os
 import pickle
 import signal
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -55,24 +56,30 @@ class ExportPruner(L.Callback):
 
     Args:
         folder: Where to.
-        monitor: The validation figure by which the best state is written, when it is reached; the higher the better.
-            None, or where validation never ran: the state at the end.
+        monitor: The validation figure by which the best state is written, when it is reached; auto: what the training
+            module's `best_by` says. None, or where validation never gave one: the state at the end.
+        mode: Whether the most or the least of that figure is best.
     """
 
-    def __init__(self, folder: str, monitor: str | None = "val/score") -> None:
-        self.folder, self.monitor = Path(folder), monitor
+    def __init__(self, folder: str, monitor: str | None = "auto", mode: Literal["max", "min"] = "max") -> None:
+        self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.best: float | None = None
+        self.by: str | None = None  # the figure that this is of
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export if this is the best so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
-        if self.monitor not in trainer.callback_metrics:
+        monitor, mode = self.monitor, self.mode
+        if monitor == "auto":
+            monitor, mode = getattr(pl_module, "best_by", ("val/score", "max"))
+        if monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
-            raise PruneZooError(f"ExportPruner.monitor='{self.monitor}' was never logged; there are: {known}")
-        score = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or score >= self.best:
-            self.best = score
+            raise PruneZooError(f"ExportPruner.monitor='{monitor}' was never logged; there are: {known}")
+        score = float(trainer.callback_metrics[monitor])
+        sign = 1 if mode == "max" else -1
+        if math.isfinite(score) and (self.best is None or self.by != monitor or sign * score >= sign * self.best):
+            self.best, self.by = score, monitor
             self.export(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,11 +99,11 @@ class ExportPruner(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure."""
-        return {"best": self.best}
+        return {"best": self.best, "by": self.by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-        self.best = state_dict["best"]
+        self.best, self.by = state_dict["best"], state_dict.get("by", self.monitor)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -193,12 +200,25 @@ class StopAtNaN(L.Callback):
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write down the samples of this process' batch, whatever went wrong with them."""
-        ids = getattr(trainer.datamodule, "batch_ids", None)  # type: ignore[attr-defined]
+        """Write down the samples of this process' batch, whatever went wrong with them.
+
+        An error in making a batch brings its ids along (see TellingLoader); the data module knows those of the batch
+        that a step is given, until the next one is asked for.
+        """
+        ids = getattr(exception, "ids", None) or getattr(trainer.datamodule, "batch_ids", None)  # type: ignore[attr-defined]
         if ids and isinstance(exception, Exception) and not isinstance(exception, SIGTERMException):
             said = {"step": trainer.global_step, "error": str(exception), "ids": ids}
             with suppress(OSError), whole_file(self.path(trainer)) as scratch:  # what went wrong comes first
                 scratch.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """What goes wrong from here on is not this batch's fault."""
+        if trainer.datamodule is not None:  # type: ignore[attr-defined]
+            trainer.datamodule.batch_ids = []  # type: ignore[attr-defined]
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """As above."""
+        self.on_train_batch_end(trainer)
 
     @staticmethod
     def path(trainer: L.Trainer) -> Path:

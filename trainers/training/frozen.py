@@ -29,6 +29,10 @@ from .losses import answer_slots
 from .optimizer import adamw_cosine
 from .strategies.spread import shard_trained, share_out
 
+FREE_TEXT = 0.1
+"""Where the full model writes fewer of the reference answers word for word, being right says little: the answers are
+free text, and a pruner is judged by how near its distribution over the vocabulary stays to the full model's."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -62,7 +66,7 @@ class FrozenModule(L.LightningModule):
             raise PruneZooError(f"warm_up={warm_up} must lie in [0, 1)")
         # not a submodule: so the frozen model is in no checkpoint, no optimizer and no call of train()
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
-        self.shared_out = False
+        self.shared_out = self.free_text = False
         self.pruner = pruner
         self.pruner.base_model = BaseModel.describe(self.vlm)
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
@@ -98,7 +102,9 @@ class FrozenModule(L.LightningModule):
         self.table.update(groups, torch.stack(rows, dim=1))
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over groups, retention in percent of the full model, and each group's accuracy."""
+        """Log means over groups, retention in percent of the full model, and each group's accuracy; no figure where
+        there is nothing to measure, or to take a share of.
+        """
         table = self.table.compute()  # (G, R, 3), nan where a group had no item
         self.table.reset()
         accuracy, agreement, kl = table.nanmean(0).unbind(-1)
@@ -109,15 +115,30 @@ class FrozenModule(L.LightningModule):
             values[f"val/agreement_{label}"] = agreement[row]
             values[f"val/kl_{label}"] = kl[row]
             for group, name in enumerate(self.groups):
-                values[f"val/{name}_{label}"] = table[group, row, 0]
-            values[f"val/retention_{label}"] = 100 * accuracy[row] / accuracy[0]
+                if not table[group, row, 0].isnan():
+                    values[f"val/{name}_{label}"] = table[group, row, 0]
+            if accuracy[0] > 0:
+                values[f"val/retention_{label}"] = 100 * accuracy[row] / accuracy[0]
         values["val/score"] = accuracy[1:].mean()
+        values["val/kl"] = kl[1:].mean()
+        self.free_text = bool(accuracy[0] < FREE_TEXT)
         self.log_dict(values, sync_dist=True)  # equal on all processes already; this says so
+        figures = kl[1:] if self.free_text else 100 * accuracy[1:] / accuracy[0]
+        unit = "nats" if self.free_text else "%"
         kept = ", ".join(
-            f"{100 * right / accuracy[0]:.1f} % at {label}"
-            for right, label in zip(accuracy[1:].tolist(), labels, strict=True)
+            f"{figure:.3g} {unit} at {label}" if math.isfinite(figure) else f"no figure at {label}"
+            for figure, label in zip(figures.tolist(), labels, strict=True)
         )
-        rank_zero_info(f"step {self.global_step}: full model {accuracy[0]:.3f}, of which {kept} of the tokens")
+        right = f"step {self.global_step}: full model {accuracy[0]:.3f}"
+        if self.free_text:
+            rank_zero_info(f"{right} word for word, so the answers are free text; KL to it {kept} of the tokens")
+        else:
+            rank_zero_info(f"{right}, of which {kept} of the tokens")
+
+    @property
+    def best_by(self) -> tuple[str, Literal["max", "min"]]:
+        """The figure by which one state is better than another, and whether the most or the least of it is best."""
+        return ("val/kl", "min") if self.free_text else ("val/score", "max")
 
     def evenly(self, mean: Tensor, count: int) -> Tensor:
         """A mean over ``count`` things of this process, such that its mean over processes is that over all things."""

@@ -1,0 +1,3 @@
+"""What the tests of training share."""
+
+from trainings import world  # noqa: F401 - a fixture
