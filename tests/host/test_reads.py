@@ -8,9 +8,10 @@ from tiny_llava import LONG, SHORT, make_image
 from prunezoo import PruneZooError, attach
 from prunezoo.core.contract import Pruner
 from prunezoo.core.registry import build_pruner, list_pruners, pruner_class
+from prunezoo.core.signals import parse_signal
 
 MORE = 2
-"""Reads that an attached prefill has beyond those of the bare model: ids and mask together, and one flag of all checks."""
+"""Reads that an attached prefill has beyond those of the bare model: ids with mask, and one flag of all checks."""
 READ_BY_NATURE = {
     "random": "draws by what is in the picture, on the host",
     "atp": "decides itself how many tokens it keeps",
@@ -43,10 +44,13 @@ def reads_of(vlm, batch, call):
 )
 def test_an_attached_prefill_waits_twice_more(name, call, deep_llava, batch):
     vlm = deep_llava.vlm
-    bare = reads_of(vlm, batch, call)
-    with attach(vlm, tiny(name), keep=9):
+    pruner, bare = tiny(name), reads_of(vlm, batch, call)
+    looks = any(not parse_signal(signal).is_vision for signal in pruner.needs) and pruner.stage == "prompt"
+    with attach(vlm, pruner, keep=9):
+        reads_of(vlm, batch, call)  # layouts of grids are worked out once
         pruned = reads_of(vlm, batch, call)
-    assert pruned.total() <= bare.total() + MORE, pruned - bare
+    # a signal of the language model runs layers of it, which read what they read
+    assert pruned.total() <= bare.total() * (1 + looks) + MORE, pruned - bare
 
 
 class Spoilt(Pruner):

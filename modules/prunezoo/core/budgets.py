@@ -44,8 +44,15 @@ def auto_mean(keep: str) -> float | None:
 
 def counts_of(keep: Keep, available: Sequence[int]) -> tuple[int, ...]:
     """:func:`budget` for numbers that the host has, as such; only a ``keep`` on a device is read."""
-    host = torch.tensor(available, dtype=torch.long)
-    return tuple(budget(keep.cpu() if isinstance(keep, Tensor) else keep, host).numpy().tolist())
+    if isinstance(keep, Tensor):
+        check_keep(keep)
+        asked = (keep if keep.device.type == "cpu" else keep.cpu()).numpy().tolist()
+        if len(asked) != len(available):
+            raise PruneZooError(f"keep has {len(asked)} entries for {len(available)} images")
+        if min(asked, default=1) < 1:
+            raise PruneZooError(f"keep={asked} is out of range: tokens per image must be at least 1")
+        return tuple(min(pair) for pair in zip(asked, available, strict=True))
+    return tuple(budget(keep, torch.tensor(available, dtype=torch.long)).numpy().tolist())
 
 
 def upload(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -73,6 +73,14 @@ class PruneInputs:
         assert self.asked is not None  # `forward` has set it
         return max(self.asked, default=0)
 
+    @property
+    def host_grids(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Slots ``(n,)`` and cells ``(n, 3)`` of each image's n tokens, on the host."""
+        if self.host_cells is not None:  # as the host laid them out: tokens first, then padding
+            return [(np.arange(n), own[:n]) for n, own in zip(self.counts, self.host_cells, strict=True)]
+        places = [own.nonzero()[0] for own in self.valid.cpu().numpy()]
+        return [(own, cells[own]) for own, cells in zip(places, self.cells.cpu().numpy(), strict=True)]
+
     @cached_property
     def tiles(self) -> int:
         """One more than the largest number of a tile."""

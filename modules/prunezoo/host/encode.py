@@ -116,10 +116,10 @@ def _lay_out(
 ) -> Encoded:
     """Find the columns of each image, and part patches from newlines; ``like`` has the type and width of embeddings."""
     placed = _place(family, host, visuals)
-    patches = [visual.cells[:, 2] >= 0 for _, _, visual in placed]
-    counts = tuple(int(own.numpy().sum()) for own in patches)
-    parted = any(count < len(own) for count, own in zip(counts, patches, strict=True))  # there are newlines
-    places = [own.to(like.device) for own in map(_where, patches)] if parted else []
+    patches = [_where(visual.cells[:, 2] >= 0) for _, _, visual in placed]
+    counts = tuple(map(len, patches))
+    parted = any(count < len(visual.cells) for count, (_, _, visual) in zip(counts, placed, strict=True))  # by newlines
+    places = [own.to(like.device) for own in patches] if parted else []
 
     def pick(values: list[Tensor]) -> list[Tensor]:
         """Those of the patches, of what the device has of all tokens."""
@@ -196,12 +196,12 @@ def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines:
     width = max(counts)
     features, slots, ends = [], [], []
     for _, columns, visual in placed:
-        newline = visual.cells[:, 2] < 0
-        row, patch = visual.cells[newline, None, :2], visual.cells[None, ~newline, :2]
+        newline = _where(visual.cells[:, 2] < 0)
+        row, patch = visual.cells[newline, None, :2], visual.cells[None, _where(visual.cells[:, 2] >= 0), :2]
         same = ((row == patch) | (row == -1)).all(-1)  # (M, N)
         none = torch.ones_like(same[:1])  # found where no newline is
         ends.append(torch.cat([same, none]).int().argmax(0).masked_fill(~same.any(0), width))
-        features.append(visual.features[_where(newline).to(device)])
+        features.append(visual.features[newline.to(device)])
         slots.append(columns[newline])
     valid = torch.arange(width) < torch.tensor(counts)[:, None]
     return Newlines(

@@ -60,6 +60,9 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
         The batch of B * copies samples, and ``(copies * R,)`` long: where in ``copies`` stacked batches each of its
         images comes from, so that ``stacked.flatten(0, 1)[source]`` puts rows ``(copies, R, ...)`` in their order.
     """
+    stacked = [(number, copy) for copy in range(copies) for number in range(len(encoded.rows))]
+    placed = sorted(stacked, key=lambda pair: encoded.rows[pair[0]] * copies + pair[1])  # as `source`, on the host
+    order = [number for number, _ in placed]
     copy = torch.arange(copies, device=encoded.sample.device)[:, None]
     sample = (encoded.sample * copies + copy).flatten()  # of the stacked rows
     source = sample.argsort(stable=True)
@@ -78,8 +81,14 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
         text_valid=rows(old.text_valid),
         signals={name: signal[image] for name, signal in old.signals.items()},
         sizes=rows(old.sizes),
+        sample=sample[source],
+        known=tuple(old.counts[number] for number in order),
+        host_cells=None,
     )
-    newlines = None if lines is None else Newlines(*(part[image] for part in vars(lines).values()))
+    newlines = None
+    if lines is not None:
+        counts = tuple(lines.counts[number] for number in order)
+        newlines = Newlines(lines.features[image], lines.slots[image], lines.valid[image], lines.ends[image], counts)
     deep = tuple(level[image] for level in encoded.deep)
     batch = dict(encoded.batch)
     for name, value in encoded.batch.items():
@@ -88,9 +97,12 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
                 raise PruneZooError(f"'{name}' has no row for each sample: take one image a sample, or pruned_forward")
             batch[name] = value.repeat_interleave(copies, 0)
     labels = None if encoded.labels is None else encoded.labels.repeat_interleave(copies, 0)
+    columns, real = (part.repeat_interleave(copies, 0) for part in encoded.words)
     many = replace(
         encoded, inputs=inputs, batch=batch, labels=labels, sample=sample[source], slots=encoded.slots[image],
-        newlines=newlines, deep=deep,
+        newlines=newlines, deep=deep, words=(columns, real), kinds=tuple(encoded.kinds[number] for number in order),
+        rows=tuple(encoded.rows[number] * copies + copy for number, copy in placed),
+        real=tuple(count for count in encoded.real for _ in range(copies)),
     )  # fmt: skip
     return many, source
 

@@ -62,10 +62,10 @@ class AttachStats:
     def add(self, cuts: Sequence[Cut], depth: int) -> None:
         """Count a batch: what each stage did, for a decoder of ``depth`` layers."""
         for stage, cut in zip(self.stages, cuts, strict=True):
-            stage.before += cut.before.tolist()
-            stage.after += cut.after.tolist()
+            stage.before += cut.before.numpy().tolist()
+            stage.after += cut.after.numpy().tolist()
             stage.timers.append(cut.timer)
-        self.tokens += layer_mean(cuts, depth).tolist()
+        self.tokens += layer_mean(cuts, depth).numpy().tolist()
 
     def __str__(self) -> str:
         lines = [str(stage) for stage in self.stages]

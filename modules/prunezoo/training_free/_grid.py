@@ -89,21 +89,21 @@ def divide(layout: Layout, inputs: PruneInputs, keep: Tensor) -> tuple[Tensor, T
     Args:
         layout: How to cut a tile.
         inputs: The images.
-        keep: ``(B,)`` parts of each.
+        keep: ``(B,)`` parts of each, as ``inputs.asked``.
 
     Returns:
         The slots of the anchors ``(B, K)``, ascending; which of them are no filler ``(B, K)`` bool; and the weights
         ``(B, K, N)`` float32 of the tokens in each part, zero on padding and filler.
     """
-    size, width = len(keep), int(keep.max())
-    index = torch.zeros(size, width, dtype=torch.long)
-    valid = torch.arange(width) < keep.cpu()[:, None]
-    weight = torch.zeros(size, width, inputs.valid.shape[1])
-    for row, (cells, real, k) in enumerate(zip(inputs.cells.cpu(), inputs.valid.cpu(), keep.tolist(), strict=True)):
-        slots = real.nonzero()[:, 0]
-        anchors, weights = cut(cells[real].numpy().tobytes(), k, layout)
-        index[row, :k] = slots[anchors]
-        weight[row, :k, slots] = weights
+    assert inputs.asked is not None  # `forward` has set it
+    width, grids = inputs.most_asked, inputs.host_grids
+    index = torch.zeros(len(keep), width, dtype=torch.long)
+    valid = torch.arange(width) < torch.tensor(inputs.asked, dtype=torch.long)[:, None]
+    weight = torch.zeros(len(keep), width, inputs.valid.shape[1])
+    for row, ((slots, cells), k) in enumerate(zip(grids, inputs.asked, strict=True)):
+        anchors, weights = cut(cells.tobytes(), k, layout)
+        index[row, :k] = torch.from_numpy(slots)[anchors]
+        weight[row, :k, torch.from_numpy(slots)] = weights
     device = inputs.valid.device
     return index.to(device), valid.to(device), weight.to(device)
 
