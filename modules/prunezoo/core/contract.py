@@ -42,6 +42,7 @@ from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
 from .hub import Pretrained
 from .plan import gather_rows, mask_to_index
+from .signals import follow_tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PruneInputs:
     def to(self, dtype: torch.dtype) -> Self:
         """The same in another floating type."""
         text = None if self.text is None else self.text.to(dtype)
-        signals = {name: signal.to(dtype) for name, signal in self.signals.items()}
+        signals = {n: s.to(dtype) if s.is_floating_point() else s for n, s in self.signals.items()}
         return replace(self, features=self.features.to(dtype), text=text, signals=signals)
 
     def signal(self, name: str) -> Tensor:
@@ -117,7 +118,7 @@ class PruneInputs:
             features=output.kept_features(self).to(self.features.dtype),
             valid=valid,
             cells=gather_rows(self.cells, index),
-            signals={name: gather_rows(signal, index) for name, signal in self.signals.items()},
+            signals={name: follow_tokens(name, signal, index) for name, signal in self.signals.items()},
             sizes=sizes,
             known=output.known,
             host_cells=None,

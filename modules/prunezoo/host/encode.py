@@ -17,6 +17,7 @@ from ..core.budgets import upload
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
+from ..core.signals import follow_tokens, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
 from .parts.model import VLM
@@ -64,6 +65,9 @@ def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_
     columns, real = encoded.words
     text = gather_rows(embedded, columns)[encoded.sample]
     inputs = replace(encoded.inputs, text=text, text_valid=real[encoded.sample], sample=encoded.sample)
+    if "frame" in needs:  # the tile of a clip
+        clips = upload([kind == "video" for kind in encoded.kinds], device)
+        inputs = replace(inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 
@@ -125,6 +129,13 @@ def _lay_out(
         """Those of the patches, of what the device has of all tokens."""
         return [v[own] for v, own in zip(values, places, strict=True)] if parted else values
 
+    def stack(name: str) -> Tensor:
+        """A signal of the patches of all images."""
+        values = [visual.signals[name] for _, _, visual in placed]
+        if parted:
+            values = [follow_tokens(name, v[None], own[None])[0] for v, own in zip(values, places, strict=True)]
+        return stack_images(values)
+
     empty = like.new_zeros(0, 0, like.shape[-1])
     own_cells = [visual.cells[own] for own, (_, _, visual) in zip(patches, placed, strict=True)]
     cells = _pad(own_cells, torch.zeros(0, 0, 3, dtype=torch.long), -1)
@@ -134,10 +145,7 @@ def _lay_out(
         _pad(pick([visual.features for _, _, visual in placed]), empty, 0),
         valid.to(like.device),
         cells.to(like.device),
-        signals={
-            name: _pad(pick([visual.signals[name] for _, _, visual in placed]), empty, 0)
-            for name in (placed[0][2].signals if placed else ())
-        },
+        signals={name: stack(name) for name in (placed[0][2].signals if placed else ())},
         known=counts,
         host_cells=cells.numpy(),
     )

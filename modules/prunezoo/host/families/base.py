@@ -21,17 +21,19 @@ from ...core.errors import PruneZooError
 from ...core.plan import gather_rows, mask_to_index
 from ..parts.decoder import Decoder
 from ..parts.tower import Tower
+from .spread import Values, spread
 
 Kind = Literal["image", "video"]
+Order = Literal["tower", "given"]
 PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The input that brings the pixels of each kind."""
 TAKES_FEATURES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 """Whether models take encoded images beside ``input_ids``. 5.18 does, but deals them out to the wrong beams."""
 
-Watch = Callable[[], AbstractContextManager[Mapping[str, Tensor]]]
+Watch = Callable[[], AbstractContextManager[Mapping[str, Values]]]
 
 
-def no_signals() -> AbstractContextManager[Mapping[str, Tensor]]:
+def no_signals() -> AbstractContextManager[Mapping[str, Values]]:
     """Watches nothing."""
     return nullcontext({})
 
@@ -97,7 +99,7 @@ class Family:
 
         Args:
             batch: The processor's output, on the model's device, but ``input_ids``, which are on the host.
-            watch: Entered around each run of the tower; gives the signals that it made of it, ``(R, N, ...)`` by name.
+            watch: Entered around each run of the tower; gives the signals that it made of it, by name.
 
         Raises:
             PruneZooError: Inputs that the family does not know, or that do not fit one another; what ``watch`` raises.
@@ -115,13 +117,10 @@ class Family:
                     f"{self.title}: the prompt's placeholders stand for {sum(sizes)} {kind} tokens, the pixels make "
                     f"{len(rows)}: use one processor for text and images"
                 )
-            signals = {
-                name: self.spread(kind, batch, values.reshape(*values.shape[:2], -1)).reshape(-1, *values.shape[2:])
-                for name, values in seen.items()
-            }
+            signals = {name: spread(self, kind, batch, name, values, sizes) for name, values in seen.items()}
             parts = zip(rows.split(sizes), cells, *(level.split(sizes) for level in levels), strict=True)
             for i, (own, where, *deep) in enumerate(parts):
-                own_signals = {name: values.split(sizes)[i] for name, values in signals.items()}
+                own_signals = {name: values[i] for name, values in signals.items()}
                 found.append(Visual(kind, own, where, tuple(deep), own_signals))
         return found
 
@@ -156,21 +155,24 @@ class Family:
         inputs = {key: batch[key] for key in others if batch.get(key) is not None}
         return getattr(self.vlm.model, f"get_{kind}_features")(batch[pixels], **inputs, return_dict=True)
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """Deal what the tower has of each patch out to the tokens of the language model.
-
-        A token that is made of several patches gets their mean, or what the family does with features; a token that is
-        made of none gets 0.
 
         Args:
             kind: What was run.
             batch: What it was run on.
-            values: ``(R, N, C)``, a row for each picture that the tower saw, in its order of patches.
+            values: ``(R, N, C)``, a row for each picture that the tower saw, in an order of its patches.
+            order: The "tower"'s own, or that in which the patches are "given" to it.
 
         Returns:
-            ``(n, C)``: of all images in the order of their placeholders.
+            ``(n, k, C)``: the k patches that a token is made of, rows of a square one after the other; k is 1 where the
+            family makes features by interpolation, which is done to ``values`` likewise. Of all images in the order of
+            their placeholders; 0 for a token that is made of none.
+
+        Raises:
+            PruneZooError: ``values`` are whole numbers, and tokens are made by interpolation.
         """
-        return values.flatten(0, 1)
+        return values.flatten(0, 1)[:, None]
 
     def pooled(self, kind: Kind, output: Any) -> Any:
         """What the model puts in the place of the placeholders, from the output of its own encoder."""
@@ -325,11 +327,10 @@ def tiles(count: int, side: int) -> Tensor:
     return torch.cat([grid(side, side, tile).flatten(0, 1) for tile in range(count)])
 
 
-def pool(values: Tensor, factor: int) -> Tensor:
-    """The means of ``factor`` by ``factor`` patches of squares ``(R, N, C)``: ``(R * N / factor ** 2, C)``."""
+def blocks(values: Tensor, factor: int) -> Tensor:
+    """The ``factor`` by ``factor`` patches of squares ``(R, N, C)``: ``(R * N / factor ** 2, factor ** 2, C)``."""
     side = math.isqrt(values.shape[1]) // factor
-    blocks = values.unflatten(1, (side, factor, side, factor))
-    return blocks.float().mean((2, 4)).to(values.dtype).flatten(0, 2)
+    return values.unflatten(1, (side, factor, side, factor)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def runs(mask: Tensor) -> list[tuple[int, int, int]]:

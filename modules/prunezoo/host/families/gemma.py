@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..parts.tower import Tower
-from .base import Family, Kind, grid, pool
+from .base import Family, Kind, Order, blocks, grid
 
 
 class Gemma3Family(Family):
@@ -23,9 +23,9 @@ class Gemma3Family(Family):
         side = int(self.config.mm_tokens_per_image**0.5)
         return [grid(side, side).flatten(0, 1)] * len(batch["pixel_values"])
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """As the projector pools."""
-        return pool(values, math.isqrt(values.shape[1] // self.config.mm_tokens_per_image))
+        return blocks(values, math.isqrt(values.shape[1] // self.config.mm_tokens_per_image))
 
     def tower(self) -> Tower:
         """SigLIP."""

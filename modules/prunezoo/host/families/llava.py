@@ -11,7 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from ...core.errors import PruneZooError
 from ..parts.tower import Tower
-from .base import Family, Kind, grid
+from .base import Family, Kind, Order, grid
 
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # what leaves the patches and only these
 
@@ -72,14 +72,19 @@ class LlavaNextFamily(LlavaFamily):
 
     def tiled_cells(self, size: list[int]) -> Tensor:
         """For an image of ``size`` (height, width) in pixels."""
-        tiles = get_anyres_image_grid_shape(
-            size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        )
-        rows, columns = self.grid_shape(*unpad_image(torch.empty(1, *(t * self.side for t in tiles)), size).shape[1:])
+        rows, columns = self.grid_shape(*self.unpadded(size))
         cells = grid(rows, columns, tile=1)
         ends = cells[:, :1].clone()
         ends[..., 2] = -1
         return torch.cat([grid(self.side, self.side).flatten(0, 1), torch.cat([cells, ends], dim=1).flatten(0, 1)])
+
+    def unpadded(self, size: list[int]) -> tuple[int, int]:
+        """Rows and columns of the patches that are of the picture, in the grid of its crops."""
+        tiles = get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        )
+        _, rows, columns = unpad_image(torch.empty(1, *(t * self.side for t in tiles)), size).shape
+        return rows, columns
 
     def untiled_cells(self) -> Tensor:
         """The thumbnail alone, and one newline that ends it."""
@@ -89,12 +94,13 @@ class LlavaNextFamily(LlavaFamily):
         """Rows and columns that the language model reads of the unpadded grid."""
         return rows, columns
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """Put together to grids as features are."""
         points, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         sizes = zip(batch["image_sizes"].tolist(), self.tiled(batch), strict=True)
         counts = [1 + tiled * math.prod(get_anyres_image_grid_shape(size, points, side)) for size, tiled in sizes]
-        return torch.cat(self.pack(values.split(counts), batch["image_sizes"], values.new_zeros(values.shape[2])))
+        newline = values.new_zeros(values.shape[2])
+        return torch.cat(self.pack(values.split(counts), batch["image_sizes"], newline))[:, None]
 
     def pack(self, values: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
         """The model's own way from the tiles of each image, ``(tiles, N, C)``, to its tokens ``(n, C)``."""
@@ -149,10 +155,25 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         ratio = self.config.vision_aspect_ratio
         return self.vlm.model.pack_image_features(values, sizes, image_newline=newline, vision_aspect_ratio=ratio)[0]
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """Images as above; clips pooled as features are, with a newline behind."""
+        if not values.is_floating_point() and self.interpolates(kind, batch):
+            raise PruneZooError(
+                f"{self.title} makes the tokens of clips and of large pictures by interpolation, so no patch is theirs "
+                "alone: use a signal without maps, as 'received_attention', or smaller pictures"
+            )
         if kind == "image":
-            return super().spread(kind, batch, values)
+            return super().deal(kind, batch, values)
         clips = len(batch["pixel_values_videos"])
         pooled = self.vlm.model.apply_pooling(values).reshape(clips, -1, values.shape[2])
-        return pad(pooled, (0, 0, 0, 1)).flatten(0, 1)
+        return pad(pooled, (0, 0, 0, 1)).flatten(0, 1)[:, None]
+
+    def interpolates(self, kind: Kind, batch: Mapping[str, Any]) -> bool:
+        """Whether any token is made of neighbouring patches by interpolation."""
+        if kind == "video":
+            return True
+        shapes = [self.unpadded(size) for size in batch["image_sizes"].tolist()]
+        return any(
+            tiled and self.grid_shape(*shape) != shape
+            for shape, tiled in zip(shapes, self.tiled(batch), strict=True)
+        )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from ..parts.tower import QwenTower, Tower
-from .base import Family, Kind, grid
+from .base import Family, Kind, Order, grid
 
 TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # of tokens, in mm_token_type_ids
 
@@ -32,10 +32,9 @@ class QwenVLFamily(Family):
             for times, height, width in batch[f"{kind}_grid_thw"].tolist()
         ]
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
-        """The mean of the patches that are merged; they follow one another, since the processor orders them so."""
-        merged = values[0].unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2))
-        return merged.float().mean(1).to(values.dtype)
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
+        """The patches that are merged; they follow one another, since the processor orders them so."""
+        return values[0].unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2))
 
     def tower(self) -> Tower:
         """Qwen's own."""
@@ -59,16 +58,19 @@ class Qwen25VLFamily(QwenVLFamily):
     title = "Qwen2.5-VL"
     patches = "two by two neighbouring patches behind it, and most blocks attend within windows"
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """The tower has its tokens window by window."""
+        dealt = super().deal(kind, batch, values)
+        if order == "given":
+            return dealt
         vision = self.config.vision_config
         side = vision.window_size // vision.patch_size // vision.spatial_merge_size
         cells = self.cells(kind, batch)
         image = torch.arange(len(cells)).repeat_interleave(torch.tensor([len(own) for own in cells]))
         window = torch.cat(cells) // torch.tensor([1, side, side])
         number = torch.cat([image[:, None], window], 1).unique(dim=0, return_inverse=True)[1]
-        order = number.argsort(stable=True).argsort()  # where each token stands in the tower
-        return super().spread(kind, batch, values)[order.to(values.device)]
+        place = number.argsort(stable=True).argsort()  # where each token stands in the tower
+        return dealt[place.to(values.device)]
 
 
 class Qwen3VLFamily(QwenVLFamily):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.errors import PruneZooError
 from ..parts.tower import InternVLTower, Tower
-from .base import Family, Kind, pool, runs, tiles
+from .base import Family, Kind, Order, blocks, runs, tiles
 
 
 class InternVLFamily(Family):
@@ -31,9 +31,9 @@ class InternVLFamily(Family):
         mask = batch["input_ids"] == self.config.image_token_id
         return [_tiles(self.title, length, side) for _, _, length in runs(mask)]
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
-        """The mean of the patches that the shuffle joins."""
-        return pool(values, round(1 / self.config.downsample_ratio))
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
+        """The patches that the shuffle joins."""
+        return blocks(values, round(1 / self.config.downsample_ratio))
 
     def tower(self) -> Tower:
         """InternVL's own."""
@@ -63,9 +63,9 @@ class Idefics3Family(Family):
                 length = 0
         return cells
 
-    def spread(self, kind: Kind, batch: Mapping[str, Any], values: Tensor) -> Tensor:
-        """The mean of the patches that the shuffle joins."""
-        return pool(values, self.config.scale_factor)
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
+        """The patches that the shuffle joins."""
+        return blocks(values, self.config.scale_factor)
 
     def tower(self) -> Tower:
         """Of SigLIP's make."""

@@ -11,15 +11,17 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 
 from ...core.errors import PruneZooError
 
-QUERY, KEY, VALUE, CONTEXT = "query", "key", "value", "context"
+QUERY, KEY, VALUE, OUTPUT, CONTEXT = "query", "key", "value", "output", "context"
 Seen = dict[str, Any]
-"""What hooks saw of one pass of an attention, by part; the context is what it was called with."""
+"""What hooks saw of one pass of an attention, by part; the output is that of its heads, before they are joined; the context
+is what it was called with."""
 
 
 class VisionAttention:
     """The self-attention of one block, of CLIP's and SigLIP's make."""
 
     names = ("q_proj", "k_proj", "v_proj")  # the modules whose outputs are queries, keys and values
+    joiner = "out_proj"  # the module that joins the heads
 
     def __init__(self, module: Any) -> None:
         """Find its parts."""
@@ -35,7 +37,7 @@ class VisionAttention:
         """Put on hooks that write parts of what the attention computes into ``seen``, anew in each pass.
 
         Args:
-            parts: QUERY, KEY and VALUE are ``(R, S, H, d)``, before any rotary embedding; CONTEXT is keywords.
+            parts: QUERY, KEY, VALUE and OUTPUT are ``(R, S, H, d)``, before any rotary embedding; CONTEXT is keywords.
             seen: Where to write.
 
         Returns:
@@ -53,15 +55,22 @@ class VisionAttention:
             for part, name in zip((QUERY, KEY, VALUE), self.names, strict=True)
             if part in parts
         ]
-        return handles + self.watch_context(parts, seen)
+        return handles + self.watch_ends(parts, seen)
 
-    def watch_context(self, parts: Collection[str], seen: Seen) -> list[Any]:
-        """The hook for CONTEXT, if that is among the parts."""
+    def watch_ends(self, parts: Collection[str], seen: Seen) -> list[Any]:
+        """The hooks for CONTEXT and OUTPUT, as far as they are among the parts."""
 
-        def write(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        def enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             seen[CONTEXT] = kwargs
 
-        return [self.module.register_forward_pre_hook(write, with_kwargs=True)] if CONTEXT in parts else []
+        def leave(_module: nn.Module, args: tuple[Tensor]) -> None:
+            heads = args[0].unflatten(-1, (self.heads, -1))
+            seen[OUTPUT] = heads if heads.dim() == 4 else heads[None]
+
+        handles = [self.module.register_forward_pre_hook(enter, with_kwargs=True)] if CONTEXT in parts else []
+        if OUTPUT in parts:
+            handles.append(getattr(self.module, self.joiner).register_forward_pre_hook(leave))
+        return handles
 
     def sequences(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """What attends to itself and to nothing else: queries and keys ``(R, S, H, d)`` as they are multiplied, and the
@@ -74,10 +83,13 @@ class NormedAttention(VisionAttention):
     """InternVL's: queries and keys may have norms of their own."""
 
     names = ("q_norm", "k_norm", "v_proj")
+    joiner = "projection_layer"
 
 
 class PackedAttention(VisionAttention):
     """Qwen-VL's: all images of a batch, or all windows of all images, in one row, with a rotary embedding."""
+
+    joiner = "proj"
 
     @property
     def scale(self) -> float:
@@ -90,7 +102,9 @@ class PackedAttention(VisionAttention):
         def write(_module: nn.Module, _args: Any, output: Tensor) -> None:
             seen[QUERY], seen[KEY], seen[VALUE] = output.unflatten(-1, (3, self.heads, -1))[None].unbind(2)
 
-        return [self.module.qkv.register_forward_hook(write), *self.watch_context(parts, seen)]
+        made = {QUERY, KEY, VALUE} & set(parts)
+        handles = [self.module.qkv.register_forward_hook(write)] if made else []
+        return handles + self.watch_ends(parts, seen)
 
     def sequences(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """One for each image or window."""
@@ -150,6 +164,13 @@ class Tower:
     def kernel(self) -> str:
         """The name of its attention implementation, as "sdpa"."""
         return self.model.config._attn_implementation
+
+    @property
+    def patch_embedding(self) -> nn.Conv2d | nn.Conv3d:
+        """The convolution that patches enter by: pictures ``(R, C, height, width)``, or single patches of F frames,
+        ``(S, C, F, p, p)``.
+        """
+        return next(part for part in self.model.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
 
     def check_can_shrink(self, name: str) -> None:
         """Raise PruneZooError where the pruner ``name`` would do wrong by taking tokens out of the blocks."""

@@ -1,28 +1,34 @@
 """Signals of the vision tower: what its attention computes, tapped by hooks, and maps made of the rows that are needed.
 
 Nothing switches the tower to eager attention, and what nobody asks for puts no hook anywhere. Names and shapes of the
-signals: ``core/signals.py``.
+signals: ``core/signals.py``. Here N are patches: families deal out what was read to tokens.
 Letters: R pictures that the tower sees, S their tokens, P of them before the patches, N patches, T rows of a map, H
 heads, d width of a head.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.errors import PruneZooError
 from ...core.signals import parse_signal
-from ..parts.tower import CONTEXT, KEY, QUERY, VALUE, Seen, Tower
+from ..parts.tower import CONTEXT, KEY, OUTPUT, QUERY, VALUE, Seen, Tower
 
 ROWS = 1024  # of a map of attention that are in memory at a time
+MAP = (QUERY, KEY, CONTEXT)
 PARTS = {
-    "cls_attention": (QUERY, KEY, CONTEXT),
-    "received_attention": (QUERY, KEY, CONTEXT),
+    "cls_attention": MAP,
+    "cls_head_attention": MAP,
+    "cls_value": (VALUE,),
+    "received_attention": MAP,
+    "vision_attention": MAP,
+    "vision_head_attention": MAP,
     "vision_keys": (KEY,),
     "vision_values": (VALUE,),
+    "vision_outputs": (OUTPUT,),
 }
 """What of an attention each vision signal is made from."""
 
@@ -41,23 +47,48 @@ class VisionTap:
         Raises:
             PruneZooError: CLS is wanted, and the tower has none.
         """
-        if "cls_attention" in kinds and not tower.has_cls:
+        of_cls = sorted(kind for kind in kinds if kind.startswith("cls"))
+        if of_cls and not tower.has_cls:
             raise PruneZooError(
-                "this vision tower has no CLS token: use a pruner that reads 'received_attention', not 'cls_attention'"
+                f"this vision tower has no CLS token: use a pruner that reads 'received_attention', not '{of_cls[0]}'"
             )
         self.tower, self.attention = tower, tower.attention(block)
         self.seen: Seen = {}
         self.handles = self.attention.watch({part for kind in kinds for part in PARTS[kind]}, self.seen)
 
     def read(self, kind: str) -> Tensor:
-        """A signal of the last pass: ``(R, N)`` float32, or ``(R, N, H, d)`` for keys and values."""
-        if kind in ("vision_keys", "vision_values"):
-            return self.seen[PARTS[kind][0]][:, self.tower.prefix :]
+        """A signal of the last pass, with the axes of its kind; float32 where it is attention.
+
+        A map only of towers whose pictures all stand in rows of their own; else :meth:`maps`.
+        """
+        prefix = self.tower.prefix  # CLS is the first token wherever there is one
+        if kind in ("vision_attention", "vision_head_attention"):
+            (whole,) = self.maps(kind)
+            return whole
+        if kind == "cls_value":
+            value = self.seen[VALUE]
+            return value[:, :1].expand(-1, value.shape[1] - prefix, -1, -1)
+        if PARTS[kind] != MAP:
+            return self.seen[PARTS[kind][0]][:, prefix:]
         means = []
         for query, key, mask in self.attention.sequences(self.seen):
-            rows = query[:, :1] if kind == "cls_attention" else query  # CLS is the first token wherever there is one
-            means.append(mean_attention(rows, key, self.attention.scale, mask))
-        return torch.cat(means, 1)[:, self.tower.prefix :]
+            if kind == "cls_head_attention":
+                means.append(attention_map(query[:, :1], key, self.attention.scale, mask, by_head=True)[:, 0])
+            else:
+                rows = query[:, :1] if kind == "cls_attention" else query
+                means.append(mean_attention(rows, key, self.attention.scale, mask))
+        return torch.cat(means, 1)[:, prefix:]
+
+    def maps(self, kind: str) -> list[Tensor]:
+        """Whole maps of the last pass, float32: ``(R, S, S)``, or ``(R, S, S, H)``, of all that sees but itself.
+
+        With S without CLS; it has taken its share of the weight of each row.
+        """
+        prefix, by_head = self.tower.prefix, kind == "vision_head_attention"
+        return [
+            attention_map(query[:, prefix:], key, self.attention.scale, mask, by_head)[:, :, prefix:]
+            for query, key, mask in self.attention.sequences(self.seen)
+        ]
 
     def __enter__(self) -> Self:
         """Leave the hooks on for the block."""
@@ -82,13 +113,10 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None
     Returns:
         ``(R, S)`` float32. Where there are all rows, those of tokens that nobody may look at are left out.
     """
-    bias = None
+    bias = _bias(query, mask)
     counted = query.new_ones(query.shape[:2], dtype=torch.float32)
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        bias = mask[:, 0, :1] if mask.is_floating_point() else query.new_zeros(()).masked_fill(~mask[:, 0, :1], lowest)
-        if query.shape[1] == key.shape[1]:
-            counted = (bias[:, 0] > lowest / 2).float()
+    if bias is not None and query.shape[1] == key.shape[1]:
+        counted = (bias[:, 0] > torch.finfo(query.dtype).min / 2).float()
     total = key.new_zeros(key.shape[:2], dtype=torch.float32)
     # One head and some rows at a time: the whole map of a large tower would be gigabytes.
     for head in range(key.shape[2]):
@@ -100,8 +128,70 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None
     return total / (key.shape[2] * counted.sum(1, keepdim=True))
 
 
+def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor | None, by_head: bool) -> Tensor:
+    """Softmax weights, whole. Besides the map only :data:`ROWS` rows of one head are in memory at a time.
+
+    Args:
+        query: As of :func:`mean_attention`.
+        key: Likewise.
+        scale: Likewise.
+        mask: Likewise.
+        by_head: Of each head; else their mean.
+
+    Returns:
+        ``(R, T, S, H)`` float32, or ``(R, T, S)``.
+    """
+    bias, heads = _bias(query, mask), key.shape[2]
+    whole = key.new_zeros(*query.shape[:2], key.shape[1], heads if by_head else 1, dtype=torch.float32)
+    for head in range(heads):
+        keys = key[:, :, head].transpose(1, 2)
+        for first in range(0, query.shape[1], ROWS):
+            rows = slice(first, first + ROWS)
+            logits = query[:, rows, head] @ keys * scale
+            weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32)
+            whole[:, rows, :, head if by_head else 0] += weights
+    return whole if by_head else whole[..., 0] / heads
+
+
+def _bias(query: Tensor, mask: Tensor | None) -> Tensor | None:
+    """``(R, 1, S)``: what a mask, the same for every row, adds to logits."""
+    if mask is None or mask.is_floating_point():
+        return None if mask is None else mask[:, 0, :1]
+    return query.new_zeros(()).masked_fill(~mask[:, 0, :1], torch.finfo(query.dtype).min)
+
+
+class PixelTap:
+    """Watches what enters a tower."""
+
+    def __init__(self, tower: Tower) -> None:
+        """Put the hook on."""
+        self.seen: list[Tensor] = []
+        self.embedding = tower.patch_embedding
+        self.handle = self.embedding.register_forward_pre_hook(self._write)
+
+    def _write(self, _module: nn.Module, args: tuple[Tensor]) -> None:
+        self.seen[:] = args
+
+    def read(self) -> Tensor:
+        """``(R, N, C, p, p)`` of the last pass: the patches in the order in which they are given to the tower."""
+        (pictures,) = self.seen
+        if isinstance(self.embedding, nn.Conv3d):  # single patches already, of several frames
+            return pictures.transpose(1, 2).flatten(1, 2)[None]
+        high, wide = self.embedding.kernel_size
+        patches = pictures.unfold(2, high, high).unfold(3, wide, wide)  # (R, C, rows, columns, p, p)
+        return patches.movedim(1, 3).flatten(1, 2)
+
+    def __enter__(self) -> Self:
+        """Leave the hook on for the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take it off."""
+        self.handle.remove()
+
+
 @contextmanager
-def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[dict[str, Tensor | Sequence[Tensor]]]:
     """Compute the vision tower's signals among ``needs`` from the pass that it makes while the block runs.
 
     Args:
@@ -109,14 +199,16 @@ def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[
         needs: Names of signals.
 
     Yields:
-        By name, ``(R, N, ...)``, a row for each picture that the tower saw; empty until the block has ended.
+        By name, ``(R, N, ...)``, a row for each picture that the tower saw, or the :meth:`VisionTap.maps` of a kind of
+        map; empty until the block has ended.
 
     Raises:
         PruneZooError: The tower has no such block, or no CLS where that is asked for.
     """
     wanted = {name: parse_signal(name) for name in needs if parse_signal(name).is_vision}
-    signals: dict[str, Tensor] = {}
-    if not wanted:
+    pixels = "pixels" in needs
+    signals: dict[str, Any] = {}
+    if not wanted and not pixels:
         yield signals
         return
     found = tower()
@@ -128,5 +220,10 @@ def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[
             )
             for block in set(places.values())
         }
+        entering = stack.enter_context(PixelTap(found)) if pixels else None
         yield signals
-        signals.update({name: taps[places[name]].read(signal.kind) for name, signal in wanted.items()})
+        for name, signal in wanted.items():
+            tap, is_map = taps[places[name]], signal.axes.count("N") > 1
+            signals[name] = tap.maps(signal.kind) if is_map else tap.read(signal.kind)
+        if entering is not None:
+            signals["pixels"] = entering.read()
