@@ -174,6 +174,5 @@ class LlavaOnevisionFamily(LlavaNextFamily):
             return True
         shapes = [self.unpadded(size) for size in batch["image_sizes"].tolist()]
         return any(
-            tiled and self.grid_shape(*shape) != shape
-            for shape, tiled in zip(shapes, self.tiled(batch), strict=True)
+            tiled and self.grid_shape(*shape) != shape for shape, tiled in zip(shapes, self.tiled(batch), strict=True)
         )

@@ -38,8 +38,8 @@ def spread(
         sizes: Tokens of each image.
 
     Returns:
-        For each image ``(n, ...)``, of a map ``(n, n, ...)``: the mean over the patches of a token; of pixels, the square
-        that they make.
+        For each image ``(n, ...)``, of a map ``(n, n, ...)``: the mean over the patches of a token; of pixels, the
+        square that they make.
     """
     if not isinstance(values, Tensor):
         return _spread_maps(family, kind, batch, values, sizes)

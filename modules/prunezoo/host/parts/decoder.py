@@ -104,26 +104,74 @@ class Decoder:
         Returns:
             ``(B, heads, T, d)`` and ``(B, heads, L, d)``.
         """
-        if self.config.model_type not in KINDS:
-            raise PruneZooError(
-                f"attention signals are not supported for decoder '{self.config.model_type}'; "
-                f"they are for {', '.join(KINDS)}"
-            )
-        block = self.layers[layer]
+        block = self._known(layer)
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         asked = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
         query = attention.q_proj(asked).unflatten(-1, (-1, attention.head_dim))
-        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+            query = attention.q_norm(query)
+        query, key = query.transpose(1, 2), self._key(attention, normed, rotary)
         if rotary is not None:
-            rotary = self._join(rotary)
-            query = apply_rotary_pos_emb(query, query, *take_columns(rotary, rows))[0]
-            key = apply_rotary_pos_emb(key, key, *rotary)[0]
+            query = apply_rotary_pos_emb(query, query, *take_columns(self._join(rotary), rows))[0]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return query * attention.scaling, key
+
+    def keys(self, layer: int, hidden: Tensor, rotary: Rotary | None) -> Tensor:
+        """``(B, L, H, d)``: the keys of a layer, H as many as it has; arguments as of :meth:`query_key`."""
+        block = self._known(layer)
+        return self._key(block.self_attn, block.input_layernorm(hidden), rotary).transpose(1, 2)
+
+    def _key(self, attention: Any, normed: Tensor, rotary: Rotary | None) -> Tensor:
+        """``(B, H, L, d)`` for what a layer's norm makes of its input."""
+        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key)
+        key = key.transpose(1, 2)
+        return key if rotary is None else apply_rotary_pos_emb(key, key, *self._join(rotary))[0]
+
+    def _known(self, layer: int) -> Any:
+        """A layer, of a decoder whose make is known."""
+        if self.config.model_type not in KINDS:
+            raise PruneZooError(
+                f"signals of layers are not supported for decoder '{self.config.model_type}'; "
+                f"they are for {', '.join(KINDS)}"
+            )
+        return self.layers[layer]
+
+    def attend(self, layer: int, hidden: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half of a layer: its attention, run once more, with no cache and past all hooks on it.
+
+        Args:
+            layer: Which, from 0.
+            hidden: ``(B, L, D)`` what enters that layer.
+            rotary: As the decoder made them.
+            mask: As of :meth:`attention_rows`; there ``(B, L)`` must be true where the kernel takes no such mask.
+
+        Returns:
+            What the attention takes, what it gives before it is added, and what the second half of the layer takes,
+            ``(B, L, D)`` each.
+        """
+        block = self._known(layer)
+        given = mask if mask is not None and (mask.dim() == 4 or self.flash) else None
+        taken = block.input_layernorm(hidden)
+        gave = block.self_attn.forward(
+            hidden_states=taken, position_embeddings=rotary, attention_mask=given, past_key_values=None
+        )[0]
+        # Gemma from 2 on has norms on both sides of attention and MLP.
+        both_sides = hasattr(block, "pre_feedforward_layernorm")
+        return taken, gave, hidden + (block.post_attention_layernorm(gave) if both_sides else gave)
+
+    def neurons(self, layer: int, half: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MLP of a layer takes ``(..., D)``, and its neurons ``(..., F)``.
+
+        Args:
+            layer: Which, from 0.
+            half: ``(..., D)`` what the second half of the layer takes.
+        """
+        block = self._known(layer)
+        taken = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)(half)
+        return taken, block.mlp.act_fn(block.mlp.gate_proj(taken)) * block.mlp.up_proj(taken)
 
     def attention_rows(
         self, layer: int, hidden: Tensor, rotary: Rotary | None, rows: Tensor, mask: Tensor | None

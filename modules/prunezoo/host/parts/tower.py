@@ -13,8 +13,8 @@ from ...core.errors import PruneZooError
 
 QUERY, KEY, VALUE, OUTPUT, CONTEXT = "query", "key", "value", "output", "context"
 Seen = dict[str, Any]
-"""What hooks saw of one pass of an attention, by part; the output is that of its heads, before they are joined; the context
-is what it was called with."""
+"""What hooks saw of one pass of an attention, by part; the output is that of its heads, before they are joined; the
+context is what it was called with."""
 
 
 class VisionAttention:

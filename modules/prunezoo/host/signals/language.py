@@ -1,13 +1,13 @@
 """Signals of the language model: attention, made from queries and keys for the rows that are needed, and hidden states.
 
 Nothing switches the model to eager attention (but `relevance`, which needs all of it), and no layer runs that nobody
-asks for. Names and shapes of the signals: ``core/signals.py``; those of the vision tower: ``taps.py``.
+asks for. Names and shapes of the signals: ``core/signals.py``; those of the vision tower: ``vision.py``.
 Letters: R images, N image tokens, B rows of the batch, L its tokens, T words, D width.
 """
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
-from ...core.plan import gather_rows
-from ...core.signals import DECODER_SIGNALS, PREVIOUS, Signal, parse_signal
+from ...core.signals import DECODER_SIGNALS, MAP_KINDS, PREVIOUS, STATE_KINDS, WORD_KINDS, Signal, parse_signal
 from ..encoded import Encoded
 from ..families import find_family
-from ..parts.decoder import Decoder, Rotary
+from ..parts.decoder import Decoder
 from ..parts.model import VLM
+from .entry import ROWS, Entry
+from .layer_maps import layer_map
+from .layer_states import layer_states
 from .relevance import relevance_map
-
-ROWS = 256  # of an attention map at a time
 
 
 def check_signals(needs: tuple[str, ...]) -> None:
@@ -41,15 +41,6 @@ def encode_needs(pruner: Pruner) -> tuple[str, ...]:
         elif part.stage == "layer":
             needs |= dict.fromkeys(name for name in part.needs if parse_signal(name).kind not in DECODER_SIGNALS)
     return tuple(needs)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What enters a decoder layer."""
-
-    hidden: Tensor  # (B, L, D)
-    rotary: Rotary
-    mask: Tensor | None  # (B, L) bool, False for padding; or what the layer is given, see `Decoder.attention_rows`
 
 
 class _Enough(Exception):
@@ -124,15 +115,46 @@ def decoder_signals(
         decoder = find_family(vlm).decoder()
         entries = enter_layers(vlm, decoder, encoded, set(layers.values()))
     for name, layer in layers.items():
-        entry, signal = entries[layer], wanted[name]
-        if signal.kind == "hidden_states":
-            signals[name] = gather_rows(entry.hidden[encoded.sample], encoded.slots)
-        else:
-            images = encoded.sample, encoded.slots, encoded.inputs.valid
-            signals[name] = attention_to_images(decoder, signal, layer, entry, words, *images)
+        images = encoded.sample, encoded.slots, encoded.inputs.valid
+        signals[name] = read_layer(decoder, wanted[name], layer, entries[layer], words, *images)
     if "relevance" in wanted:
         signals["relevance"] = _relevance(vlm, encoded, words)
     return signals
+
+
+def read_layer(
+    decoder: Decoder,
+    signal: Signal,
+    layer: int,
+    entry: Entry,
+    words: tuple[Tensor, Tensor],
+    sample: Tensor,
+    slots: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """A signal of one layer of the language model, of what enters it.
+
+    Args:
+        decoder: The language model.
+        signal: Of DECODER_SIGNALS.
+        layer: Which, from 0.
+        entry: What enters it.
+        words: Columns of the prompt's words ``(B, T)``, ascending, and which of them are no filler ``(B, T)`` bool.
+        sample: ``(R,)`` row of the batch that each image belongs to.
+        slots: ``(R, N)`` column of each image token.
+        valid: ``(R, N)`` bool, False for padding.
+
+    Returns:
+        With the axes of its kind; attention is float32.
+    """
+    own_words = words[0][sample], words[1][sample]
+    if signal.kind in MAP_KINDS:
+        return layer_map(decoder, signal, layer, entry, own_words, sample, (slots, valid))
+    if signal.kind in STATE_KINDS:
+        return layer_states(decoder, signal, layer, entry, sample, (slots, valid))
+    if signal.kind in WORD_KINDS:
+        return layer_states(decoder, signal, layer, entry, sample, own_words)
+    return attention_to_images(decoder, signal, layer, entry, words, sample, slots, valid)
 
 
 def attention_to_images(
@@ -164,7 +186,7 @@ def attention_to_images(
         softmax is over the image's tokens ``valid``, and the weights of an image add up to 1.
     """
     if signal.kind == "self_attention":
-        return _self_attention(decoder, layer, entry, entry.rotary if signal.rotary else None, sample, slots, valid)
+        return _self_attention(decoder, layer, entry, signal.rotary, sample, slots, valid)
     columns, real = words
     if signal.kind == "last_attention":
         last = real.sum(1, keepdim=True)
@@ -185,20 +207,15 @@ def attention_to_images(
 
 
 def _self_attention(
-    decoder: Decoder, layer: int, entry: Entry, rotary: Rotary | None, sample: Tensor, slots: Tensor, valid: Tensor
+    decoder: Decoder, layer: int, entry: Entry, rotary: bool, sample: Tensor, slots: Tensor, valid: Tensor
 ) -> Tensor:
     """What image tokens receive from one another, ``(R, N)``; arguments as in :func:`attention_to_images`."""
-    size = len(entry.hidden)
-    hidden, mask = entry.hidden[sample], None if entry.mask is None else entry.mask.expand(size, *entry.mask.shape[1:])
-    mask = None if mask is None else mask[sample]
-    if rotary is not None:
-        cos, sin = (part.expand(*part.shape[:-3], size, -1, -1).index_select(-3, sample) for part in rotary)
-        rotary = cos, sin
+    entry = entry.of_images(sample)
     total, lookers = torch.zeros_like(slots, dtype=torch.float32), torch.zeros_like(slots)
     # Some rows at a time: the whole map of a large picture would be gigabytes.
     for rows, counted in zip(slots.split(ROWS, 1), valid.split(ROWS, 1), strict=True):
-        weights = decoder.attention_rows(layer, hidden, rotary, rows, mask).mean(1)
-        weights = weights.gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * counted[..., None]
+        weights = decoder.attention_rows(layer, entry.hidden, entry.rotary if rotary else None, rows, entry.mask)
+        weights = weights.mean(1).gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * counted[..., None]
         total, lookers = total + weights.sum(1), lookers + (weights > 0).sum(1)
     return total / lookers.clamp_min(1)
 

@@ -19,7 +19,8 @@ from ...core.plan import gather_rows
 from ...core.signals import Signal
 from ..encoded import Encoded, put
 from ..parts.decoder import take_columns
-from ..signals.language import Entry, attention_to_images
+from ..signals.entry import Entry
+from ..signals.language import read_layer
 from .cut import Cut, Timer
 from .layer_cache import Keywords, Past, Segment, cut_mask
 from .layer_plan import LayerPlan
@@ -114,9 +115,7 @@ class Prompt:
         entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
         images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
         values = {
-            name: gather_rows(hidden[images[0]], images[1])
-            if signal.kind == "hidden_states"
-            else attention_to_images(self.decoder, signal, layer, entry, self.encoded.words, *images)
+            name: read_layer(self.decoder, signal, layer, entry, self.encoded.words, *images)
             for name, signal in signals.items()
         }
         inputs = self.encoded.inputs
