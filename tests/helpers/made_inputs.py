@@ -24,7 +24,18 @@ def build(name, seed=0):
 SIGNALS = sorted({name for pruner in ALL for name in build(pruner).needs})
 
 
-WIDTHS = {"vision_keys": (2, DIM // 2), "vision_values": (2, DIM // 2), "hidden_states": (DIM,)}
+LENGTHS = {"H": 2, "d": DIM // 2, "D": DIM, "F": 24, "C": 3, "p": 4, "2": 2}
+"""Of the axes of signals besides tokens and words."""
+
+HEADS = {}
+"""H of kinds where it is another."""
+
+
+def lengths(name, **others):
+    """Of the axes of a signal, behind that of images."""
+    kind = parse_signal(name).kind
+    known = {**LENGTHS, "H": HEADS.get(kind, LENGTHS["H"]), **others}
+    return [known[axis] for axis in parse_signal(name).axes[1:]]
 
 
 def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
@@ -34,8 +45,7 @@ def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
     words = 5 + text_pad
     noise = torch.Generator().manual_seed(1000 + pad)
     features = 100 * torch.randn(rows, width, DIM, generator=noise)
-    shapes = {name: WIDTHS.get(parse_signal(name).kind, ()) for name in SIGNALS}
-    maps = {name: 100 * torch.rand(rows, width, *shape, generator=noise) for name, shape in shapes.items()}
+    maps = {name: 100 * torch.rand(rows, *lengths(name, N=width, T=words), generator=noise) for name in SIGNALS}
     text = 100 * torch.randn(rows, words, TEXT, generator=noise)
     valid, text_valid = torch.zeros(rows, width, dtype=torch.bool), torch.zeros(rows, words, dtype=torch.bool)
     cells = torch.full((rows, width, 3), -1)
@@ -45,15 +55,21 @@ def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
         row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         cells[i, :n] = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
         features[i, :n] = torch.randn(n, DIM, generator=random)
-        for name, shape in shapes.items():
-            maps[name][i, :n] = torch.rand(n, *shape, generator=random)
+        for name in SIGNALS:
+            real = torch.rand(lengths(name, N=n, T=t), generator=random)
+            real = real - 0.5 if "activations" in name else real
+            maps[name][i][tuple(slice(length) for length in real.shape)] = real
         text[i, :t] = torch.randn(t, TEXT, generator=random)
     return PruneInputs(features, valid, cells, text, text_valid, maps, layer=1)
 
 
 def take_rows(inputs, rows, tokens=None, words=None):
     """Some rows, cut to so many tokens and words."""
-    signals = {k: v[rows, :tokens] for k, v in inputs.signals.items()}
+    cut = {"N": tokens, "T": words}
+    signals = {
+        name: values[rows][(slice(None), *(slice(cut.get(axis)) for axis in parse_signal(name).axes[1:]))]
+        for name, values in inputs.signals.items()
+    }
     features, valid, cells = (part[rows, :tokens] for part in (inputs.features, inputs.valid, inputs.cells))
     text, text_valid = inputs.text[rows, :words], inputs.text_valid[rows, :words]
     return dataclasses.replace(

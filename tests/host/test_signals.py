@@ -11,10 +11,13 @@ from transformers import LlavaForConditionalGeneration
 
 from prunezoo import PruneZooError, build_pruner, encode
 from prunezoo.core.contract import Pruner
+from prunezoo.core.signals import KINDS, MAP_KINDS, STATE_KINDS, VISION_KINDS, WORD_KINDS
+from prunezoo.host.encode import prompt_words
+from prunezoo.host.families import find_family
 from prunezoo.host.parts.tower import Tower
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import relevance_map
-from prunezoo.host.signals.vision import mean_attention, watch_tower
+from prunezoo.host.signals.vision import attention_map, mean_attention, watch_tower
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
     model, pixels = small_tower(kind), torch.randn(3, 3, 20, 20)
     tower = Tower(model, feature_layer, has_cls=kind == "clip")
     last = {-2: 2, -1: 3, 2: 1}[feature_layer]
-    kinds = ("received_attention", "vision_keys", "vision_values", *(["cls_attention"] if kind == "clip" else []))
+    kinds = [name for name in VISION_KINDS if kind == "clip" or not name.startswith("cls")]
     places = {"": last, "@0": 0, "@1": 1, "@-1": last, "@-2": last - 1}
     needs = tuple(name + place for name in kinds for place in places)
     with watch_tower(lambda: tower, needs) as signals:
@@ -50,14 +53,25 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
     expected = model(pixels, output_attentions=True, output_hidden_states=True)
     assert torch.allclose(out.last_hidden_state, expected.last_hidden_state, atol=1e-5)
     for place, block in places.items():
-        attention = expected.attentions[block].mean(1)
-        first = attention.shape[1] - 25
-        wanted = {"received_attention": attention.mean(1), "cls_attention": attention[:, 0]}
+        heads = expected.attentions[block].movedim(1, -1)  # (R, S, S, H)
+        first = heads.shape[1] - 25
         normed = model.encoder.layers[block].layer_norm1(expected.hidden_states[block])
-        wanted["vision_keys"] = model.encoder.layers[block].self_attn.k_proj(normed).unflatten(-1, (3, 8))
-        wanted["vision_values"] = model.encoder.layers[block].self_attn.v_proj(normed).unflatten(-1, (3, 8))
+        values = model.encoder.layers[block].self_attn.v_proj(normed).unflatten(-1, (3, 8))
+        wanted = {
+            "cls_attention": heads.mean(3)[:, 0, first:],
+            "cls_head_attention": heads[:, 0, first:],
+            "cls_value": values[:, :1].expand(-1, 25, -1, -1),
+            "received_attention": heads.mean((1, 3))[:, first:],
+            "vision_attention": heads.mean(3)[:, first:, first:],
+            "vision_head_attention": heads[:, first:, first:],
+            "vision_keys": model.encoder.layers[block].self_attn.k_proj(normed).unflatten(-1, (3, 8))[:, first:],
+            "vision_values": values[:, first:],
+            "vision_outputs": torch.einsum("rqkh,rkhd->rqhd", heads, values)[:, first:],
+        }
         for name in kinds:
-            torch.testing.assert_close(signals[name + place], wanted[name][:, first:], rtol=1e-4, atol=1e-5)
+            got = signals[name + place]
+            (got,) = got if isinstance(got, list) else [got]
+            torch.testing.assert_close(got, wanted[name], rtol=1e-4, atol=1e-5)
     assert (signals["received_attention"] - signals["received_attention@0"]).abs().max() > 1e-3
 
 
@@ -76,10 +90,35 @@ def test_attention_is_made_in_pieces_and_minds_the_mask():
         assert not masked[1, 700:].any()
 
 
+def test_maps_are_made_in_pieces_and_mind_the_mask():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1100, 2, 4), torch.randn(2, 1100, 2, 4)
+    seen = (torch.arange(1100) < torch.tensor([[1100], [700]]))[:, None, None]
+    logits = (torch.einsum("bqhd,bkhd->bqkh", query, key) * 0.5).masked_fill(~seen.movedim(-1, 2), -torch.inf)
+    whole = attention_map(query, key, 0.5, seen, by_head=True)
+    torch.testing.assert_close(whole, logits.softmax(2), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(attention_map(query, key, 0.5, seen, by_head=False), whole.mean(3))
+
+
+def test_pixels_are_the_squares_that_enter_the_tower():
+    model, pictures = small_tower("siglip"), torch.randn(3, 3, 22, 22)  # a rest of two, which the tower leaves out
+    tower = Tower(model, -2, has_cls=False)
+    with watch_tower(lambda: tower, ("pixels",)) as signals:
+        model(pictures[..., :20, :20])
+    assert signals["pixels"].shape == (3, 25, 3, 4, 4)
+    for patch in range(25):
+        row, column = 4 * (patch // 5), 4 * (patch % 5)
+        assert torch.equal(signals["pixels"][:, patch], pictures[:, :, row : row + 4, column : column + 4])
+
+
 def test_a_tower_says_what_it_has_not():
     tower = Tower(small_tower("siglip"), -2, has_cls=False)
-    with pytest.raises(PruneZooError, match="received_attention"), watch_tower(lambda: tower, ("cls_attention",)):
-        pass
+    for kind in ("cls_attention", "cls_head_attention", "cls_value"):
+        with (
+            pytest.raises(PruneZooError, match=f"received_attention', not '{kind}'"),
+            watch_tower(lambda: tower, (kind,)),
+        ):
+            pass
     for block in (3, -4):  # the fourth block runs, but behind the projected one
         with (
             pytest.raises(PruneZooError, match="blocks are 0 to 2"),
@@ -132,6 +171,93 @@ def test_decoder_signals_of_any_layer_equal_eager_ones(tiny, eager, side):
         states = expected.hidden_states[layer][encoded.sample[:, None], encoded.slots]
         torch.testing.assert_close(signals["hidden_states" + place], states, rtol=1e-4, atol=1e-5)
     assert (signals["last_attention"] - signals["last_attention@1"]).abs().max() > 1e-4
+
+
+def recorded(vlm, batch, layer):
+    """What a layer's attention and MLP take and give, and its neurons, and its maps ``(B, H, L, L)``."""
+    block, made = vlm.model.language_model.layers[layer], {}
+    into = {"attention_in": block.self_attn, "mlp_in": block.mlp, "neurons": block.mlp.down_proj}
+    out = {"attention_out": block.self_attn, "mlp_out": block.mlp}
+
+    def enter(name):
+        return lambda _, args, kwargs: made.update({name: args[0] if args else kwargs["hidden_states"]})
+
+    def leave(name):
+        return lambda _, args, output: made.update({name: output[0] if isinstance(output, tuple) else output})
+
+    handles = [part.register_forward_pre_hook(enter(name), with_kwargs=True) for name, part in into.items()]
+    handles += [part.register_forward_hook(leave(name)) for name, part in out.items()]
+    with torch.no_grad():
+        output = vlm(**batch, output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    return made, output.hidden_states[layer], output.attentions[layer]
+
+
+@pytest.mark.parametrize(("side", "layer"), [("left", 0), ("right", 1)])
+def test_maps_and_states_of_any_layer_equal_eager_ones(tiny, eager, side, layer):
+    tiny.processor.tokenizer.padding_side = side
+    try:
+        batch = tiny.batch([LONG, NONE, TWO], [[make_image(0)], [], [make_image(5), make_image(6)]])
+    finally:
+        tiny.processor.tokenizer.padding_side = "left"
+    kinds = (*MAP_KINDS, *STATE_KINDS, *WORD_KINDS)
+    encoded = encode(tiny.vlm, batch, tuple(f"{kind}@{layer}" for kind in kinds))
+    made, states, maps = recorded(eager, batch, layer)
+    columns, real = prompt_words(find_family(tiny.vlm), batch, None)
+    decoder = eager.model.language_model
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for row, (sample, slots) in enumerate(zip(encoded.sample.tolist(), encoded.slots, strict=True)):
+        words = columns[sample, real[sample]]
+        taken = {"R N": slots, "R T": words}
+        counts = {"R N": slice(None), "R T": real[sample]}
+        heads = maps[sample].movedim(0, -1)  # (L, L, H)
+        wanted = {
+            "layer_head_attention": heads[slots][:, slots],
+            "word_head_attention": heads[words][:, slots].transpose(0, 1),
+            "seen_word_head_attention": heads[slots][:, words],
+            "among_words_head_attention": heads[words][:, words],
+        }
+        for kind, expected in wanted.items():
+            got = encoded.inputs.signal(f"{kind}@{layer}")[row]
+            if "T" in KINDS[kind].axes:
+                assert not got[:, ~real[sample]].any()
+                got = got[:, real[sample]]
+            got = got[real[sample]] if kind.startswith("among") else got
+            torch.testing.assert_close(got, expected, **close)
+            if kind.replace("_head", "") in KINDS:
+                mean = encoded.inputs.signal(f"{kind.replace('_head', '')}@{layer}")[row]
+                mean = mean[:, real[sample]] if kind.startswith("word") else mean
+                torch.testing.assert_close(mean, expected.mean(-1), **close)
+        for prefix, axes in (("", "R N"), ("word_", "R T")):
+            at = taken[axes]
+            parts = {name: part[sample, at] for name, part in made.items()}
+            norms = {name: part.norm(dim=-1) for name, part in parts.items()}
+            expected = {"hidden_states": states[sample, at], "mlp_activations": parts["neurons"]}
+            expected["normed_states"] = decoder.norm(expected["hidden_states"])
+            for half in ("attention", "mlp"):
+                dots = (parts[half + "_in"] * parts[half + "_out"]).sum(-1)
+                norm_in, norm_out = norms[half + "_in"], norms[half + "_out"]
+                expected[half + "_change"] = torch.stack([norm_out / norm_in, dots / norm_in / norm_out], -1)
+            for kind, values in expected.items():
+                got = encoded.inputs.signal(f"{prefix}{kind}@{layer}")[row]
+                torch.testing.assert_close(got[counts[axes]], values, **close)
+                assert axes == "R N" or not got[~real[sample]].any()
+
+
+def test_keys_of_a_layer_are_those_that_attention_multiplies(tiny, mixed, eager):
+    """The weights of the last word made again from keys, at position 0 or where the words stand."""
+    encoded = encode(tiny.vlm, mixed, ("layer_keys@1", "layer_keys@1+norope"))
+    seen = []
+    handle = eager.model.language_model.layers[1].self_attn.k_proj.register_forward_hook(lambda *a: seen.append(a[2]))
+    with torch.no_grad():
+        eager(**mixed)
+    handle.remove()
+    plain = seen[0][encoded.sample[:, None], encoded.slots]
+    keys, rotated = encoded.inputs.signal("layer_keys@1+norope"), encoded.inputs.signal("layer_keys@1")
+    torch.testing.assert_close(keys.flatten(2), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotated.norm(dim=-1), keys.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    assert (rotated - keys).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -215,6 +341,8 @@ def test_what_nobody_asks_for_costs_nothing(mixed):
     # Against a run that asks: hooks are seen, and gone afterwards; the tower still runs once.
     asked, more, after = calls_and_hooks(vlm, mixed, ("received_attention", "vision_values@0"))
     assert more == most + 4 and after == left and asked == called
+    asked, more, after = calls_and_hooks(vlm, mixed, ("vision_outputs", "cls_value", "vision_attention@0", "pixels"))
+    assert more == most + 6 and after == left and asked == called
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -235,7 +363,14 @@ def test_encode_brings_what_a_stage_does_not_make_itself():
 
 def test_signals_are_those_of_their_images(tiny):
     """Rows do not know of each other, whatever else is in the batch."""
-    names = ("received_attention", "cls_attention@0", "last_attention@1", "hidden_states@1")
+    names = (
+        "received_attention",
+        "cls_attention@0",
+        "vision_attention",
+        "last_attention@1",
+        "hidden_states@1",
+        "pixels",
+    )
     both = encode(tiny.vlm, tiny.batch([LONG, TWO], [[make_image(0)], [make_image(5), make_image(6)]]), names)
     alone = encode(tiny.vlm, tiny.batch([LONG], [[make_image(0)]]), names)
     for name in names:
