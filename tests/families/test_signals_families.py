@@ -14,6 +14,7 @@ from prunezoo.host.families import find_family
 
 WITH_CLS = ("llava", "llava_next", "internvl")
 PICTURES = [Sample(((48, 40),), 4), Sample(((24, 24), (24, 48)), 5), Sample((), 3)]
+SMALL_PICTURES = [Sample(((24, 24), (24, 48)), 5), Sample((), 3)]
 CLIPS = [Sample((), 4, (4,)), Sample((), 3), Sample((), 5, (4,))]
 SEEN: dict[torch.nn.Module, list[torch.Tensor]] = {}
 
@@ -152,6 +153,80 @@ def test_vision_signals_reach_the_tokens_made_of_their_patches(name, signal, sam
     record_property("outcome", "yes")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_maps_cls_and_heads_reach_the_tokens_made_of_their_patches(name, routes):
+    """In both directions of a map; nothing passes between pictures, or between windows."""
+    tiny, samples = tiny_family(name), SMALL_PICTURES if name == "llava_onevision" else PICTURES
+    vlm, batch, tower = tiny.vlm, tiny.batch(samples), find_family(tiny.vlm).tower()
+    cls = ("cls_head_attention", "cls_value") if name in WITH_CLS else ()
+    needs = tuple(f"{kind}@1" for kind in ("vision_attention", "vision_head_attention", "vision_outputs", *cls))
+    encoded, attention = encode(vlm, batch, needs).inputs, tower.attention(1).module
+    with watching(vlm, "vision_config") as seen, recording(attention) as made:
+        encode(vlm, batch)
+    pictures = [picture.movedim(0, -1) for weights in seen[attention] for picture in weights]  # (S, S, H) each
+    sizes = [len(picture) - tower.prefix for picture in pictures]
+    patches = torch.zeros(sum(sizes), sum(sizes), pictures[0].shape[2])
+    for picture, end, size in zip(pictures, torch.tensor(sizes).cumsum(0).tolist(), sizes, strict=True):
+        patches[end - size : end, end - size : end] = picture[tower.prefix :, tower.prefix :]
+    values = list(made["vision_values"])
+    wanted = {}
+    if len(values) == len(pictures):  # each in a row of its own
+        outputs = [torch.einsum("qkh,khd->qhd", *pair) for pair in zip(pictures, values, strict=True)]
+        wanted["vision_outputs"] = torch.cat([own[tower.prefix :] for own in outputs])
+        wanted["cls_head_attention"] = torch.cat([own[0, tower.prefix :] for own in pictures])
+        wanted["cls_value"] = torch.cat([own[:1].expand(len(own) - tower.prefix, -1, -1) for own in values])
+    else:
+        outputs = torch.einsum("qkh,khd->qhd", patches, made["vision_values"][0])
+        wanted["vision_outputs"] = outputs
+    route, valid = routes(name, samples), encoded.valid
+    weight = route.float() / route.sum(0).clamp_min(1)  # (P, R, N)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for row in range(len(valid)):
+        own = weight[:, row, valid[row]]
+        expected = torch.einsum("pm,pqh,qn->mnh", own, patches, own)
+        got = encoded.signal("vision_head_attention@1")[row][valid[row]][:, valid[row]]
+        torch.testing.assert_close(got, expected, **close)
+        got = encoded.signal("vision_attention@1")[row][valid[row]][:, valid[row]]
+        torch.testing.assert_close(got, expected.mean(-1), **close)
+        for kind in ("vision_outputs", *cls):
+            got = encoded.signal(f"{kind}@1")[row, valid[row]]
+            torch.testing.assert_close(got, torch.einsum("pm,p...->m...", own, wanted[kind]), **close)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_pixels_are_those_of_the_place_that_a_token_is_from(name):
+    """Every pixel of a picture says where it is: the squares of the tokens lie as their cells do, without gaps."""
+    tiny, samples = tiny_family(name), SMALL_PICTURES if name == "llava_onevision" else PICTURES
+    batch = tiny.batch(samples)
+    conv = find_family(tiny.vlm).tower().patch_embedding
+    squares = isinstance(conv, torch.nn.Conv3d)
+    given = batch["pixel_values"]
+    if squares:  # patches, those of a token one after the other
+        merge = tiny.vlm.config.vision_config.spatial_merge_size
+        given = given.unflatten(1, (conv.in_channels, *conv.kernel_size)).transpose(1, 2).flatten(1, 2)
+        tokens = given.unflatten(0, (-1, merge, merge)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    inputs = encode(tiny.vlm, batch, ("pixels",)).inputs
+    got = inputs.signal("pixels")
+    size, seen, start = got.shape[-1], given.flatten(0, -4), 0
+    for row in range(len(got)):
+        count = int(inputs.valid[row].sum())
+        if squares:
+            assert torch.equal(got[row, :count], tokens[start : start + count])
+            start += count
+            continue
+        for square, (tile, line, column) in zip(got[row, :count], inputs.cells[row, :count].tolist(), strict=True):
+            top, left = line * size, column * size
+            if name.startswith(("llava_next", "llava_onevision")) and tile == 1:  # a grid of crops, cut to the picture
+                found = [picture.unfold(1, size, size).unfold(2, size, size) for picture in seen]
+                assert any((own.movedim(0, 2) == square).flatten(2).all(2).any() for own in found)
+                continue
+            crops = seen[:, :, top : top + size, left : left + size]
+            assert (crops == square).flatten(1).all(1).any(), (row, tile, line, column)
+    assert got.std() > 0
+
+
 def test_images_and_clips_of_one_batch_do_not_mix():
     """The tower makes two passes: each gives the signals of its own."""
     tiny = tiny_family("qwen2_5_vl")
@@ -198,3 +273,45 @@ def test_decoder_signals_equal_what_the_model_itself_attends_to(name):
                 continue
             rows = weights[behind] if kind == "prompt_attention" else weights[words][-1:]
             torch.testing.assert_close(got, rows[:, own].mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_changes_and_maps_equal_what_the_model_itself_does(name):
+    """Whatever stands around attention and MLP: norms on one side or both, deepstack, windows, masks."""
+    tiny = tiny_family(name)
+    vlm, batch, made = tiny.vlm, tiny.batch(PICTURES), {}
+    block, kinds = find_family(vlm).decoder().layers[1], ("attention_change", "mlp_change", "mlp_activations")
+    needs = tuple(f"{kind}@1" for kind in (*kinds, "layer_head_attention", "word_attention"))
+    encoded = encode(vlm, batch, needs)
+
+    def enter(key):
+        return lambda _, args, kwargs: made.update({key: args[0] if args else kwargs["hidden_states"]})
+
+    def leave(key):
+        return lambda _, args, output: made.update({key: output[0] if isinstance(output, tuple) else output})
+
+    parts = (("attention", block.self_attn), ("mlp", block.mlp), ("neurons", block.mlp.down_proj))
+    handles = [part.register_forward_pre_hook(enter(f"{key} in"), with_kwargs=True) for key, part in parts]
+    handles += [part.register_forward_hook(leave(f"{key} out")) for key, part in parts]
+    with watching(vlm, "text_config") as seen:
+        vlm(**batch)
+    for handle in handles:
+        handle.remove()
+    inputs = encoded.inputs
+    for row, (sample, slots) in enumerate(zip(encoded.sample.tolist(), encoded.slots, strict=True)):
+        valid = inputs.valid[row]
+        at = {key: value[sample, slots[valid]] for key, value in made.items()}
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(inputs.signal("mlp_activations@1")[row, valid], at["neurons in"], **close)
+        for half in ("attention", "mlp"):
+            before, after = at[f"{half} in"], at[f"{half} out"]
+            ratio = after.norm(dim=-1) / before.norm(dim=-1)
+            expected = torch.stack([ratio, torch.cosine_similarity(before, after, dim=-1)], -1)
+            torch.testing.assert_close(inputs.signal(f"{half}_change@1")[row, valid], expected, **close)
+        weights, own = seen[block.self_attn][0][sample].movedim(0, -1), slots[valid]
+        got = inputs.signal("layer_head_attention@1")[row][valid][:, valid]
+        torch.testing.assert_close(got, weights[own][:, own], **close)
+        words = encoded.mask[sample] & (batch["input_ids"][sample] != IMAGE)
+        got = inputs.signal("word_attention@1")[row][valid][:, inputs.text_valid[row]]
+        torch.testing.assert_close(got, weights[words][:, own].mean(-1).T, **close)

@@ -14,7 +14,9 @@ from prunezoo.core.contract import Pruner
 from prunezoo.core.signals import KINDS, MAP_KINDS, STATE_KINDS, VISION_KINDS, WORD_KINDS
 from prunezoo.host.encode import prompt_words
 from prunezoo.host.families import find_family
+from prunezoo.host.parts.decoder import Decoder
 from prunezoo.host.parts.tower import Tower
+from prunezoo.host.signals import language, layer_maps
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import relevance_map
 from prunezoo.host.signals.vision import attention_map, mean_attention, watch_tower
@@ -243,6 +245,23 @@ def test_maps_and_states_of_any_layer_equal_eager_ones(tiny, eager, side, layer)
                 got = encoded.inputs.signal(f"{prefix}{kind}@{layer}")[row]
                 torch.testing.assert_close(got[counts[axes]], values, **close)
                 assert axes == "R N" or not got[~real[sample]].any()
+
+
+def test_maps_of_a_layer_are_made_some_rows_at_a_time(tiny, mixed, monkeypatch):
+    needs = ("layer_attention", "word_attention@1", "self_attention")
+    whole, asked, rows = encode(tiny.vlm, mixed, needs).inputs, [], Decoder.attention_rows
+
+    def spy(self, layer, hidden, rotary, some, mask):
+        asked.append(some.shape[1])
+        return rows(self, layer, hidden, rotary, some, mask)
+
+    monkeypatch.setattr(Decoder, "attention_rows", spy)
+    monkeypatch.setattr(layer_maps, "ROWS", 5)
+    monkeypatch.setattr(language, "ROWS", 5)
+    pieces = encode(tiny.vlm, mixed, needs).inputs
+    assert max(asked) == 5 and len(asked) > 16
+    for name in needs:
+        torch.testing.assert_close(pieces.signal(name), whole.signal(name), rtol=1e-4, atol=1e-6)
 
 
 def test_keys_of_a_layer_are_those_that_attention_multiplies(tiny, mixed, eager):
