@@ -12,8 +12,6 @@ from transformers import LlavaForConditionalGeneration
 from prunezoo import PruneZooError, build_pruner, encode
 from prunezoo.core.contract import Pruner
 from prunezoo.core.signals import KINDS, MAP_KINDS, STATE_KINDS, VISION_KINDS, WORD_KINDS
-from prunezoo.host.encode import prompt_words
-from prunezoo.host.families import find_family
 from prunezoo.host.parts.decoder import Decoder
 from prunezoo.host.parts.tower import Tower
 from prunezoo.host.signals import language, layer_maps
@@ -206,7 +204,7 @@ def test_maps_and_states_of_any_layer_equal_eager_ones(tiny, eager, side, layer)
     kinds = (*MAP_KINDS, *STATE_KINDS, *WORD_KINDS)
     encoded = encode(tiny.vlm, batch, tuple(f"{kind}@{layer}" for kind in kinds))
     made, states, maps = recorded(eager, batch, layer)
-    columns, real = prompt_words(find_family(tiny.vlm), batch, None)
+    columns, real = encoded.words
     decoder = eager.model.language_model
     close = {"rtol": 1e-4, "atol": 1e-5}
     for row, (sample, slots) in enumerate(zip(encoded.sample.tolist(), encoded.slots, strict=True)):

@@ -67,7 +67,9 @@ def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_
     inputs = replace(encoded.inputs, text=text, text_valid=real[encoded.sample], sample=encoded.sample)
     if "frame" in needs:  # the tile of a clip
         clips = upload([kind == "video" for kind in encoded.kinds], device)
-        inputs = replace(inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]})
+        inputs = replace(
+            inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]}
+        )
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 

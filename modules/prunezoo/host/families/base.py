@@ -165,9 +165,8 @@ class Family:
             order: The "tower"'s own, or that in which the patches are "given" to it.
 
         Returns:
-            ``(n, k, C)``: the k patches that a token is made of, rows of a square one after the other; k is 1 where the
-            family makes features by interpolation, which is done to ``values`` likewise. Of all images in the order of
-            their placeholders; 0 for a token that is made of none.
+            ``(n, k, C)``, images in the order of their placeholders: the k patches of each token, rows of a square one
+            after the other, 0 where it has none; k is 1 where features, and so ``values``, are interpolated.
 
         Raises:
             PruneZooError: ``values`` are whole numbers, and tokens are made by interpolation.
