@@ -20,7 +20,8 @@ NEEDS = {"network", "gpu", "hours", "install"}
 
 def blocks(page):
     """Language, what it needs, and text of each fenced block."""
-    return re.findall(r"^```(bash|python) ?(\w*)\n(.*?)^```$", (DOCS / f"{page}.md").read_text("utf-8"), re.S | re.M)
+    path = ROOT / "README.md" if page == "README" else DOCS / f"{page}.md"
+    return re.findall(r"^```(bash|python) ?(\w*)\n(.*?)^```$", path.read_text("utf-8"), re.S | re.M)
 
 
 @pytest.fixture
@@ -75,6 +76,16 @@ def test_every_command_on_a_page(page, clone, capsys):
         assert (clone / "runs" / "mine" / "README.md").is_file()  # the card, of what was trained a page earlier
     if page == "quick_start":
         assert (clone / "runs" / "report" / "index.html").is_file() and (clone / "runs" / "show.png").is_file()
+
+
+def test_the_first_screen_of_the_readme_runs_as_it_stands(clone, capsys):
+    scope: dict = {"__name__": "readme"}
+    (_, _, attached), (_, _, trained), *_ = (block for block in blocks("README") if block[0] == "python")
+    run_code(attached, scope)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].strip() in ("yes", "no") and "64 tokens" in said[1]
+    run_code(trained, scope)
+    assert scope["pruner"].name == "ppm"
 
 
 def test_most_is_run():
