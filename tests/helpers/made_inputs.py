@@ -27,7 +27,7 @@ SIGNALS = sorted({name for pruner in ALL for name in build(pruner).needs})
 LENGTHS = {"H": 2, "d": DIM // 2, "D": DIM, "F": 24, "C": 3, "p": 4, "2": 2}
 """Of the axes of signals besides tokens and words."""
 
-HEADS: dict[str, int] = {}
+HEADS = {"prompt_head_attention": 4}  # as the tiny model
 """H of kinds where it is another."""
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from layer_oracle import Watch, masked
-from made_inputs import ALL, DIM, GRIDS, HEADS, TEXT, build, make_inputs, same, take_rows
+from made_inputs import ALL, DIM, GRIDS, TEXT, build, make_inputs, same, take_rows
 from tiny_llava import make_image
 
 from prunezoo import PruneInputs, PrunerConfig, PruneZooError, attach, encode, load_pruner
@@ -34,9 +34,6 @@ LEARNED = tuple(
     for name in ALL
     if any(True for _ in pruner_class(name)(**pruner_class(name).tiny_config(DIM, TEXT)).parameters())
 )
-
-
-HEADS |= {"prompt_head_attention": 4}  # as the tiny model
 
 
 @pytest.fixture(params=ALL)

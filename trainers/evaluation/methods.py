@@ -3,12 +3,10 @@
 Letters: B items of a batch, N image tokens of an image (padded), L tokens of the prompt with its answer, H heads.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -231,32 +229,7 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
         return LayerAttention(int(layer), mean=kind != ATTENTION)
     if name == RANDOM:
         return PrunerMethod(name, [build_pruner(name, seed=seed + replica) for replica in range(RANDOM_SEEDS)])
-    return PrunerMethod(name, [load_variant(name)], depth)
-
-
-def load_variant(name: str) -> Pruner:
-    """What `load_pruner` takes, perhaps with config fields set otherwise: `checkpoints/atp-tiny?adaptive=false`.
-
-    Raises:
-        PruneZooError: as `load_pruner` does, or an unknown field, or one on which the weights depend.
-    """
-    source, _, query = name.partition("?")
-    pruner = load_pruner(source)
-    if not query:
-        return pruner
-    fields = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
-        try:
-            fields[key] = json.loads(value)
-        except ValueError:
-            fields[key] = value
-    variant = type(pruner)(pruner.config, **fields)
-    try:
-        variant.load_state_dict(pruner.state_dict())
-    except RuntimeError:
-        raise PruneZooError(f"--pruner {name}: the weights depend on {', '.join(fields)}, train it so") from None
-    variant.base_model = pruner.base_model
-    return variant
+    return PrunerMethod(name, [load_pruner(name)], depth)
 
 
 def layer_attentions(layers: int) -> list[str]:

@@ -65,3 +65,16 @@ class Configured(nn.Module):
         super().__init__()
         values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
         self.config = self.config_class.from_dict({**values, **overrides})
+
+    def settings(self) -> dict[str, Any]:
+        """What is saved beside the config: JSON values that neither config nor weights hold; none by default."""
+        return {}
+
+    def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
+        """Take what :meth:`settings` gave.
+
+        Raises:
+            PruneZooError: An unknown key, or a value that is none; the message names it and ``where``.
+        """
+        for key in settings:
+            raise PruneZooError(f"{where}unknown setting '{key}' of '{self.name}'; written by another version?")

@@ -43,6 +43,7 @@ from .gates import topk_gates, topk_mask
 from .hub import Pretrained
 from .plan import gather_rows, mask_to_index
 from .signals import follow_tokens
+from .select import Select, mmr_mask, tile_mask
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,41 @@ class Pruner(Pretrained):
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
+    _select = Select()
+
+    @property
+    def select(self) -> str:
+        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7" or "tile"; see :class:`select.Select`.
+
+        It belongs to an instance, whatever its config and weights, and is saved with it unless it is "top".
+
+        Raises:
+            PruneZooError: On setting: not one of these, or the method has no scores to choose by.
+        """
+        return str(self._select)
+
+    @select.setter
+    def select(self, select: str) -> None:
+        chosen = Select.parse(select)
+        if chosen.kind != "top" and type(self).score is Pruner.score:
+            raise PruneZooError(
+                f"select='{select}' is for methods that score tokens, and '{self.name}' chooses or makes them itself"
+            )
+        self._select = chosen
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class: how it chooses, unless that is the top."""
+        return {} if self._select.kind == "top" else {"select": self.select}
+
+    def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
+        """See the base class."""
+        others = dict(settings)
+        if "select" in others:
+            try:
+                self.select = others.pop("select")
+            except PruneZooError as error:
+                raise PruneZooError(f"{where}{error}") from None
+        super().apply_settings(others, where)
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
@@ -230,7 +266,10 @@ class Pruner(Pretrained):
         raise NotImplementedError(f"{type(self).__name__} must override score() or reduce()")
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
-        """Bring each image to ``keep (B,)`` tokens. By default: the best by :meth:`score`, with gates in training."""
+        """Bring each image to ``keep (B,)`` tokens.
+
+        By default those that `select` takes by :meth:`score`; in training the best, with gates.
+        """
         scores = self.score(inputs)
         if scores.shape != inputs.valid.shape:
             raise PruneZooError(
@@ -239,9 +278,23 @@ class Pruner(Pretrained):
             )
         scores = scores.masked_fill(~inputs.valid, -torch.inf)
         require_no_nan(scores, self.name, "scored")
+        if self.training and self._select.kind != "top":
+            raise PruneZooError(
+                f"pruner '{self.name}' has select='{self.select}', and gates are those of the top: train with "
+                "select='top', and set it afterwards"
+            )
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
-        index, valid = mask_to_index(topk_mask(scores.detach(), inputs.valid, keep), inputs.most_asked)
+        chosen = self._choose(scores.detach(), inputs, keep)
+        index, valid = mask_to_index(chosen, inputs.most_asked)
         return PruneOutput(index=index, valid=valid, scores=scores, gates=gates)
+
+    def _choose(self, scores: Tensor, inputs: PruneInputs, keep: Tensor) -> Tensor:
+        """``(B, N)`` bool: the ``keep`` tokens of each image that `select` takes."""
+        if self._select.kind == "mmr":
+            return mmr_mask(scores, inputs.features, inputs.valid, keep, inputs.most_asked, self._select.weight)
+        if self._select.kind == "tile":
+            return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
+        return topk_mask(scores, inputs.valid, keep)
 
     def forward(self, inputs: PruneInputs, keep: Keep) -> PruneOutput:
         """Prune.

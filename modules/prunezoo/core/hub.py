@@ -1,7 +1,8 @@
 """Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
-``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``, and ``"base_model"`` where it was
-trained for one; ``model.safetensors`` is the weights. A :class:`Part` of a pruner has a folder of its own beside them.
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``, ``"base_model"`` where it was trained
+for one, and ``"settings"`` where it has any; ``model.safetensors`` is the weights. A :class:`Part` of a
+pruner has a folder of its own beside them.
 
 A folder may come from anybody. Nothing in it is ever unpickled or run, and what is not exactly what the method expects
 is refused with one line. The module is built without memory first and held against the header of its weights, so a
@@ -34,6 +35,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_KEYS = {"method", "prunezoo_version", "config", "dtype"}
 BASE_MODEL = "base_model"  # a key that only what was trained for some model has
+SETTINGS = "settings"  # a key that only what was set up after its training has, see Configured.settings
+OPTIONAL_KEYS = {BASE_MODEL, SETTINGS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADER_DTYPES = {
     "F64": torch.float64,
@@ -107,6 +110,8 @@ def save(module: Configured, folder: str | Path) -> Path:
     }
     if module.base_model is not None:
         config[BASE_MODEL] = module.base_model.to_dict()
+    if settings := module.settings():
+        config[SETTINGS] = settings
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -167,6 +172,7 @@ def load(cls: type[P], source: Source) -> P:
     module.load_state_dict(read_tensors(weights), strict=False, assign=True)
     if BASE_MODEL in stored:
         module.base_model = BaseModel.from_dict(stored[BASE_MODEL], where=f"{path}: ")
+    module.apply_settings(stored.get(SETTINGS, {}), where=f"{path}: ")
     for name, part in parts_of(module).items():
         paths = [source.file(f"{name}/{file}") for file in part.files]
         part.load(paths[0].parent)
@@ -226,13 +232,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     keys = set(stored) if isinstance(stored, dict) else set()
     for key in sorted(CONFIG_KEYS - keys):
         raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of prunezoo")
-    for key in sorted(keys - CONFIG_KEYS - {BASE_MODEL}):
-        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted({*CONFIG_KEYS, BASE_MODEL}))}")
+    for key in sorted(keys - CONFIG_KEYS - OPTIONAL_KEYS):
+        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(CONFIG_KEYS | OPTIONAL_KEYS))}")
     for key in sorted(CONFIG_KEYS - {"config"}):
         if not isinstance(stored[key], str):
             raise PruneZooError(f"{path}: key '{key}' must be a string, got {stored[key]!r:.60}")
     if not isinstance(stored["config"], dict):
         raise PruneZooError(f"{path}: key 'config' must be an object of config fields")
+    if not isinstance(stored.get(SETTINGS, {}), dict):
+        raise PruneZooError(f"{path}: key '{SETTINGS}' must be an object of settings")
     return stored
 
 

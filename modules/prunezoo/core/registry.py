@@ -5,14 +5,19 @@ which registers what it holds.
 """
 
 import importlib
+import json
 import logging
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+import torch
 
 from .base_model import check_base_model
 from .config import PrunerConfig
@@ -47,6 +52,8 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} must be a Pruner and its config_class a PrunerConfig")
         if (cls.score is Pruner.score) == (cls.reduce is Pruner.reduce):
             raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
+        if "select" in {field.name for field in fields(cls.config_class)}:
+            raise PruneZooError(f"{cls.__name__}: config field 'select' is taken, it says how any scorer chooses")
         if isinstance(cls.needs, tuple):  # else a property, which depends on the config
             for signal in cls.needs:
                 parse_signal(signal)
@@ -110,7 +117,8 @@ def load_pruner(
 
     Args:
         source: A registry name of a method without weights (``divprune``), a folder written by ``save_pretrained``,
-            or a Hub id (``org/ppm-llava-1.5-7b``).
+            or a Hub id (``org/ppm-llava-1.5-7b``). A string may go on with options: config fields to be set otherwise,
+            and ``select``, see :attr:`Pruner.select`; ``checkpoints/ppm-tiny?select=mmr``.
         revision: Branch, tag or commit, for a Hub id.
         vlm: The model it is for: refuses, here and now, a pruner that was trained for a model of another build. Without
             it `attach` does.
@@ -119,8 +127,39 @@ def load_pruner(
             ``force_download``; see :class:`source.Source`.
 
     Raises:
-        PruneZooError: Nothing of that name, what is there is not whole, or it is of another model than ``vlm``.
+        PruneZooError: Nothing of that name, what is there is not whole, it is of another model than ``vlm``, an unknown
+            option, or one on which the weights depend.
     """
+    name, changes = split_options(source)
+    pruner = _load_plain(name, revision, **options)
+    select = changes.pop("select", None)
+    if changes:
+        pruner = _vary(pruner, changes, str(source))
+    if select is not None:
+        pruner.select = select
+    if any_model:
+        pruner.base_model = None
+    if vlm is not None:
+        check_base_model(pruner.name, pruner.base_model, vlm)
+    return pruner
+
+
+def split_options(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """A source and the options behind its ``?``, values read as JSON where they are any, else as text."""
+    if isinstance(source, Path):
+        return source, {}
+    name, _, query = source.partition("?")
+    changes: dict[str, Any] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return name, changes
+
+
+def _load_plain(source: str | Path, revision: str | None, **options: Any) -> Pruner:
+    """As :func:`load_pruner`, without options of the pruner's own."""
     if str(source) in list_pruners():
         try:
             pruner = build_pruner(str(source))
@@ -130,12 +169,20 @@ def load_pruner(
             raise PruneZooError(f"'{source}' is a learned method: give the folder or Hub id of a trained checkpoint")
         return pruner.eval()
     place = Source(source, revision, **options)
-    pruner = load(pruner_class(read_method(place)), place)
-    if any_model:
-        pruner.base_model = None
-    if vlm is not None:
-        check_base_model(pruner.name, pruner.base_model, vlm)
-    return pruner
+    return load(pruner_class(read_method(place)), place)
+
+
+def _vary(pruner: Pruner, changes: Mapping[str, Any], source: str) -> Pruner:
+    """The same weights under another config."""
+    variant = type(pruner)(pruner.config, **changes)
+    variant.to(next((p.dtype for p in pruner.parameters()), torch.float32))
+    try:
+        variant.load_state_dict(pruner.state_dict())
+    except RuntimeError:
+        raise PruneZooError(f"'{source}': the weights depend on {', '.join(changes)}, train it so") from None
+    variant.base_model = pruner.base_model
+    variant.apply_settings(pruner.settings())
+    return variant.eval()
 
 
 class AutoPruner:

@@ -1,0 +1,133 @@
+"""From the scores of any method to which tokens stay: the best, the best that differ, or the best of each tile.
+
+``top`` takes the best scores. ``mmr`` is greedy maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998;
+for visual tokens IDPruner, arXiv 2602.13315): the best score first, then the token for which ``weight`` times its
+score, brought to [0, 1] over the image, less ``1 - weight`` times its cosine to the nearest one chosen, is largest.
+``tile`` deals the budget out over the tiles of an image (crops, thumbnail, frames) in proportion to their tokens, and
+takes the best of each. Pure functions; no state, no host.
+
+Letters: B images, N image tokens of an image (padded), D width, M tiles.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import PruneZooError
+
+SELECTS = ("top", "mmr", "tile")
+WEIGHT = 0.5
+"""Of the score against the likeness, for `mmr`, as published."""
+
+
+@dataclass(frozen=True)
+class Select:
+    """A way to choose by scores, as it is written: "top", "mmr", "mmr:0.7", "tile"."""
+
+    kind: str = "top"
+    weight: float = WEIGHT  # mmr: of the score, in [0, 1]; 1 is top, 0 looks at the likeness alone after the first
+
+    @classmethod
+    def parse(cls, text: object) -> "Select":
+        """Read it.
+
+        Raises:
+            PruneZooError: Not a way to choose; the message lists them.
+        """
+        match = re.fullmatch(r"([a-z]+)(?::(\d*\.?\d+))?", text) if isinstance(text, str) else None
+        if match is None or match[1] not in SELECTS or (match[2] and match[1] != "mmr"):
+            raise PruneZooError(f"select={text!r} is none: {', '.join(SELECTS)}, or 'mmr:0.7' for another weight")
+        weight = float(match[2]) if match[2] else WEIGHT
+        if not 0 <= weight <= 1:
+            raise PruneZooError(f"select={text!r}: the weight of the score must lie in [0, 1]")
+        return cls(match[1], weight)
+
+    def __str__(self) -> str:
+        return self.kind if self.weight == WEIGHT else f"{self.kind}:{self.weight:g}"
+
+
+def mmr_mask(
+    scores: Tensor, features: Tensor, valid: Tensor, keep: Tensor, most: int, weight: float = WEIGHT
+) -> Tensor:
+    """Maximal marginal relevance: choose one token of each image a step, in all images at once.
+
+    Args:
+        scores: ``(B, N)``, higher is better.
+        features: ``(B, N, D)``, by which tokens are compared.
+        valid: ``(B, N)`` bool. What the others hold where it is False does not matter.
+        keep: ``(B,)`` long, between 0 and the number of valid tokens of the row.
+        most: The largest of them.
+        weight: See :class:`Select`.
+
+    Returns:
+        ``(B, N)`` bool with exactly ``keep`` ones in each row, none on padding; ties go to the lower slot.
+    """
+    scores = scores.float()
+    # What scores -inf is for when nothing else is left; a gain is never below -1.
+    worth = (weight * unit_range(scores, valid)).masked_fill(scores == -torch.inf, -4.0)
+    unit = functional.normalize(features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
+    chosen = torch.zeros_like(valid)
+    rows = torch.arange(len(valid), device=valid.device)
+    nearest = torch.zeros_like(worth)  # the first is chosen by its score alone
+    for step in range(most):
+        gain = worth - (1 - weight) * nearest if step else scores.clamp_min(torch.finfo(scores.dtype).min)
+        best = gain.masked_fill(chosen | ~valid, -torch.inf).argmax(1)
+        chosen[rows, best] |= (step < keep) & valid.any(1)
+        likeness = (unit @ unit[rows, best, :, None])[..., 0]  # (B, N)
+        nearest = nearest.maximum(likeness) if step else likeness
+    return chosen
+
+
+def unit_range(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores ``(B, N)`` from 0, the lowest finite one of the image, to just under 1, the highest."""
+    real = valid & scores.isfinite()
+    low = scores.masked_fill(~real, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    shares = (scores.clamp(low, high) - low) / (high - low + 1e-6)
+    return shares.nan_to_num(0.0)  # rows without a finite score
+
+
+def tile_mask(scores: Tensor, tiles: Tensor, valid: Tensor, keep: Tensor, count: int) -> Tensor:
+    """The best of each tile, as many as :func:`tile_quotas` says.
+
+    Args:
+        scores: As in :func:`mmr_mask`, and so are ``valid``, ``keep`` and the result.
+        tiles: ``(B, N)`` long, from 0; anything on padding.
+        valid: As there.
+        keep: As there.
+        count: M, tiles of the image that has most.
+    """
+    tiles = tiles.masked_fill(~valid, 0)
+    quotas, counts = tile_quotas(tiles, valid, keep, count)
+    order = torch.argsort(scores.masked_fill(~valid, -torch.inf), dim=1, descending=True, stable=True)
+    # by tile, padding last, and by score within each
+    group = tiles.masked_fill(~valid, counts.shape[1]).gather(1, order)
+    order = order.gather(1, torch.argsort(group, dim=1, stable=True))
+    place = torch.argsort(order, dim=1)
+    first = (counts.cumsum(1) - counts).gather(1, tiles)  # where the token's tile begins
+    return (place - first < quotas.gather(1, tiles)) & valid
+
+
+def tile_quotas(tiles: Tensor, valid: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Deal ``keep (B,)`` out over tiles in proportion to their tokens; what is left goes to the largest rests.
+
+    Args:
+        tiles: ``(B, N)`` long, at least 0.
+        valid: ``(B, N)`` bool.
+        keep: At most the number of valid tokens.
+        count: M.
+
+    Returns:
+        Tokens that each tile keeps, ``(B, M)`` long, and those that it has, ``(B, M)`` long. Of equal rests the lower
+        tile's comes first; no tile is asked for more than it has.
+    """
+    counts = tiles.new_zeros(len(tiles), count).scatter_add(1, tiles, valid.long())
+    whole = counts.sum(1, keepdim=True).clamp_min(1)
+    dealt = keep[:, None] * counts
+    quotas, rests = dealt // whole, dealt % whole
+    left = keep - quotas.sum(1)
+    rank = torch.argsort(torch.argsort(rests, dim=1, descending=True, stable=True), dim=1)
+    return quotas + (rank < left[:, None]), counts
