@@ -61,6 +61,26 @@ def upload(counts: Sequence[int], device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
+def setting_for(mean: Tensor, means: Tensor, settings: Tensor) -> Tensor:
+    """The setting that leads to a mean, between the rows of a table by its logarithm; the table's ends bound it.
+
+    How every pruner that sets budgets finds what "auto:64" means for it.
+
+    Args:
+        mean: Of any shape.
+        means: ``(rows,)``, ascending.
+        settings: ``(rows,)`` that led to them, above 0.
+
+    Returns:
+        In the shape of ``mean``.
+    """
+    means, logs = means.contiguous(), settings.log()
+    right = torch.searchsorted(means, mean.to(means).contiguous()).clamp(min(1, len(means) - 1), len(means) - 1)
+    left = (right - 1).clamp_min(0)
+    part = ((mean.to(means) - means[left]) / (means[right] - means[left]).clamp_min(1e-9)).clamp(0, 1)
+    return (logs[left] + part * (logs[right] - logs[left])).exp()
+
+
 def budget(keep: Keep, available: Tensor) -> Tensor:
     """Tokens to keep of each image.
 

@@ -41,6 +41,7 @@ from .checks import require, require_no_nan
 from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
 from .hub import Pretrained
+from .mass import Mass, check_mean
 from .plan import gather_rows, mask_to_index
 from .signals import follow_tokens
 from .select import Select, mmr_mask, tile_mask
@@ -165,8 +166,10 @@ class Pruner(Pretrained):
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
+    distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
+    mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
     _select = Select()
 
     @property
@@ -190,8 +193,9 @@ class Pruner(Pretrained):
         self._select = chosen
 
     def settings(self) -> dict[str, Any]:
-        """See the base class: how it chooses, unless that is the top."""
-        return {} if self._select.kind == "top" else {"select": self.select}
+        """See the base class: how it chooses, unless that is the top, and what `auto` means, if it is calibrated."""
+        own = {} if self._select.kind == "top" else {"select": self.select}
+        return own if self.mass is None else {**own, "auto": self.mass.to_dict()}
 
     def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
         """See the base class."""
@@ -201,6 +205,8 @@ class Pruner(Pretrained):
                 self.select = others.pop("select")
             except PruneZooError as error:
                 raise PruneZooError(f"{where}{error}") from None
+        if self.distribution and "auto" in others:
+            self.mass = Mass.from_dict(others.pop("auto"), where)
         super().apply_settings(others, where)
 
     def stages(self, depth: int) -> tuple[int, ...]:
@@ -270,14 +276,7 @@ class Pruner(Pretrained):
 
         By default those that `select` takes by :meth:`score`; in training the best, with gates.
         """
-        scores = self.score(inputs)
-        if scores.shape != inputs.valid.shape:
-            raise PruneZooError(
-                f"pruner '{self.name}' scored {tuple(scores.shape)} for tokens {tuple(inputs.valid.shape)}: "
-                "score() must return (B, N)"
-            )
-        scores = scores.masked_fill(~inputs.valid, -torch.inf)
-        require_no_nan(scores, self.name, "scored")
+        scores = self._checked_scores(inputs)
         if self.training and self._select.kind != "top":
             raise PruneZooError(
                 f"pruner '{self.name}' has select='{self.select}', and gates are those of the top: train with "
@@ -295,6 +294,18 @@ class Pruner(Pretrained):
         if self._select.kind == "tile":
             return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
         return topk_mask(scores, inputs.valid, keep)
+
+    def _checked_scores(self, inputs: PruneInputs) -> Tensor:
+        """``(B, N)`` by :meth:`score`, -inf on padding."""
+        scores = self.score(inputs)
+        if scores.shape != inputs.valid.shape:
+            raise PruneZooError(
+                f"pruner '{self.name}' scored {tuple(scores.shape)} for tokens {tuple(inputs.valid.shape)}: "
+                "score() must return (B, N)"
+            )
+        scores = scores.masked_fill(~inputs.valid, -torch.inf)
+        require_no_nan(scores, self.name, "scored")
+        return scores
 
     def forward(self, inputs: PruneInputs, keep: Keep) -> PruneOutput:
         """Prune.
@@ -337,11 +348,13 @@ class Pruner(Pretrained):
 
     @property
     def sets_budgets(self) -> bool:
-        """Whether ``keep="auto"`` works: the class overrides :meth:`choose_budget`."""
-        return type(self).choose_budget is not Pruner.choose_budget
+        """Whether ``keep="auto"`` works: by its own :meth:`choose_budget`, or as a distribution that is calibrated."""
+        return type(self).choose_budget is not Pruner.choose_budget or self.mass is not None
 
     def choose_budget(self, inputs: PruneInputs, mean: float | None) -> Tensor:
         """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt stage only.
+
+        By default what :class:`mass.Mass` says of a `distribution`: the fewest that hold enough of the probability.
 
         Args:
             inputs: As in :meth:`forward`.
@@ -350,12 +363,16 @@ class Pruner(Pretrained):
         Returns:
             ``(B,)`` long, at least 1.
         """
-        raise NotImplementedError(f"{type(self).__name__} sets no budgets")
+        if self.mass is None:
+            raise NotImplementedError(f"{type(self).__name__} sets no budgets")
+        return self.mass.counts(self._checked_scores(inputs).detach(), inputs.valid, mean)
 
     def check_keep(self, keep: Keep) -> None:
         """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
         check_keep(keep)
-        if isinstance(keep, str) and not self.sets_budgets:
+        if isinstance(keep, str) and self.distribution:
+            check_mean(self.name, self.mass, keep)
+        elif isinstance(keep, str) and not self.sets_budgets:
             raise PruneZooError(
                 f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
             )

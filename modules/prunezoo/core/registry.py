@@ -52,6 +52,8 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} must be a Pruner and its config_class a PrunerConfig")
         if (cls.score is Pruner.score) == (cls.reduce is Pruner.reduce):
             raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
+        if cls.distribution and (cls.score is Pruner.score or cls.choose_budget is not Pruner.choose_budget):
+            raise PruneZooError(f"{cls.__name__} is a distribution: it must override score() and not choose_budget()")
         if "select" in {field.name for field in fields(cls.config_class)}:
             raise PruneZooError(f"{cls.__name__}: config field 'select' is taken, it says how any scorer chooses")
         if isinstance(cls.needs, tuple):  # else a property, which depends on the config

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.budgets import setting_for
 from ..core.checks import require_no_nan
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
@@ -146,11 +147,7 @@ class BudgetPolicy(Pruner):
 
     def price_of(self, mean: Tensor) -> Tensor:
         """The price ``(B,)`` that leads to a mean share ``(B,)``, between the rows of the table; its ends bound it."""
-        means, prices = self.means.flip(0).contiguous(), self.prices.flip(0).log()  # ascending means
-        right = torch.searchsorted(means, mean.to(means).contiguous()).clamp(1, len(means) - 1)
-        low, high = means[right - 1], means[right]
-        part = ((mean.to(means) - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-        return (prices[right - 1] + part * (prices[right] - prices[right - 1])).exp()
+        return setting_for(mean, self.means.flip(0), self.prices.flip(0))
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, default_mean: float) -> None:

@@ -51,6 +51,7 @@ class ExplainCNN(Pruner):
     """Scores the visual tokens by the relevance that their attention from the prompt foretells."""
 
     stage = "prompt"
+    distribution = True
     config_class = ExplainCNNConfig
     config: ExplainCNNConfig
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.budgets import setting_for
 from ..core.checks import require_no_nan
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -250,11 +251,7 @@ class StopRule(nn.Module):
 
     def tolerance_of(self, mean: float) -> float:
         """The tolerance that leads to a mean length in tokens, between the rows of the table; its ends bound it."""
-        means, tolerances = self.means.float().flip(0).contiguous(), self.tolerances.float().flip(0).log()
-        above = int(torch.searchsorted(means, mean).clamp(1, len(means) - 1))
-        low, high = means[above - 1], means[above]
-        part = ((mean - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-        return float(tolerances[above - 1].lerp(tolerances[above], part).exp())
+        return float(setting_for(torch.tensor(mean), self.means.float().flip(0), self.tolerances.float().flip(0)))
 
     @torch.no_grad()
     def calibrate(self, losses: Tensor) -> None:
