@@ -64,6 +64,7 @@ class PruneInputs:
     known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
     host_cells: np.ndarray | None = None  # `cells`, where the host knows them
     asked: tuple[int, ...] | None = None  # (B) tokens to keep of each, as `forward` tells it to `reduce`
+    memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -125,6 +126,7 @@ class PruneInputs:
             known=output.known,
             host_cells=None,
             asked=None,
+            memory=None,  # it is one pruner's own
         )
 
 
@@ -167,6 +169,7 @@ class Pruner(Pretrained):
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
+    remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
@@ -376,6 +379,18 @@ class Pruner(Pretrained):
             raise PruneZooError(
                 f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
             )
+
+    def remember(self, inputs: PruneInputs, output: PruneOutput) -> Sequence[Mapping[str, Tensor]]:
+        """What a pruner that `remembers` wants to find in ``inputs.memory`` next time, of each image.
+
+        Args:
+            inputs: What it was given, with what it held before; None for an image that is the first of its stream.
+            output: What it left.
+
+        Returns:
+            B states, tensors by name, without gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override remember()")
 
     def loss_terms(self, output: PruneOutput) -> dict[str, Tensor]:
         """Losses of the method's own, by name, each a weighted scalar; none by default."""

@@ -16,7 +16,7 @@ cache. All is taken off on leaving.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..core.budgets import Keep
 from ..core.checks import Check, deferred, settle
 from ..core.contract import Pruner
 from ..core.errors import PruneZooError
+from ..core.memory import Memory
 from ..core.registry import load_pruner
 from .conversation import ShortPrompt, go_on, note, noted, restore_prompt
 from .encode import encode
@@ -102,6 +103,7 @@ class Attachment:
         if self.layers:
             stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
         self.stats = AttachStats(stages)
+        self.memory = Memory()
         self._stack = ExitStack()
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._encoding = False  # the call under way is our own, to compute signals
@@ -140,6 +142,11 @@ class Attachment:
             if self._shadowed is not None:
                 vars(self.vlm)["generate"] = self._shadowed
             self._stack.close()
+            self.memory.reset()
+
+    def reset(self, *streams: Hashable) -> None:
+        """Have pruners that remember forget these streams, or all: what comes next is the first of its stream."""
+        self.memory.reset(*streams)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` on the shorter prompt; what it returns begins with the caller's own prompt."""
@@ -195,7 +202,7 @@ class Attachment:
             alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
             encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
             with deferred() as checks:
-                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating)
+                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory)
         finally:
             self._encoding = False
         rewritten = not all(plan.identity for plan in early.plans)
@@ -350,7 +357,8 @@ def attach(
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
 
     Returns:
-        A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds.
+        A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds. For a
+        pruner that remembers, ``memory.streams`` names the stream of each sample of a batch, and ``reset()`` forgets.
 
     Raises:
         PruneZooError: Unsupported family or stage, a pruner of another model, ``keep`` out of range, unknown

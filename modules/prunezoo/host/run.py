@@ -12,6 +12,7 @@ from ..core.budgets import Keep, counts_of
 from ..core.checks import deferred, settle
 from ..core.contract import PruneOutput, Pruner
 from ..core.errors import PruneZooError
+from ..core.memory import Memory
 from ..core.plan import KeepPlan, gather_rows
 from .encode import add_decoder_signals
 from .encoded import Encoded
@@ -99,7 +100,14 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
     return replace(encoded, inputs=inputs, planned=tuple(later)), first
 
 
-def reduce_early(vlm: VLM, encoded: Encoded, parts: Parts, positions: Positions, generating: bool = False) -> Early:
+def reduce_early(
+    vlm: VLM,
+    encoded: Encoded,
+    parts: Parts,
+    positions: Positions,
+    generating: bool = False,
+    memory: Memory | None = None,
+) -> Early:
     """Prune in front of the language model.
 
     Args:
@@ -108,13 +116,18 @@ def reduce_early(vlm: VLM, encoded: Encoded, parts: Parts, positions: Positions,
         parts: The pruners that act there, each with its ``keep``; from :func:`split_parts`.
         positions: As in :func:`attach`.
         generating: As in :func:`shorten_prompt`.
+        memory: What those that remember hold of the streams; None: each call is the first.
     """
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
         timer = Timer(encoded.slots.device)
         with timer.running():
             found, asked = find_early(vlm, early.encoded, pruner, keep)
+        if memory is not None:
+            found = replace(found, inputs=memory.recall(pruner, found.inputs, found.sample, len(found.mask)))
         output = choose(vlm, found, pruner, asked, timer)
+        if memory is not None:
+            memory.note(pruner, found.inputs, output, found.sample, len(found.mask))
         layer = 0 if pruner.stage == "layer" else None
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
         cut = Cut(pruner.stage, layer, found.tokens, encoded.tokens, timer)
@@ -128,6 +141,7 @@ def run_pruned(
     pruner: Pruner,
     keep: Keep,
     positions: Positions = "original",
+    memory: Memory | None = None,
     **options: Any,
 ) -> PrunedRun:
     """Prune and read on.
@@ -138,13 +152,14 @@ def run_pruned(
         pruner: Of any stage, or a combination.
         keep: As in :meth:`Pruner.forward`; for the layer stage what its last stage leaves.
         positions: As in :func:`attach`.
+        memory: As in :func:`reduce_early`.
         options: Passed to the model.
     """
     parts = pruner.parts(keep)
     depth = find_family(vlm).decoder().depth
     before, layer = split_parts(parts, depth)
     with adapted(vlm, [pruner, *(part for part, _ in parts)]), deferred() as checks:
-        early = reduce_early(vlm, encoded, before, positions)
+        early = reduce_early(vlm, encoded, before, positions, memory=memory)
         cuts, outputs, labels = list(early.cuts), list(early.outputs), early.encoded.labels
         if layer is None or not len(encoded.sample):
             host = full_forward(vlm, early.encoded, **options)
