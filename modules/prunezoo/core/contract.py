@@ -64,6 +64,7 @@ class PruneInputs:
     known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
     host_cells: np.ndarray | None = None  # `cells`, where the host knows them
     asked: tuple[int, ...] | None = None  # (B) tokens to keep of each, as `forward` tells it to `reduce`
+    text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
 
     @cached_property

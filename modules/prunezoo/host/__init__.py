@@ -5,6 +5,7 @@ from .encode import encode
 from .encoded import Encoded
 from .run import PrunedRun, run_gated, run_pruned
 from .signals.language import encode_needs
+from .signals.roles import chat_markers
 from .stages.prompt import HostOutput, full_forward, gated_forward, pruned_forward
 from .stats import AttachStats, StageStats
 
@@ -16,6 +17,7 @@ __all__ = [
     "PrunedRun",
     "StageStats",
     "attach",
+    "chat_markers",
     "encode",
     "encode_needs",
     "full_forward",

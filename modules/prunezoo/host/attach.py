@@ -33,6 +33,7 @@ from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.memory import Memory
 from ..core.registry import load_pruner
+from ..core.roles import ChatMarkers
 from .conversation import ShortPrompt, go_on, note, noted, restore_prompt
 from .encode import encode
 from .encoded import Encoded
@@ -81,7 +82,14 @@ class Running:
 class Attachment:
     """Pruners on a model, from ``__enter__`` to ``__exit__``; made by :func:`attach`."""
 
-    def __init__(self, vlm: VLM, pruners: Sequence[Pruner], keeps: Sequence[Keep], positions: Positions) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        pruners: Sequence[Pruner],
+        keeps: Sequence[Keep],
+        positions: Positions,
+        markers: ChatMarkers | None = None,
+    ) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
         family = find_family(vlm)
         vlm, self.depth = family.vlm, family.decoder().depth  # without what PEFT or torch.compile put around it
@@ -103,7 +111,7 @@ class Attachment:
         if self.layers:
             stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
         self.stats = AttachStats(stages)
-        self.memory = Memory()
+        self.memory, self.markers = Memory(), markers
         self._stack = ExitStack()
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._encoding = False  # the call under way is our own, to compute signals
@@ -200,7 +208,7 @@ class Attachment:
         try:
             # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
             alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
-            encoded = encode(self.vlm, kwargs, self.needs, run_tower=not alone)
+            encoded = encode(self.vlm, kwargs, self.needs, not alone, self.markers)
             with deferred() as checks:
                 early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory)
         finally:
@@ -338,6 +346,7 @@ def attach(
     pruner: Attachable | Sequence[Attachable],
     keep: Keep | Sequence[Keep],
     positions: Positions = "original",
+    markers: ChatMarkers | None = None,
 ) -> Attachment:
     """Prune the visual tokens of every call of a model inside a ``with`` block.
 
@@ -355,6 +364,7 @@ def attach(
             A share is of the tokens that the stage finds. In the layer stage it is what the last of its layers leaves.
             "auto", and "auto:64" for a mean of 64 over images, are for a pruner that sets budgets itself.
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
+        markers: For pruners that ask what a word of the prompt is, question or template: ``chat_markers(processor)``.
 
     Returns:
         A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds. For a
@@ -369,4 +379,4 @@ def attach(
     if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
         raise PruneZooError(f"{len(pruner)} pruners need a list of {len(pruner)} keeps, got {keep!r}")
     loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in pruner]
-    return Attachment(vlm, loaded, keep, positions)
+    return Attachment(vlm, loaded, keep, positions, markers)

@@ -17,6 +17,7 @@ from ..core.budgets import upload
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
+from ..core.roles import ChatMarkers, Role
 from ..core.signals import follow_tokens, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
@@ -25,7 +26,13 @@ from .signals.language import check_signals, decoder_signals
 from .signals.vision import watch_tower
 
 
-def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_tower: bool = True) -> Encoded:
+def encode(
+    vlm: VLM,
+    batch: Mapping[str, Any],
+    needs: tuple[str, ...] = (),
+    run_tower: bool = True,
+    markers: ChatMarkers | None = None,
+) -> Encoded:
     """Run vision tower and projector once, and lay out what pruners and forwards need.
 
     Args:
@@ -35,6 +42,7 @@ def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_
         needs: Signals to compute, `Pruner.needs`.
         run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
             there are no signals to be had.
+        markers: Of the chat template that wrote the prompts, by which `text_roles` are read; from :func:`chat_markers`.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images.
@@ -70,6 +78,10 @@ def encode(vlm: VLM, batch: Mapping[str, Any], needs: tuple[str, ...] = (), run_
         inputs = replace(
             inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]}
         )
+    if markers is not None:
+        roles = markers.roles(torch.from_numpy(host.ids), torch.from_numpy(host.real)).to(device)
+        roles = gather_rows(roles, columns).masked_fill(~real, Role.TEMPLATE)
+        inputs = replace(inputs, text_roles=roles[encoded.sample])
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 

@@ -79,6 +79,7 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
         cells=old.cells[image],
         text=rows(old.text),
         text_valid=rows(old.text_valid),
+        text_roles=rows(old.text_roles),
         signals={name: signal[image] for name, signal in old.signals.items()},
         sizes=rows(old.sizes),
         sample=sample[source],

@@ -36,7 +36,7 @@ class Changed(Pruner):
 
     def remember(self, inputs: PruneInputs, output: PruneOutput) -> list[Mapping[str, Tensor]]:
         """Cells ``(n, 3)`` of which something was kept at any time, and what it was last, ``(n, D)``."""
-        states = []
+        states: list[Mapping[str, Tensor]] = []
         for row, state in enumerate(inputs.memory or (None,) * len(inputs.valid)):
             index = output.index[row, output.valid[row]]
             cells, features = inputs.cells[row, index], inputs.features[row, index].detach()

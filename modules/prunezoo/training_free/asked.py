@@ -1,0 +1,33 @@
+"""Asked: keep the tokens that are most like a word of the question, in the language model's own input space.
+
+Ours, and no more than the text half of what others do: HiPrune++ (arXiv 2508.00553) adds the tokens nearest to the mean
+text embedding, MMTok (ICLR 2026) covers the question's words, CDPruner (arXiv 2506.10967), as OpenVINO runs it, weighs
+by likeness to the words' embeddings. It is the plainest of them, for a reference: how much do embeddings alone say?
+
+Words of the chat template, instructions and earlier answers are left out where the caller says which they are
+(``markers`` of `attach`); without, every word of the prompt counts.
+"""
+
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.contract import PruneInputs, Pruner
+from ..core.errors import PruneZooError
+from ..core.registry import register_pruner
+from ..core.roles import Role
+
+
+@register_pruner("asked")
+class Asked(Pruner):
+    """Top tokens by the largest cosine to a word of the question; all alike where there is none."""
+
+    def score(self, inputs: PruneInputs) -> Tensor:
+        """``(B, N)`` in [-1, 1]."""
+        if inputs.text is None or inputs.text_valid is None:
+            raise PruneZooError(f"pruner '{self.name}' reads the prompt and got none: give text")
+        asked = inputs.text_valid
+        if inputs.text_roles is not None:
+            asked = asked & (inputs.text_roles == Role.QUESTION)
+        tokens, words = (functional.normalize(part.float(), dim=-1) for part in (inputs.features, inputs.text))
+        likeness = (tokens @ words.transpose(1, 2)).masked_fill(~asked[:, None], -1.0)  # (B, N, T)
+        return likeness.amax(2)
