@@ -38,13 +38,13 @@ from torch import Tensor, nn
 
 from .budgets import Keep, auto_mean, check_keep, counts_of, upload
 from .checks import require, require_no_nan
+from .choosing import Choosing
 from .errors import PruneZooError
 from .gates import topk_gates, topk_mask
-from .hub import Pretrained
-from .mass import Mass, check_mean
+from .mass import check_mean
 from .plan import gather_rows, mask_to_index
+from .select import mmr_mask, tile_mask
 from .signals import follow_tokens
-from .select import Select, mmr_mask, tile_mask
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class PruneOutput:
         return gather_rows(inputs.features, self.index) if self.features is None else self.features
 
 
-class Pruner(Pretrained):
+class Pruner(Choosing):
     """A method that chooses or makes the visual tokens which a frozen language model reads.
 
     A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
@@ -169,49 +169,14 @@ class Pruner(Pretrained):
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
-    distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
-    mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
-    _select = Select()
 
     @property
-    def select(self) -> str:
-        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7" or "tile"; see :class:`select.Select`.
-
-        It belongs to an instance, whatever its config and weights, and is saved with it unless it is "top".
-
-        Raises:
-            PruneZooError: On setting: not one of these, or the method has no scores to choose by.
-        """
-        return str(self._select)
-
-    @select.setter
-    def select(self, select: str) -> None:
-        chosen = Select.parse(select)
-        if chosen.kind != "top" and type(self).score is Pruner.score:
-            raise PruneZooError(
-                f"select='{select}' is for methods that score tokens, and '{self.name}' chooses or makes them itself"
-            )
-        self._select = chosen
-
-    def settings(self) -> dict[str, Any]:
-        """See the base class: how it chooses, unless that is the top, and what `auto` means, if it is calibrated."""
-        own = {} if self._select.kind == "top" else {"select": self.select}
-        return own if self.mass is None else {**own, "auto": self.mass.to_dict()}
-
-    def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
-        """See the base class."""
-        others = dict(settings)
-        if "select" in others:
-            try:
-                self.select = others.pop("select")
-            except PruneZooError as error:
-                raise PruneZooError(f"{where}{error}") from None
-        if self.distribution and "auto" in others:
-            self.mass = Mass.from_dict(others.pop("auto"), where)
-        super().apply_settings(others, where)
+    def scores_tokens(self) -> bool:
+        """Whether the class overrides :meth:`score`."""
+        return type(self).score is not Pruner.score
 
     def stages(self, depth: int) -> tuple[int, ...]:
         """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
@@ -281,11 +246,7 @@ class Pruner(Pretrained):
         By default those that `select` takes by :meth:`score`; in training the best, with gates.
         """
         scores = self._checked_scores(inputs)
-        if self.training and self._select.kind != "top":
-            raise PruneZooError(
-                f"pruner '{self.name}' has select='{self.select}', and gates are those of the top: train with "
-                "select='top', and set it afterwards"
-            )
+        self.check_gates()
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
         chosen = self._choose(scores.detach(), inputs, keep)
         index, valid = mask_to_index(chosen, inputs.most_asked)

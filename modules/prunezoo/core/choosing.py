@@ -1,0 +1,70 @@
+"""How a method that scores tokens chooses among them, and how many it keeps where that is left to it.
+
+Both belong to an instance, beside its config and weights: any scorer takes them without a line of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from .errors import PruneZooError
+from .hub import Pretrained
+from .mass import Mass
+from .select import Select
+
+
+class Choosing(Pretrained):
+    """What is set up of a pruner after its training, and saved with it."""
+
+    distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
+    mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
+    _select = Select()
+
+    @property
+    def select(self) -> str:
+        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7" or "tile"; see :class:`select.Select`.
+
+        It belongs to an instance, whatever its config and weights, and is saved with it unless it is "top".
+
+        Raises:
+            PruneZooError: On setting: not one of these, or the method has no scores to choose by.
+        """
+        return str(self._select)
+
+    @select.setter
+    def select(self, select: str) -> None:
+        chosen = Select.parse(select)
+        if chosen.kind != "top" and not self.scores_tokens:
+            raise PruneZooError(
+                f"select='{select}' is for methods that score tokens, and '{self.name}' chooses or makes them itself"
+            )
+        self._select = chosen
+
+    def check_gates(self) -> None:
+        """Refuse to train where tokens are not chosen as gates are."""
+        if self.training and self._select.kind != "top":
+            raise PruneZooError(
+                f"pruner '{self.name}' has select='{self.select}', and gates are those of the top: train with "
+                "select='top', and set it afterwards"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class: how it chooses, unless that is the top, and what `auto` means, if it is calibrated."""
+        own = {} if self._select.kind == "top" else {"select": self.select}
+        return own if self.mass is None else {**own, "auto": self.mass.to_dict()}
+
+    def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
+        """See the base class."""
+        others = dict(settings)
+        if "select" in others:
+            try:
+                self.select = others.pop("select")
+            except PruneZooError as error:
+                raise PruneZooError(f"{where}{error}") from None
+        if self.distribution and "auto" in others:
+            self.mass = Mass.from_dict(others.pop("auto"), where)
+        super().apply_settings(others, where)
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether the method rates tokens; else it chooses or makes them itself."""
+        raise NotImplementedError
