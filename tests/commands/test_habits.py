@@ -48,7 +48,7 @@ def test_short_names_stand_for_what_ships(monkeypatch, tmp_path):
     ("call", "message"),
     [
         (lambda: find_pruner("pmm"), "no pruner is called 'pmm'; did you mean 'ppm'?"),
-        (lambda: find_pruner("zzzz"), "no pruner is called 'zzzz'; there are: atp,"),
+        (lambda: find_pruner("zzzz"), "no pruner is called 'zzzz'; there are: a"),
         (lambda: find_vlm("tiny-lava"), "no model is called 'tiny-lava'; did you mean 'tiny-llava'?"),
         (lambda: find_config("ppm_tyni"), "no recipe is called 'ppm_tyni'; did you mean 'ppm_tiny'?"),
     ],
@@ -156,7 +156,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
         (evaluate.main, f"{EVALUATE} --device foo", "--device foo: cannot be used here (Expected one of cpu"),
         (benchmark.main, "--vlm random:llava-120m --pruner uniform --device foo", "--device foo: cannot be used here"),
         (benchmark.main, "--vlm tiny-llava --pruner ppm-tyni", "called 'ppm-tyni'; did you mean 'ppm-tiny'?"),
-        (benchmark.main, "--vlm tiny-llava --pruner ppm-tiny --keep auto", "and 'ppm' sets none"),
+        (benchmark.main, "--vlm tiny-llava --pruner m3-tiny --keep auto", "and 'm3' sets none"),
+        (benchmark.main, "--vlm tiny-llava --pruner ppm-tiny --keep auto", "is not calibrated: python -m trainers.c"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --device foo", "--device foo: cannot be used here"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --repeats 0", "--repeats 0: at least 1"),
         (codec.main, "speed --tokenizer one-d-piece-tiny --batch 0", "--batch 0: at least 1"),
