@@ -25,11 +25,11 @@ from prunezoo.core.registry import load_pruner, split_options
 from prunezoo.host import encode, encode_needs
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner, find_vlm
+from trainers.cli.options import add_option, check_at_least_one
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Suite, list_suites, load_suite
-from trainers.evaluation.loading import DTYPES, load_vlm
-
-from .evaluate import suite_options
+from trainers.evaluation.loading import load_vlm
+from trainers.evaluation.run import suite_options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,19 +38,18 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m trainers.calibrate",
         description="Find what keep='auto:64' means for a scorer that was trained as a distribution, and save it.",
     )
-    p.add_argument("--vlm", required=True, help="folder, Hub id, or tiny-llava, the embedded one")
+    add_option(p, "vlm", required=True)
     p.add_argument("--pruner", required=True, help="its folder, a shipped pruner (ppm), or a Hub id with --output")
-    p.add_argument("--suite", required=True, help=f"one of {', '.join(list_suites())}")
+    add_option(p, "suite", required=True, help=f"one of {', '.join(list_suites())}")
     p.add_argument("--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes")
-    p.add_argument("--split", default="validation", choices=("validation", "train"), help="never the test split")
-    p.add_argument("--limit", type=int, help="only the first so many items")
+    add_option(p, "split", default="validation", choices=("validation", "train"), help="never the test split")
+    add_option(p, "limit")
     p.add_argument(
         "--mean", type=int, nargs="+", required=True, help="tokens in the mean over items; 'auto' stands for the first"
     )
     p.add_argument("--output", type=Path, help="save the calibrated pruner here, not into its own folder")
-    p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--device", help="by default a GPU if there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    for name in ("batch-size", "device", "dtype"):
+        add_option(p, name)
     return p
 
 
@@ -71,8 +70,7 @@ def tails_of(vlm: Any, processor: Any, pruner: Pruner, suite: Suite, batch_size:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args, console = parser().parse_args(sys.argv[1:] if argv is None else list(argv)), Console()
-    if args.batch_size < 1:
-        raise PruneZooError(f"--batch-size {args.batch_size}: at least 1")
+    check_at_least_one(args, "batch-size", "mean")
     source = find_pruner(args.pruner)
     folder = args.output or Path(split_options(source)[0])
     if not args.output and not folder.is_dir():

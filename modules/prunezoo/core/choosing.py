@@ -6,10 +6,13 @@ Both belong to an instance, beside its config and weights: any scorer takes them
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from .errors import PruneZooError
+from .gates import topk_mask
 from .hub import Pretrained
 from .mass import Mass
-from .select import Select
+from .select import Select, mmr_mask, tile_mask
 
 
 class Choosing(Pretrained):
@@ -38,6 +41,23 @@ class Choosing(Pretrained):
                 f"select='{select}' is for methods that score tokens, and '{self.name}' chooses or makes them itself"
             )
         self._select = chosen
+
+    def choose(self, scores: Tensor, inputs: Any, keep: Tensor) -> Tensor:
+        """The tokens that `select` takes.
+
+        Args:
+            scores: ``(B, N)``, without gradient.
+            inputs: The PruneInputs, inside of `reduce`.
+            keep: ``(B,)`` long.
+
+        Returns:
+            ``(B, N)`` bool, ``keep`` of each image.
+        """
+        if self._select.kind == "mmr":
+            return mmr_mask(scores, inputs.features, inputs.valid, keep, inputs.most_asked, self._select.weight)
+        if self._select.kind == "tile":
+            return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
+        return topk_mask(scores, inputs.valid, keep)
 
     def check_gates(self) -> None:
         """Refuse to train where tokens are not chosen as gates are."""

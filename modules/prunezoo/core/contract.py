@@ -40,10 +40,9 @@ from .budgets import Keep, auto_mean, check_keep, counts_of, upload
 from .checks import require, require_no_nan
 from .choosing import Choosing
 from .errors import PruneZooError
-from .gates import topk_gates, topk_mask
+from .gates import topk_gates
 from .mass import check_mean
 from .plan import gather_rows, mask_to_index
-from .select import mmr_mask, tile_mask
 from .signals import follow_tokens
 
 
@@ -248,17 +247,9 @@ class Pruner(Choosing):
         scores = self._checked_scores(inputs)
         self.check_gates()
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
-        chosen = self._choose(scores.detach(), inputs, keep)
+        chosen = self.choose(scores.detach(), inputs, keep)
         index, valid = mask_to_index(chosen, inputs.most_asked)
         return PruneOutput(index=index, valid=valid, scores=scores, gates=gates)
-
-    def _choose(self, scores: Tensor, inputs: PruneInputs, keep: Tensor) -> Tensor:
-        """``(B, N)`` bool: the ``keep`` tokens of each image that `select` takes."""
-        if self._select.kind == "mmr":
-            return mmr_mask(scores, inputs.features, inputs.valid, keep, inputs.most_asked, self._select.weight)
-        if self._select.kind == "tile":
-            return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
-        return topk_mask(scores, inputs.valid, keep)
 
     def _checked_scores(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` by :meth:`score`, -inf on padding."""
