@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from prunezoo.host.parts.loading import load_processor
 from trainers.cli.lock import held
 from trainers.cli.terminal import Terminal, progress_bar
 from trainers.data.conversation import ConversationCollator
@@ -63,7 +63,7 @@ class Worker:
 
     def collator(self) -> ConversationCollator:
         """From items to what the model reads."""
-        return ConversationCollator(AutoProcessor.from_pretrained(self.vlm), max_length=self.max_length)
+        return ConversationCollator(load_processor(self.vlm), max_length=self.max_length)
 
     def compute(self, vlm: Any, collate: ConversationCollator, numbers: range, advance: Advance) -> dict[str, Tensor]:
         """Ask the model about some items, a batch at a time; see `read`. With the answers go digests of the items."""

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.host.parts.loading import load_processor
 
 from .broken import SkipBroken, skip_broken
 from .conversation import ConversationCollator
@@ -80,7 +80,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def collate(self) -> "GroupedCollator":
         """From items to a batch, by the model's own processor."""
         try:
-            processor = AutoProcessor.from_pretrained(self.vlm)
+            processor = load_processor(self.vlm)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PruneZooError(f"no processor in '{self.vlm}' ({reason}); give a folder or Hub id") from error

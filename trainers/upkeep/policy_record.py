@@ -24,7 +24,6 @@ import torch
 import yaml
 from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
-from transformers import AutoProcessor
 
 from prunezoo.core.budgets import budget
 from prunezoo.core.contract import Pruner
@@ -32,6 +31,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.subsets import draw_subsets, log_probability, subset_mask
 from prunezoo.host import encode, encode_needs, run_pruned
+from prunezoo.host.parts.loading import load_processor
 from prunezoo.learned.budget import BudgetPolicy
 from prunezoo.learned.policy import KeepPolicy
 from trainers.caches.arms import earn
@@ -146,7 +146,7 @@ def measure_cost(folder: Path, recipe: dict[str, Any], updates: int) -> dict[str
     options = {name: value for name, value in recipe["model"]["init_args"].items() if name != "pruner"}
     data = instantiate_class((), with_vlm(recipe["data"], options["vlm"]))
     items = data.items("train")
-    collate = ConversationCollator(AutoProcessor.from_pretrained(options["vlm"]), max_length=data.max_length)
+    collate = ConversationCollator(load_processor(options["vlm"]), max_length=data.max_length)
     device = torch.device(default_device())
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(items[: data.batch_size]).items()}
     clock = Clock(device)

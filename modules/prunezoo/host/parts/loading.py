@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...core.errors import PruneZooError
 from ...core.hub import DTYPES
@@ -25,11 +27,43 @@ def load_vlm(source: str, device: str, dtype: str) -> tuple[Any, Any]:
         raise PruneZooError(f"dtype={dtype}: write {', '.join(DTYPES)}")
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[dtype])
-        processor = AutoProcessor.from_pretrained(source)
+        processor = load_processor(source)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PruneZooError(f"{source}: not a loadable image-text-to-text model ({reason})") from None
     return vlm.to(device).eval().requires_grad_(False), processor
+
+
+def load_processor(source: str) -> Any:
+    """The processor of a model; without its half for clips where torchvision, which that needs, is not installed.
+
+    Args:
+        source: As in :func:`load_vlm`.
+
+    Raises:
+        PruneZooError: It needs another package that is not installed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+    return images_only(PROCESSOR_MAPPING_NAMES[AutoConfig.from_pretrained(source).model_type]).from_pretrained(source)
+
+
+def images_only(name: str) -> Any:
+    """The processor class of `transformers` of that name, less its half for clips."""
+    kind = getattr(transformers, name)
+    parts = [part for part in kind.get_attributes() if part != "video_processor"]
+
+    def init(self: Any, *args: Any, video_processor: None = None, **options: Any) -> None:
+        try:
+            kind.__init__(self, *args, video_processor=None, **options)
+        except ImportError as error:
+            raise PruneZooError(f"{name} needs a package ({str(error).splitlines()[0]})") from None
+
+    # Of the same name, since files name the class that they are for.
+    return type(name, (kind,), {"__init__": init, "get_attributes": classmethod(lambda _: parts)})
 
 
 def default_device() -> str:
