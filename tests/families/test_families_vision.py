@@ -16,6 +16,7 @@ from prunezoo import PruneZooError, attach, build_pruner, encode
 from prunezoo.core.budgets import budget
 from prunezoo.host.families import find_family
 from prunezoo.host.run import run_pruned
+from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.vision import choose
 
 # Tokens are means of sums in another order, and go through tower and language model; logits are of order 1.
@@ -174,7 +175,7 @@ def test_what_the_tower_left_goes_on_to_the_next_stages():
     vlm, batch = tiny.vlm, tiny.batch(MIXED)
     merging, zipping = build_pruner("tome").eval(), build_pruner("visionzip").eval()
     encoded = encode(vlm, batch, zipping.needs)
-    first, _ = choose(vlm, encoded, merging, 10)
+    first = choose(vlm, encoded, merging, 10, Timer(vlm.device))
     second = zipping(encoded.inputs.after(first), 6)
     dropped = batch["input_ids"] == IMAGE
     features = encoded.inputs.features.clone()

@@ -15,9 +15,11 @@ from launch import Holder, Run
 from trainings import checkpoints, one_line_error, short
 
 from prunezoo import PruneZooError
-from trainers import benchmark, codec, evaluate, fit, pretrain
+from trainers import benchmark, codec, evaluate, fit
 from trainers.cli.errors import command
 from trainers.cli.lock import held, hold
+from trainers.pretraining.build import Sizes
+from trainers.pretraining.train import Machine, Phase, train
 
 ROOT = Path(__file__).parent.parent.parent
 VLM = str(ROOT / "checkpoints" / "tiny-llava")
@@ -46,10 +48,10 @@ def lines_of(command_name, place, world, vlm):
 
 
 def pretrain_in(place):
-    phase = pretrain.Phase(steps=1, batch_size=2)
-    sizes = pretrain.Sizes(tower_width=32, tower_layers=1, width=32, layers=1)
-    machine = pretrain.Machine(accelerator="cpu", precision="32-true", workers=0)
-    command(pretrain.train)(phase, phase, out=str(place / "vlm"), work=str(place), sizes=sizes, machine=machine)
+    phase = Phase(steps=1, batch_size=2)
+    sizes = Sizes(tower_width=32, tower_layers=1, width=32, layers=1)
+    machine = Machine(accelerator="cpu", precision="32-true", workers=0)
+    command(train)(phase, phase, out=str(place / "vlm"), work=str(place), sizes=sizes, machine=machine)
 
 
 @pytest.mark.parametrize("name", ["fit", "evaluate", "benchmark", "codec measure", "codec speed", "pretrain"])

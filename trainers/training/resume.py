@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from prunezoo.core.errors import PruneZooError
 from trainers.data.digest import digest_of
+from trainers.data.pictures import BrokenImage
 from trainers.data.suite import Item
 
 OPENED = 32
@@ -119,7 +120,11 @@ def describe(data: Any) -> dict[str, Any]:
         for number in range(len(items)):
             digest.update(items.mark(number).encode("utf-8", "surrogatepass"))
     for place in range(min(OPENED, len(items))):
-        item = items[place * len(items) // min(OPENED, len(items))]
+        try:
+            item = items[place * len(items) // min(OPENED, len(items))]
+        except BrokenImage as error:  # the batch that meets it says so, with its ids
+            digest.update(str(error).encode("utf-8", "surrogatepass"))
+            continue
         if isinstance(item, Item):
             digest.update(digest_of(item))
     return {"items": len(items), "digest": digest.hexdigest()}
