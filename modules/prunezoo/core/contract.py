@@ -59,6 +59,7 @@ class PruneInputs:
     layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
     step: int = 0  # which of the pruner's `stages` this is, from 0
     sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
+    away: Tensor | None = None  # (B, N) bool, for pruners that `comes_back`: left earlier, here to be chosen again
     sample: Tensor | None = None  # (B,) long: the prompt that an image belongs to; images of one prompt share it
     known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
     host_cells: np.ndarray | None = None  # `cells`, where the host knows them
@@ -127,6 +128,7 @@ class PruneInputs:
             host_cells=None,
             asked=None,
             memory=None,  # it is one pruner's own
+            away=None,
         )
 
 
@@ -170,6 +172,10 @@ class Pruner(Choosing):
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
+    # Layer stage: each stage chooses among all tokens anew; those that had left, `PruneInputs.away`, come back as they
+    # entered layer 0 ("raw") or as they were when they left ("last"). A property where it depends on the config.
+    comes_back: ClassVar[Literal["", "raw", "last"]] = ""
+    restore: ClassVar[bool] = False  # vision stage: the tower puts out every patch again, and the model reads them all
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
 
     @property

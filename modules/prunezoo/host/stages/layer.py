@@ -28,6 +28,7 @@ from ..parts.model import VLM, KVCache
 from .layer_cache import Keywords, Past, Step
 from .layer_plan import LayerPlan
 from .layer_prompt import Drop, Gate, Prompt
+from .layer_return import Return
 from .prompt import Positions
 
 
@@ -83,6 +84,8 @@ class LayerStage:
     @property
     def first(self) -> int:
         """The first layer that is of any concern."""
+        if self.plan.pruner.comes_back == "raw":
+            return 0
         return min([*self.plan.stages, *(layer for layer, _ in self.plan.readings)])
 
     def prefill(self, encoded: Encoded, labels: Tensor | None = None) -> Prompt:
@@ -96,8 +99,8 @@ class LayerStage:
         Returns:
             What will be known after the forward.
         """
-        leak = self.plan.leak
-        running = Drop(self.plan, encoded, labels, self.pasts) if leak is None else Gate(self.plan, encoded, leak)
+        leak, drop = self.plan.leak, Return if self.plan.pruner.comes_back else Drop
+        running = drop(self.plan, encoded, labels, self.pasts) if leak is None else Gate(self.plan, encoded, leak)
         self._running = running
         return running
 

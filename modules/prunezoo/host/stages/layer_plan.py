@@ -39,6 +39,8 @@ class LayerPlan:
         begun = stages[:1] == (0,)
         stages = stages[begun:]
         check_model(family, decoder, pruner.name, stages, positions)
+        if pruner.comes_back:
+            check_return(family, pruner, begun, leak)
         if leak is not None:
             require_float_mask(vlm)
         return cls(family, decoder, pruner, keep, positions, leak, begun, stages, plan_readings(pruner, stages))
@@ -61,6 +63,24 @@ def check_model(family: Family, decoder: Decoder, name: str, stages: tuple[int, 
         raise PruneZooError(f"attn_implementation '{decoder.kernel}' cannot be cut between layers: use 'sdpa'")
     if positions == "compact" and decoder.multimodal_positions:
         raise PruneZooError("positions='compact' means nothing between layers with M-RoPE: use 'original'")
+
+
+def check_return(family: Family, pruner: Pruner, begun: bool, leak: float | None) -> None:
+    """Refuse what tokens cannot come back from."""
+    if leak is not None:
+        raise PruneZooError(
+            f"pruner '{pruner.name}' has tokens come back, which gates cannot: train it with subsets really pruned"
+        )
+    if begun:
+        raise PruneZooError(
+            f"pruner '{pruner.name}' drops tokens in front of layer 0, and none that never was in the prompt can come "
+            "back: configure layers from 1 on"
+        )
+    if pruner.comes_back == "raw" and family.first_layer > 1:
+        raise PruneZooError(
+            f"pruner '{pruner.name}' brings tokens back as they entered layer 0, and with {family.title} "
+            f"{family.first_layer_reason}: let them come back as they left"
+        )
 
 
 def plan_readings(pruner: Pruner, stages: tuple[int, ...]) -> Readings:

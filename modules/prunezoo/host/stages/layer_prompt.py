@@ -59,6 +59,7 @@ class Prompt:
         """What a layer is given, for what the decoder hands it: ``hidden (B * C, S, D)`` and keywords for Q columns."""
         if not self.cuts:
             self.check(layer, hidden, kwargs.get("past_key_values"))
+        hidden = self.arrive(layer, hidden)
         self.read(layer, True, hidden, kwargs)
         if layer in self.plan.stages:
             hidden = self.cut(layer, hidden, kwargs)
@@ -81,10 +82,14 @@ class Prompt:
 
     def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """The keywords as they must be behind the cuts so far; made once for all layers of a type."""
-        key = len(self.cuts), self.decoder.layer_type(layer)
+        key = self.decoder.layer_type(layer)
         if key not in self.memo:
             self.memo[key] = self.replacements(layer, hidden, kwargs)
         return {**kwargs, **self.memo[key]}
+
+    def arrive(self, layer: int, hidden: Tensor) -> Tensor:
+        """What comes to a layer, before anything is read or asked: the hidden states, if need be of more tokens."""
+        return hidden
 
     def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """Those keywords that change."""
@@ -160,6 +165,7 @@ class Drop(Prompt):
         self.labels, self.real, self.pasts = labels, encoded.mask, pasts
         self.columns = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)  # (B, S) original
         self.segments: list[Segment] = []
+        self.segment: Segment | None = None  # that of the layer we stand at
 
     def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
         """Ask the pruner and drop."""
@@ -173,11 +179,12 @@ class Drop(Prompt):
         self.origin = gather_rows(self.origin, output.index)
         self.encoded = encoded.after(output, plan, lines, {"attention_mask": plan.valid})
         self.note(layer, encoded.tokens, self.encoded.tokens)
-        if not plan.identity:
+        if not plan.identity or self.segments:  # all of them may have come back
             self.columns = plan.take(self.columns, 0)
             width, index = encoded.mask.shape[1], plan.index.repeat_interleave(copies, 0)
             hidden = torch.cat([gather_rows(hidden[:, :width], index), hidden[:, width:]], 1)
-            self.segments.append(self.segment(layer, copies))
+            self.memo, self.segment = {}, self.make_segment(layer, copies)
+            self.segments.append(self.segment)
             if self.labels is not None and self.encoded.labels is not None:
                 self.labels.data = self.encoded.labels
         if kwargs.get("past_key_values") is not None:
@@ -185,19 +192,24 @@ class Drop(Prompt):
             self.pasts[kwargs["past_key_values"]] = past
         return hidden
 
-    def segment(self, layer: int, copies: int) -> Segment:
+    def make_segment(self, layer: int, copies: int) -> Segment:
         """What the layers from this one on have."""
         valid = self.encoded.mask
+        if 0 in self.encoded.real:
+            raise PruneZooError(
+                f"pruner '{self.plan.pruner.name}' left nothing of a prompt in front of layer {layer}: "
+                "put words beside its images"
+            )
         moved = self.real.cumsum(1).gather(1, self.columns) - valid.cumsum(1)
+        full = set(self.encoded.real) == {valid.shape[1]}  # else there is filler or padding
         columns, valid, moved = (part.repeat_interleave(copies, 0) for part in (self.columns, valid, moved))
-        full = len(set(self.encoded.real)) == 1  # else filler stands in front of some
         return Segment(layer, columns, valid, full, moved.masked_fill(~valid, 0))
 
     def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """Mask and positions of the columns that are left."""
-        if not self.segments:
+        segment, mask = self.segment, kwargs["attention_mask"]
+        if segment is None:
             return {}
-        segment, mask = self.segments[-1], kwargs["attention_mask"]
         # Behind the prompt there may be candidates of assisted decoding, or words written without a cache.
         behind = segment.valid.new_ones(len(hidden), hidden.shape[1] - segment.columns.shape[1])
         columns, seen = segment.extend(self.real.shape[1], behind)
@@ -238,7 +250,7 @@ class Gate(Prompt):
             raise PruneZooError(f"pruner '{name}' gave no gates: put it in training mode; merging has none")
         bias = gate_weights(self.encoded, output.gates, self.leak).log()
         self.bias = bias if self.bias is None else self.bias + bias
-        self.origin = output.index
+        self.origin, self.memo = output.index, {}
         before, self.encoded = self.encoded.tokens, self.encoded.still_open(output.gates)
         self.note(layer, before, self.encoded.tokens)
         return hidden
