@@ -8,33 +8,13 @@ from tower_oracle import by_hand, slots_of, tome_by_hand
 from towers import small_tower
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from vision_runs import TOWERS, Attended, AttendedLater, N, patches, run
 
 from prunezoo import PruneInputs, PruneZooError, build_pruner
-from prunezoo.core.contract import Pruner
 from prunezoo.core.merge import merge_tokens
 from prunezoo.host.parts.tower import Tower
 from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.vision import VisionStage
-
-SIDE = 5  # of the grid of patches
-N = SIDE * SIDE
-
-
-def patches(rows):
-    """What the stage is given of ``rows`` pictures."""
-    axis = torch.arange(SIDE)
-    cells = torch.stack([torch.zeros(SIDE, SIDE, dtype=torch.long), *torch.meshgrid(axis, axis, indexing="ij")], -1)
-    return PruneInputs(
-        torch.zeros(rows, N, 0), torch.ones(rows, N, dtype=torch.bool), cells.flatten(0, 1).expand(rows, -1, -1)
-    )
-
-
-def run(model, tower, pruner, pixels, keep):
-    """The features of the projected state, and what is left."""
-    counts, timer = tuple(torch.as_tensor(keep).tolist()), Timer(pixels.device)
-    with torch.no_grad(), VisionStage(tower, pruner.eval(), patches(len(pixels)), counts, timer) as stage:
-        states = model(pixels, output_hidden_states=True).hidden_states[tower.layers[-1]]
-    return stage.output(states[:, tower.prefix :])
 
 
 def expect(output, row, members, states):
@@ -47,9 +27,6 @@ def expect(output, row, members, states):
     torch.testing.assert_close(output.features[row, :k], states[order], rtol=1e-4, atol=1e-4)
     for column, token in enumerate(order):
         assert (output.groups[row] == column).nonzero()[:, 0].tolist() == sorted(members[token])
-
-
-TOWERS = [("clip", -2), ("siglip", -1)]
 
 
 @pytest.mark.parametrize(("kind", "layer"), TOWERS)
@@ -94,25 +71,6 @@ def test_tome_in_small_steps_by_hand():
 def test_tome_refuses_what_is_out_of_range(bad):
     with pytest.raises(PruneZooError, match=f"{next(iter(bad))}=.*tome"):
         build_pruner("tome", **bad)
-
-
-class Attended(Pruner):
-    """Keeps what receives most attention in one block and then, of that, in another: nothing is merged."""
-
-    stage = "vision"
-    needs = ("received_attention",)
-    places: tuple[int, ...] = (0, 2)
-
-    def stages(self, depth):
-        return self.places
-
-    def score(self, inputs):
-        assert inputs.layer in self.places
-        return inputs.signal("received_attention")
-
-
-class AttendedLater(Attended):
-    after_block = True
 
 
 @pytest.mark.parametrize("cls", [Attended, AttendedLater])

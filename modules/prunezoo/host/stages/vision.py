@@ -11,7 +11,8 @@ logits of tokens that stand for several (proportional attention, Bolya et al., h
 takes out what fills up images that have fewer tokens than others of the batch. A pruner with `after_block` gets the
 block's output instead. CLS always stays, and no pruner sees it.
 
-In the prompt, what is left takes the slot of the patch that is nearest to the middle of those it stands for.
+In the prompt, what is left takes the slot of the patch that is nearest to the middle of those it stands for. Where a
+pruner says `restore`, a hook on the last block makes a token of every patch again, so that tower alone gets less.
 Letters: R images, P tokens before the patches (CLS or none), N patches, M tokens alive, K kept, D width of the tower.
 """
 
@@ -28,7 +29,7 @@ from ...core.budgets import Keep, counts_of
 from ...core.contract import PruneInputs, PruneOutput, Pruner
 from ...core.errors import PruneZooError
 from ...core.merge import kept_groups, place_groups
-from ...core.plan import gather_rows
+from ...core.plan import gather_rows, mask_to_index
 from ...core.signals import VISION_SIGNALS
 from ..encoded import Encoded
 from ..families import find_family
@@ -100,10 +101,11 @@ class VisionStage:
         asked, found = (torch.tensor(counts, dtype=torch.long) for counts in (keep, inputs.counts))
         self.steps = dict(zip(blocks, pruner.schedule(asked, found, tower.depth), strict=True))
         """By block, how many tokens it leaves of each image, ``(R,)`` on the host."""
-        self.cells, self.alive = inputs.cells, inputs
+        self.patches, self.alive = inputs, inputs
         self.owner = torch.arange(inputs.valid.shape[1], device=inputs.valid.device).masked_fill(~inputs.valid, -1)
         """``(R, N)``: the token that each patch went into, -1 for none."""
         self.mask: Tensor | None = None  # (R, 1, 1, P + M) for the attention of the blocks to come
+        self.dropped: Tensor | None = None  # (R, N, D) for `restore`: what dropped patches were when they were dropped
         self.timer = timer
         self.stack = ExitStack()
 
@@ -113,6 +115,8 @@ class VisionStage:
             for block in range(min(self.steps) + 1, self.tower.depth):
                 attention = self.tower.attention(block).module
                 self._hook(attention.register_forward_pre_hook, self._add_mask, with_kwargs=True)
+            if self.pruner.restore:  # put in front before the hooks of `_act_…` are, it comes behind them
+                self._hook(self.tower.blocks[self.tower.depth - 1].register_forward_hook, self._restore, prepend=True)
             for block in self.steps:
                 tap = self.stack.enter_context(VisionTap(self.tower, block, self.pruner.needs))
                 (self._act_behind if self.pruner.after_block else self._act_inside)(block, tap)
@@ -127,10 +131,15 @@ class VisionStage:
         """What is left after the pass.
 
         Args:
-            features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower.
+            features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower; K is N
+                where the pruner says `restore`.
         """
+        if self.pruner.restore:
+            counts = self.patches.counts
+            index, valid = mask_to_index(self.patches.valid, max(counts))
+            return PruneOutput(index, valid, gather_rows(features, index), known=counts)
         sizes, width = (self.owner >= 0).float(), features.shape[1]
-        index, valid, groups = place_groups(self.owner, self.cells, sizes, width, max(self.alive.counts))
+        index, valid, groups = place_groups(self.owner, self.patches.cells, sizes, width, max(self.alive.counts))
         order = gather_rows(self.owner, index).clamp_min(0)
         return PruneOutput(index, valid, gather_rows(features, order), groups=groups, known=self.alive.counts)
 
@@ -183,10 +192,22 @@ class VisionStage:
         if output.counts == inputs.counts:
             return None
         groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
-        self.owner = torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
+        before, self.owner = self.owner, torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
+        if self.pruner.restore:
+            states = gather_rows(hidden[:, prefix:], before.clamp_min(0))
+            gone = ((before >= 0) & (self.owner < 0))[..., None]
+            self.dropped = states if self.dropped is None else states.where(gone, self.dropped)
         self.alive = inputs.after(output)
         self.mask = self._make_mask(hidden.dtype)
         return torch.cat([hidden[:, :prefix], self.alive.features], 1)
+
+    def _restore(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """``(R, P + N, D)`` for ``output (R, P + K, D)``; None where nothing went."""
+        if self.dropped is None:
+            return None
+        prefix, own = self.tower.prefix, self.owner[..., None]
+        states = gather_rows(output[:, prefix:], self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+        return torch.cat([output[:, :prefix], states], 1)
 
     def _make_mask(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to attention logits: log(size), and the lowest number for filler; None if nothing is."""
