@@ -6,6 +6,7 @@ import pytest
 import torch
 from layer_oracle import Watch, masked
 from made_inputs import ALL, DIM, GRIDS, TEXT, build, make_inputs, same, take_rows
+from return_oracle import away_by_layer, by_layers, embedded
 from tiny_llava import make_image
 
 from prunezoo import PruneInputs, PrunerConfig, PruneZooError, attach, encode, load_pruner
@@ -134,6 +135,8 @@ def test_unknown_config_key_is_an_error_that_names_it(name):
 def test_static_rules(name):
     pruner = build(name)
     assert pruner.stage in ("vision", "prompt", "layer")
+    assert pruner.stage == "layer" or not pruner.comes_back
+    assert pruner.stage == "vision" or not pruner.restore
     assert "module" not in dict(pruner.named_modules())
     assert dataclasses.is_dataclass(pruner.config_class) and pruner.config_class.__dataclass_params__.frozen
     assert PrunerConfig.from_dict.__func__(type(pruner.config), pruner.config.to_dict()) == pruner.config
@@ -217,7 +220,10 @@ def test_keeping_half_equals_a_masking_oracle(name, deep_llava):
         encoded = encode(vlm, batch, encode_needs(pruner))
         with Watch(pruner) as watch:
             run = run_pruned(vlm, encoded, pruner, 0.5)
-        if pruner.stage == "layer":
+        if pruner.comes_back:
+            away = away_by_layer(watch.calls, encoded)
+            oracle = by_layers(vlm, embedded(vlm, encoded), encoded.mask, away, pruner.comes_back)[:, -1]
+        elif pruner.stage == "layer":
             with masked(vlm, *watch.gone(encoded)):
                 oracle = full_forward(vlm, encoded).logits[:, -1]
         else:
@@ -256,7 +262,8 @@ def test_detaching_restores_the_model(name, deep_llava):
     assert torch.equal(vlm(**batch).logits, before) and set(vars(vlm)) == state
     assert pruner.training and [part.training for part in pruner.modules()] == modes
     assert [len(vars(m)["_forward_hooks"]) + len(vars(m)["_forward_pre_hooks"]) for m in vlm.modules()] == hooks
-    assert run.stats.before == [36, 36] and (not pruner.exact or run.stats.after == [4, 4])
+    left = 36 if pruner.restore else 4
+    assert run.stats.before == [36, 36] and (not pruner.exact or run.stats.after == [left, left])
 
 
 # The registry and the base class
