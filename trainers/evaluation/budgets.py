@@ -86,8 +86,11 @@ def planned_mean(pruner: Pruner, keep: Keep, available: Tensor, depth: int) -> T
         left = budget(amount, found)
         is_late = part.stage == "layer"
         places: Sequence[int | None] = part.stages(depth) if is_late else (None,)
+        if part.restore:  # what it leaves is of the tower
+            left = found
+        whole = found
         for place, step in zip(places, part.schedule(left, found, depth) if is_late else [left], strict=True):
-            cuts.append(Cut(part.stage, place, found, torch.minimum(step, found)))
+            cuts.append(Cut(part.stage, place, found, torch.minimum(step, whole if part.comes_back else found)))
             found = cuts[-1].after
     return layer_mean(cuts, depth)
 
