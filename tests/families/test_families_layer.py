@@ -8,47 +8,23 @@ import pytest
 import torch
 from families import FAMILIES, LARGE, MIXED, ONE_EACH, SMALL, TALL, VIDEO_FAMILIES, Sample, tiny_family
 from layer_oracle import Watch, masked
+from layer_runs import CLOSE, NOW, PAST, Scattered, last_logits
 from prompt_oracle import blind, choose, drops, write
 from torch.nn.functional import pad
 
-from prunezoo import Pruner, PruneZooError, attach, build_pruner, encode, full_forward
+from prunezoo import PruneZooError, attach, build_pruner, encode, full_forward
 from prunezoo.core.plan import gather_rows
 from prunezoo.host import run_gated, run_pruned
 from prunezoo.host.families import find_family
 from prunezoo.host.families.base import TAKES_FEATURES
 from prunezoo.host.stages.prompt import TOKEN_TYPES
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
 RAGGED = torch.tensor([3, 1, 5, 7])
-PAST = {"qwen3_vl": (2, 3)}  # behind the levels of deepstack
-
-
-class Scattered(Pruner):
-    """Keeps what a hash of the cells says; another one at each stage."""
-
-    name, stage = "scattered", "layer"
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.layers = layers
-        self.eval()
-
-    def stages(self, depth):
-        return self.layers
-
-    def score(self, inputs):
-        place = inputs.cells.float() @ torch.tensor([12.9898, 78.233, 37.719]) + inputs.step
-        return ((place.sin() * 43758.5453) % 1).to(inputs.features.dtype) + 0 * inputs.features[..., 0]
 
 
 def scattered(tiny):
     name = tiny.vlm.config.model_type
     return Scattered(*PAST.get(name, (1, 2)))
-
-
-def last_logits(logits, encoded):
-    last = encoded.mask.shape[1] - 1 - encoded.mask.flip(1).int().argmax(1)
-    return logits[torch.arange(len(last)), last]
 
 
 def equals_oracle(tiny, samples, keep=0.5, side="left"):
@@ -174,8 +150,6 @@ def test_matrix(name, check, record_property):
 
 
 # Beyond the matrix
-
-NOW = [name for name in FAMILIES if TAKES_FEATURES or name != "qwen3_vl"]
 
 
 @pytest.mark.parametrize("name", NOW)

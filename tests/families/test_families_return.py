@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import MIXED, tiny_family
 from layer_oracle import Watch, masked
+from layer_runs import CLOSE, NOW, PAST, Scattered, last_logits
 from prompt_oracle import write
 from return_oracle import away_by_layer
-from test_families_layer import CLOSE, NOW, PAST, Scattered, last_logits
 
 from prunezoo import PruneZooError, attach, build_pruner, encode
 from prunezoo.core.contract import PruneOutput
