@@ -50,7 +50,8 @@ def test_methods(name, method, record_property):
     try:
         with attach(family.vlm, build(method, family.vlm.config.get_text_config().hidden_size), 0.5) as run:
             logits = family.vlm(**batch).logits
-        assert logits[:, -1].isfinite().all() and run.stats.after < run.stats.before
+        assert logits[:, -1].isfinite().all()
+        assert run.stats.after < run.stats.before or pruner_class(method).restore
     except PruneZooError as error:
         outcome = f"refused: {error}"
     record_property("outcome", outcome)
