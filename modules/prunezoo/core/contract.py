@@ -42,7 +42,7 @@ from .choosing import Choosing
 from .errors import PruneZooError
 from .gates import topk_gates
 from .mass import check_mean
-from .plan import gather_rows, mask_to_index
+from .plan import gather_rows, group_sum, mask_to_index
 from .signals import follow_tokens
 
 
@@ -109,14 +109,13 @@ class PruneInputs:
 
     def after(self, output: "PruneOutput") -> "PruneInputs":
         """What a later stage finds: the tokens that ``output`` left, with their cells, signals and sizes."""
-        index, valid = output.index, output.valid
-        sizes = self.sizes
+        index, valid, sizes = output.index, output.valid, self.sizes
         if output.groups is not None:
             whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
-            sizes = whole.new_zeros(valid.shape[0], valid.shape[1] + 1)  # a last column for those that went nowhere
-            sizes = sizes.scatter_add(1, output.groups.where(output.groups >= 0, valid.shape[1]), whole)[:, :-1]
+            sizes = group_sum(whole, output.groups, valid.shape[1])
         elif sizes is not None:
             sizes = gather_rows(sizes, index)
+        nothing: dict[str, Any] = dict.fromkeys(("host_cells", "asked", "memory", "away"))  # of these, or one pruner's
         return replace(
             self,
             features=output.kept_features(self).to(self.features.dtype),
@@ -125,10 +124,7 @@ class PruneInputs:
             signals={name: follow_tokens(name, signal, index) for name, signal in self.signals.items()},
             sizes=sizes,
             known=output.known,
-            host_cells=None,
-            asked=None,
-            memory=None,  # it is one pruner's own
-            away=None,
+            **nothing,
         )
 
 
@@ -172,9 +168,7 @@ class Pruner(Choosing):
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
-    # Layer stage: each stage chooses among all tokens anew; those that had left, `PruneInputs.away`, come back as they
-    # entered layer 0 ("raw") or as they were when they left ("last"). A property where it depends on the config.
-    comes_back: ClassVar[Literal["", "raw", "last"]] = ""
+    comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # layer stage: in which state, see `stages/layer_return.py`
     restore: ClassVar[bool] = False  # vision stage: the tower puts out every patch again, and the model reads them all
     gate_temperature: float = 1.0  # of the soft gates, in units of the score; an instance may set its own
 

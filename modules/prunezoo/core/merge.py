@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 
 from .contract import PruneInputs, PruneOutput
-from .plan import mask_to_index
-
-
-def group_sum(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Add up ``values (B, N, ...)`` by ``groups (B, N)``, -1 for none of them: ``(B, count, ...)``."""
-    where = torch.where(groups < 0, count, groups).view(groups.shape + (1,) * (values.dim() - 2)).expand_as(values)
-    total = values.new_zeros(values.shape[0], count + 1, *values.shape[2:])
-    return total.scatter_add(1, where, values)[:, :count]
+from .plan import group_sum, mask_to_index
 
 
 def group_mean(values: Tensor, groups: Tensor, sizes: Tensor, count: int) -> Tensor:

@@ -35,6 +35,13 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))
 
 
+def group_sum(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Add up ``values (B, N, ...)`` by ``groups (B, N)``, -1 for none of them: ``(B, count, ...)``."""
+    where = torch.where(groups < 0, count, groups).view(groups.shape + (1,) * (values.dim() - 2)).expand_as(values)
+    total = values.new_zeros(values.shape[0], count + 1, *values.shape[2:])
+    return total.scatter_add(1, where, values)[:, :count]
+
+
 @dataclass(frozen=True)
 class KeepPlan:
     """Which positions of a padded batch of prompts survive, and where they move.

@@ -1,7 +1,8 @@
 """The layer stage, on a prompt whose tokens come back: each of its stages chooses anew among all that there were.
 
-In front of a stage the prompt gets its whole width again. Tokens that the layers in front have read come as they are;
-the others as they entered layer 0, or as they were when they left. Signals are read, the pruner is asked and the cut is
+A pruner asks for it by `comes_back`, a property where it depends on the config. In front of a stage the prompt gets its
+whole width again. Tokens that the layers in front have read come as they are; the others, `PruneInputs.away`, as they
+entered layer 0 ("raw"), or as they were when they left ("last"). Signals are read, the pruner is asked and the cut is
 made on that; so layers behind a stage may hold more of the prompt in their cache than those in front.
 
 Letters: B samples, C copies of a sample (beams), R images, N image tokens that the first stage finds, K of them left,
