@@ -1,6 +1,5 @@
 """Render model cards from run record and measured evaluation; no number is written by hand."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from trainers.evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from trainers.evaluation.sheet import draw_sheet
 from trainers.evaluation.sight import is_blind, notes_of
 from trainers.evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
-from trainers.training.run_record import RUN_FILE
+from trainers.training.run_record import RUN_FILE, read_run
 
 from .about import about
 from .markdown import FILTERS
@@ -91,7 +90,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
     """
     pruner = load_pruner(folder)
     run_path = folder / RUN_FILE
-    run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else None
+    run = read_run(run_path) if run_path.is_file() else None
     vlm = metrics["vlm"]
     method = about(type(pruner))
     is_local = Path(vlm).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", vlm)

@@ -18,7 +18,7 @@ from trainers.cards.parts import CARD_FILE, METRICS_FILE, weights_digest
 from trainers.cli.text import shown_path
 from trainers.data.photographs import centre_square, to_tensor
 from trainers.evaluation.record import write_record
-from trainers.training.run_record import RUN_FILE
+from trainers.training.run_record import RUN_FILE, read_run
 
 from .figures import draw_curves, draw_pictures
 from .measure import Row, shown_lengths
@@ -90,7 +90,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
     """
     tokenizer = OneDPiece.from_pretrained(folder)
     run_path = folder / RUN_FILE
-    run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.is_file() else None
+    run = read_run(run_path) if run_path.is_file() else None
     quality = metrics["quality"]
     name, *others = quality["weights"]
     method = about(OneDPiece)

@@ -1,6 +1,5 @@
 """What `python -m trainers.codec` writes of tokenizers: quality beside rivals, and speed; as records and as tables."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.parts import weights_digest
 from trainers.cli.terminal import Terminal
 from trainers.data.photographs import Photographs
-from trainers.training.run_record import RUN_FILE
+from trainers.training.run_record import RUN_FILE, read_run
 
 from .measure import file_size, measure_rival, measure_tokenizer, paired_of, rows_of, shown_lengths
 from .rivals import RIVALS
@@ -64,7 +63,7 @@ def training_of(source: str) -> dict[str, Any] | None:
     path = Path(source) / RUN_FILE
     if not path.is_file():
         return None
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = read_run(path)
     return {key: run[key] for key in ("command", "steps")}
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
+from prunezoo.core.bounds import file_inside
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
@@ -116,6 +117,9 @@ def check(folder: Path, repo: str) -> Package:
     for name in kind.required:
         if not (folder / name).is_file():
             raise PruneZooError(f"{folder}: {name} is missing; {how}")
+    for name in (*kind.required, *kind.optional):
+        if (folder / name).exists():
+            file_inside(folder, name)  # before any of them is read
     metrics = kind.read(folder / METRICS_FILE)
     try:
         if kind.measured(metrics) != {weights_digest(folder)}:
@@ -127,7 +131,7 @@ def check(folder: Path, repo: str) -> Package:
         why = f"{type(error).__name__}: {one_line(error)}"
         raise PruneZooError(f"{folder}: its records are not what a card rests on ({why}); {how}") from error
     names = (*file_names(module), *kind.required, *(name for name in kind.optional if (folder / name).is_file()))
-    files = {name: (folder / name).read_bytes() for name in names}
+    files = {name: file_inside(folder, name).read_bytes() for name in names}
     for name in {METRICS_FILE, *kind.optional} & files.keys():
         if name.endswith(".json"):  # of what was done on this machine, whose folders are nobody's business
             files[name] = without_folders(files[name].decode()).encode()

@@ -9,11 +9,26 @@ from typing import Any
 import lightning as L
 import torch
 
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_json
 from trainers.cli.errors import whole_file
 
 from .callbacks import trained
 
 RUN_FILE = "run.json"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What :class:`RunRecord` wrote.
+
+    Raises:
+        PruneZooError: It cannot be read, or is none.
+    """
+    run = read_json(path)
+    missing = {"command", "data", "steps", "recipe"} - run.keys() if isinstance(run, dict) else {"command"}
+    if missing:
+        raise PruneZooError(f"{path}: not the record of a training, it lacks {', '.join(sorted(missing))}; train again")
+    return run
 
 
 class RunRecord(L.Callback):

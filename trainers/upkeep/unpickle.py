@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import command, one_line
 
+MOST_TIMES = 4
+"""What tensors may take, in sizes of their file: some have one memory under two names."""
+
 
 def unpickle(source: Path, target: Path) -> int:
     """Write the tensors of a pickled state dict to a safetensors file; their number.
 
     Raises:
-        PruneZooError: It cannot be read, or holds anything but tensors.
+        PruneZooError: It cannot be read, or holds anything but tensors that are whole in the file.
     """
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
@@ -30,6 +33,12 @@ def unpickle(source: Path, target: Path) -> int:
         raise PruneZooError(f"{source}: refused by torch's weights-only loader ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PruneZooError(f"{source}: not a state dict, which maps names to tensors")
+    if any(tensor.layout is not torch.strided or tensor.is_meta for tensor in state.values()):
+        raise PruneZooError(f"{source}: holds tensors without plain numbers, which are no weights")
+    # expanded tensors, and one memory under many names, are made whole when they are written: gigabytes of a few bytes
+    asked, size = sum(tensor.numel() * tensor.element_size() for tensor in state.values()), source.stat().st_size
+    if asked > MOST_TIMES * size:
+        raise PruneZooError(f"{source}: {size:,} bytes that ask for {asked:,}; its tensors are not whole in the file")
     target.parent.mkdir(parents=True, exist_ok=True)
     # clones: a state dict may hold one memory under two names, a safetensors file may not
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, target, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from torch import nn
 
 from .base_model import BaseModel
+from .bounds import MOST_ENTRIES
 from .errors import PruneZooError
 
 
@@ -28,7 +29,10 @@ class PrunerConfig:
                 raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
             if not _fits(value, hints[key]):
                 kind = getattr(hints[key], "__name__", hints[key]) if get_origin(hints[key]) is None else hints[key]
-                raise PruneZooError(f"{where}config key '{key}' of {cls.__name__} must be {kind}, got {value!r:.60}")
+                long = f" of at most {MOST_ENTRIES} entries" if "tuple" in str(hints[key]) else ""
+                raise PruneZooError(
+                    f"{where}config key '{key}' of {cls.__name__} must be {kind}{long}, got {value!r:.60}"
+                )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,14 +41,16 @@ class PrunerConfig:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits."""
+    """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits, lists are short."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in args)
     if origin is Literal:
         return isinstance(value, str | int) and value in args
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(one, args[0]) for one in value)
+        return (
+            isinstance(value, list | tuple) and len(value) <= MOST_ENTRIES and all(_fits(one, args[0]) for one in value)
+        )
     if hint in (int, float):
         kinds = (int,) if hint is int else (int, float)
         return type(value) in kinds and abs(value) < 2**63  # false for NaN

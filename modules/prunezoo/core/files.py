@@ -1,6 +1,7 @@
 """Reading the files of a stranger: JSON and safetensors, nothing that could be run, and errors of one line."""
 
-import json
+import hashlib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .bounds import MOST_HEADER_BYTES, MOST_JSON_BYTES, MOST_TENSORS, MOST_WEIGHT, parse_json, read_bytes
 from .errors import PruneZooError
 
-MOST_CONFIG_BYTES = 1 << 20
+METADATA = "__metadata__"  # what the header of a safetensors file has beside its tensors
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -21,36 +23,78 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; PruneZooError if it is none."""
+    with _open(path) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        PruneZooError: It cannot be read, or a tensor holds NaN.
+        PruneZooError: It cannot be read, or a tensor holds what no weight is.
     """
     with _open(path) as file:
         # cloned: what is mapped from a file changes with it
         stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     for name, tensor in stored.items():
-        if bool(tensor.isnan().any()):
-            raise PruneZooError(f"{path}: tensor '{name}' holds NaN; train or download it again")
+        if wrong := wrong_weight(tensor):
+            raise PruneZooError(f"{path}: tensor '{name}' holds {wrong}; train or download it again")
     return stored
+
+
+def wrong_weight(tensor: Tensor) -> str:
+    """What a tensor holds that no weight is: NaN, infinity, a number that the next product makes one; else nothing."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    if tensor.element_size() < 2:
+        return f"{tensor.dtype}, which no method has"
+    low, high = (float(end) for end in tensor.aminmax())
+    if low != low:
+        return "NaN"
+    most = max(-low, high)
+    return "" if most <= MOST_WEIGHT else f"{most:.3g}, more than any weight is"
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file."""
+    """A safetensors file, whose header says no more than it may."""
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    except PruneZooError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
 
 
-def read_json(path: Path) -> Any:
-    """A small JSON file; PruneZooError if it is none."""
+def _check_header(path: Path) -> None:
+    """Refuse a header that is too large, names too many tensors or one of them twice."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise PruneZooError(f"{path}: not a plain file; download it again")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MOST_HEADER_BYTES, path.stat().st_size):
+            raise ValueError(f"a header of {size:,} bytes")
+        header = parse_json(file.read(size).decode())
+    tensors = len(header) - (METADATA in header) if isinstance(header, dict) else 0
+    if tensors > MOST_TENSORS:
+        raise ValueError(f"{tensors:,} tensors, more than {MOST_TENSORS}")
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
+    """A JSON file of at most so many bytes; PruneZooError if it is none."""
     try:
-        if path.stat().st_size <= MOST_CONFIG_BYTES:
-            return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path, most).decode())
+    except PruneZooError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
-    raise PruneZooError(f"{path}: larger than any config; download it again")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

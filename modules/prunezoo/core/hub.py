@@ -1,8 +1,8 @@
 """Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
-``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype"}``, ``"base_model"`` where it was trained
-for one, and ``"settings"`` where it has any; ``model.safetensors`` is the weights. A :class:`Part` of a
-pruner has a folder of its own beside them.
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype", "sha256"}``, the last of all other files;
+``"base_model"`` where it was trained for one, and ``"settings"`` where it has any; ``model.safetensors`` is the weights.
+A :class:`Part` of a pruner has a folder of its own beside them.
 
 A folder may come from anybody. Nothing in it is ever unpickled or run, and what is not exactly what the method expects
 is refused with one line. The module is built without memory first and held against the header of its weights, so a
@@ -28,7 +28,7 @@ from torch.nn.modules import module as registration
 from .base_model import BaseModel
 from .config import Configured
 from .errors import PruneZooError
-from .files import read_header, read_json, read_tensors
+from .files import digest, read_header, read_json, read_metadata, read_tensors, wrong_weight
 from .source import Source
 
 CONFIG_FILE = "config.json"
@@ -36,7 +36,10 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_KEYS = {"method", "prunezoo_version", "config", "dtype"}
 BASE_MODEL = "base_model"  # a key that only what was trained for some model has
 SETTINGS = "settings"  # a key that only what was set up after its training has, see Configured.settings
-OPTIONAL_KEYS = {BASE_MODEL, SETTINGS}
+DIGESTS = "sha256"  # of all other files, by name; folders that were saved before have none
+OPTIONAL_KEYS = {BASE_MODEL, SETTINGS, DIGESTS}
+SCRATCH = ".saving-"  # begins the names of the folders that files are written in before they take their place
+MARK = {"format": "pt", DIGESTS: CONFIG_FILE}  # in the weights: the config beside them has their digest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADER_DTYPES = {
     "F64": torch.float64,
@@ -87,22 +90,23 @@ def version() -> str:
 
 def save(module: Configured, folder: str | Path) -> Path:
     """Write a module. All files are written whole beside the old ones before any takes its place, so a full disk or a
-    crash while writing leaves the old checkpoint as it was. Other files in the folder (the card) stay.
+    crash while writing leaves the old checkpoint as it was. A crash between two of these moves leaves a folder that
+    :func:`load` refuses. What killed saves left is removed. Other files in the folder (the card) stay.
 
     Raises:
-        PruneZooError: It could not be written, or a weight is NaN.
+        PruneZooError: It could not be written, or a weight is NaN, infinite or beyond measure.
     """
     folder = Path(folder)
     for name, tensor in module.state_dict().items():
-        if bool(tensor.isnan().any()):
-            raise PruneZooError(f"not saved to {folder}: tensor '{name}' of '{module.name}' holds NaN")
+        if wrong := wrong_weight(tensor):
+            raise PruneZooError(f"not saved to {folder}: tensor '{name}' of '{module.name}' holds {wrong}")
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _own_state(module).items()}
     floats = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if len(floats) > 1:
         raise PruneZooError(
             f"not saved to {folder}: weights of mixed types {sorted(floats)}; cast with module.to(dtype)"
         )
-    config = {
+    config: dict[str, Any] = {
         "method": module.name,
         "prunezoo_version": version(),
         "config": module.config.to_dict(),
@@ -114,13 +118,15 @@ def save(module: Configured, folder: str | Path) -> Path:
         config[SETTINGS] = settings
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            save_file(state, Path(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
-            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", dir=folder) as scratch:
+            save_file(state, Path(scratch, WEIGHTS_FILE), metadata=MARK)
             for name, part in parts_of(module).items():
                 Path(scratch, name).mkdir()
                 part.save(Path(scratch, name))
             files = file_names(module)
+            config[DIGESTS] = {file: digest(Path(scratch, file)) for file in files[:-1]}
+            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for file in files:
                 shutil.copymode(Path(scratch, CONFIG_FILE), Path(scratch, file))  # safetensors: for its owner alone
                 with Path(scratch, file).open("rb") as written:
@@ -131,6 +137,25 @@ def save(module: Configured, folder: str | Path) -> Path:
     except (OSError, SafetensorError) as error:
         raise PruneZooError(f"cannot save to {folder}: {error}; free space or choose another folder") from error
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves left that were killed: their folders are called by processes that are no more."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        number = left.name.removeprefix(SCRATCH).partition("-")[0]
+        if not (number.isdecimal() and _lives(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or none that can be
+        return True
+    return True
 
 
 def file_names(module: Configured) -> tuple[str, ...]:
@@ -148,7 +173,8 @@ def load(cls: type[P], source: Source) -> P:
     """A pruner or tokenizer of class ``cls``, in eval mode and in its saved type, from a folder or a Hub id.
 
     Raises:
-        PruneZooError: Another method, an unknown config key, a missing, extra, misshapen or NaN tensor, a broken file.
+        PruneZooError: Another method, an unknown config key, a missing, extra, misshapen or NaN tensor, a broken file,
+            or files of different saves.
     """
     path = source.file(CONFIG_FILE)
     stored = _read_config(path)
@@ -170,13 +196,23 @@ def load(cls: type[P], source: Source) -> P:
     _check_header(module, header, weights)
     # strict already, but for the parts, which are read apart; the tensors read take the place of those without memory
     module.load_state_dict(read_tensors(weights), strict=False, assign=True)
+    noted = stored.get(DIGESTS)
+    if noted is None and DIGESTS in read_metadata(weights):
+        raise PruneZooError(f"{path}: {_torn(WEIGHTS_FILE)}")
     if BASE_MODEL in stored:
         module.base_model = BaseModel.from_dict(stored[BASE_MODEL], where=f"{path}: ")
     module.apply_settings(stored.get(SETTINGS, {}), where=f"{path}: ")
     for name, part in parts_of(module).items():
         paths = [source.file(f"{name}/{file}") for file in part.files]
         part.load(paths[0].parent)
+    for file in file_names(module)[:-1] if noted is not None else ():
+        if noted.get(file) != digest(source.file(file)):
+            raise PruneZooError(f"{path}: {_torn(file)}")
     return module.eval()
+
+
+def _torn(file: str) -> str:
+    return f"{file} is of another save, or damaged; save or download the folder again"
 
 
 @contextmanager
@@ -241,6 +277,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PruneZooError(f"{path}: key 'config' must be an object of config fields")
     if not isinstance(stored.get(SETTINGS, {}), dict):
         raise PruneZooError(f"{path}: key '{SETTINGS}' must be an object of settings")
+    if not isinstance(stored.get(DIGESTS, {}), dict):
+        raise PruneZooError(f"{path}: key '{DIGESTS}' must be an object of file names and digests")
     return stored
 
 

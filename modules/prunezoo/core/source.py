@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .bounds import file_inside
 from .errors import PruneZooError
 
 
@@ -51,13 +52,12 @@ class Source:
         """The local path of one file, downloaded where needed.
 
         Raises:
-            PruneZooError: There is no such folder, repository, revision or file, or the Hub cannot be reached.
+            PruneZooError: There is no such folder, repository, revision or file, it is a link out of its folder, or the Hub
+                cannot be reached.
         """
         name, folder = self.name, Path(self.name)
         if folder.is_dir():
-            if not (folder / filename).is_file():
-                raise PruneZooError(f"{folder}: {filename} is missing; give a folder written by save_pretrained")
-            return folder / filename
+            return file_inside(folder, filename)
         if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise PruneZooError(f"'{name}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'")
         try:

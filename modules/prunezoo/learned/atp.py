@@ -62,8 +62,8 @@ class ATPConfig(PrunerConfig):
             raise PruneZooError(f"atp: taper must lie in (0, 1], got {self.taper}")
         if self.least < 1:
             raise PruneZooError(f"atp: least must be at least 1, got {self.least}")
-        if any(stride < 1 for stride in self.strides):
-            raise PruneZooError(f"atp: strides must be at least 1, got {list(self.strides)}")
+        if any(stride < 1 for stride in self.strides) or len(set(self.strides)) < len(self.strides):
+            raise PruneZooError(f"atp: strides must be different numbers from 1, got {list(self.strides)}")
         if self.hidden < 0 or self.heads < 1 or self.hidden % (2 * self.heads):
             raise PruneZooError(f"atp: hidden={self.hidden} must be 0 or a multiple of 2 * heads={2 * self.heads}")
 

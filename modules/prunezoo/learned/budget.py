@@ -47,6 +47,9 @@ class BudgetConfig(PrunerConfig):
             raise PruneZooError(f"budget: arms must be two or more ascending shares in (0, 1], got {list(self.arms)}")
         if self.temperature <= 0:
             raise PruneZooError(f"budget: temperature must be above 0, got {self.temperature}")
+        # Before the config of the inner one is read: no budgets inside of budgets, however deep.
+        if self.inner == "budget" or pruner_class(self.inner).stage != "prompt":
+            raise PruneZooError(f"budget: '{self.inner}' must be another method of the prompt stage")
         # The fields in full: so a saved policy stays the same where a default changes.
         inner = pruner_class(self.inner).config_class.from_dict(self.inner_config, f"budget: {self.inner}: ")
         object.__setattr__(self, "inner_config", inner.to_dict())
@@ -67,10 +70,8 @@ class BudgetPolicy(Pruner):
         super().__init__(config, **overrides)
         c = self.config
         self.inner = build_pruner(c.inner, **c.inner_config)
-        if self.inner.stage != "prompt" or parts_of(self.inner):
-            raise PruneZooError(
-                f"budget: '{c.inner}' must be of the prompt stage, with no LoRA, for its budget to be set"
-            )
+        if parts_of(self.inner):
+            raise PruneZooError(f"budget: '{c.inner}' must have no LoRA for its budget to be set")
         self.exact = self.inner.exact  # type: ignore[misc]  # of an instance: it follows the inner pruner
         self.reader = PPM(**c.reader_config)
         width = self.reader.config.hidden

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.bounds import MOST_PIXELS
 from ..core.errors import PruneZooError
 
 MAGIC, VERSION = b"1P", 1
@@ -53,10 +54,9 @@ def pack(row: Row, bits: int, size: int) -> bytes:
         size: Bytes.
 
     Raises:
-        PruneZooError: A side of the picture does not fit into the header.
+        PruneZooError: A side of the picture does not fit into the header, or it has more than MOST_PIXELS.
     """
-    if max(row.width, row.height) > LONGEST_SIDE:
-        raise PruneZooError(f"a picture of {row.width} x {row.height} is too big: sides go up to {LONGEST_SIDE} pixels")
+    _check_size(row.width, row.height)
     places = np.arange(bits)[::-1]
     payload = np.packbits((np.array(row.codes)[:, None] >> places) & 1).tobytes()
     facts = (MAGIC, VERSION, row.width - 1, row.height - 1, len(row.codes) - 1, row.fingerprint)
@@ -73,7 +73,8 @@ def unpack(data: bytes, bits: int, fingerprint: int) -> Row:
         fingerprint: Of the tokenizer that is to paint it.
 
     Raises:
-        PruneZooError: Not such a file, of a later version, cut, corrupt, or written by another tokenizer.
+        PruneZooError: Not such a file, of a later version, cut, corrupt, written by another tokenizer, or of a
+            picture of more than MOST_PIXELS.
     """
     if data[:2] != MAGIC:
         raise PruneZooError("not a One-D-Piece file: it does not begin with '1P'")
@@ -90,9 +91,18 @@ def unpack(data: bytes, bits: int, fingerprint: int) -> Row:
         raise PruneZooError("the file is corrupt or cut: its checksum does not fit; fetch or write it again")
     if made_by != fingerprint:
         raise PruneZooError("the file was written by another tokenizer: read it with the one that wrote it")
+    _check_size(width + 1, height + 1)
     stream = np.unpackbits(np.frombuffer(data[HEADER.size : end], np.uint8))[: length * bits].reshape(length, bits)
     codes = (stream.astype(np.int64) << np.arange(bits)[::-1]).sum(1)
     return Row(codes.tolist(), width + 1, height + 1, made_by)
+
+
+def _check_size(width: int, height: int) -> None:
+    """Refuse a picture that is too big to write, or to make from a few bytes."""
+    if max(width, height) > LONGEST_SIDE:
+        raise PruneZooError(f"a picture of {width} x {height} is too big: sides go up to {LONGEST_SIDE} pixels")
+    if width * height > MOST_PIXELS:
+        raise PruneZooError(f"a picture of {width} x {height} is too big: it may have up to {MOST_PIXELS:,} pixels")
 
 
 def _checksum(data: bytes) -> int:
