@@ -5,6 +5,7 @@ LightningCLI without a subcommand: several `--config`s are merged, the later one
 logs and checkpoints of the training in its subfolder `training`.
 """
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
 from trainers.cli.moved import moved
 from trainers.cli.names import CONFIGS, expand_configs
+from trainers.cli.recipes import FLAG, bound_recipes
 from trainers.training.callbacks import (
     Checkpoints,
     ExportPruner,
@@ -139,6 +141,11 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
         sys.argv[1:] = expand_configs(sys.argv[1:])  # there, so that the other processes of a run are given them too
     else:
         args = expand_configs(args)
+    words = sys.argv if args is None else args
+    if FLAG not in words:
+        bound_recipes()
+    while FLAG in words:
+        words.remove(FLAG)
     try:
         return (cli or FitCLI)(
             L.LightningModule,
@@ -163,6 +170,9 @@ def root_message(error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     if inner:
         return str(inner)
+    denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
+    if denied:
+        return f"configuration: {denied[1]} is of no package that recipes name; if you trust its code, add {FLAG}"
     names = moved(str(error))
     return f"configuration: {names}; write so in the recipe" if names else f"configuration: {plain(str(error))}"
 
@@ -216,6 +226,7 @@ What is often set:
   --trainer.devices=2 --trainer.strategy=ddp
   --ckpt_path=last                   go on where a run with the same --out stopped
   --logger=tensorboard               or wandb, or csv: the log, below --out
+  --allow-code                       the recipe may name classes of other packages, which are run
   --print_config                     the whole recipe, after all files and overrides
   --help-all                         every option of trainer, model and data"""
 

@@ -50,7 +50,7 @@ def nested(depth):
         ("atp", {"layers": [1], "strides": [1] * 300_000}, "'strides' of ATPConfig must be .* at most 256 entries"),
         ("atp", {"layers": [1], "strides": [2, 2]}, "strides must be different"),
         ("atp", {"layers": list(range(100_000))}, "'layers' of ATPConfig must be .* at most 256 entries"),
-        ("pyramiddrop", {"layers": list(range(100_000))}, "'layers' of PyramidDropConfig must be .* at most 256 entries"),
+        ("pyramiddrop", {"layers": list(range(100_000))}, "'layers' of PyramidDropConfig .* at most 256 entries"),
         ("combined", {"methods": ["x"] * 100_000}, "'methods' .* at most 256 entries"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isalpha() else "",

@@ -1,8 +1,9 @@
 """A save that is killed leaves the old folder, the new one, or one that is refused: never parts of both."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,36 +12,32 @@ import torch
 from prunezoo import PruneZooError, build_pruner, load_pruner
 
 ROOT = Path(__file__).parent.parent.parent
-SAVE = """
-import os, sys, torch
-from pathlib import Path
-from prunezoo import build_pruner
-pruner = build_pruner("m3", width=32, hidden=16, heads=2, blocks=1, lora_rank=2)
-name = "model.language_model.layers.0.self_attn.q_proj"
-pruner.lora._add(name, torch.full((2, 32), float(sys.argv[2])), torch.ones(32, 2))
-with torch.no_grad():
-    for parameter in pruner.parameters():
-        parameter.fill_(float(sys.argv[2]))
-replace, left = Path.replace, int(sys.argv[3])
-def killed(self, target):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), 9)
-    left -= 1
-    return replace(self, target)
-Path.replace = killed
-pruner.save_pretrained(sys.argv[1])
-"""
 
 
 def save(folder, value, moves):
     """In a process of its own, which is killed after so many files have taken their place."""
-    words = [sys.executable, "-c", SAVE, str(folder), str(value), str(moves)]
-    return subprocess.run(words, capture_output=True, text=True, check=False).returncode
+    child = multiprocessing.get_context("fork").Process(target=killed, args=(folder, value, moves))
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def killed(folder, value, moves):
+    """Save, with a kill instead of the next move."""
+    replace, made = Path.replace, []
+
+    def move(self, target):
+        if len(made) == moves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(target)
+        return replace(self, target)
+
+    Path.replace = move
+    whole(folder, value)
 
 
 def whole(folder, value):
-    """The same, in this process and to its end."""
+    """To its end."""
     pruner = build_pruner("m3", width=32, hidden=16, heads=2, blocks=1, lora_rank=2)
     name = "model.language_model.layers.0.self_attn.q_proj"
     pruner.lora._add(name, torch.ones(2, 32), torch.ones(32, 2))
@@ -94,7 +91,7 @@ def test_folders_from_before_load(folder):
 
 def test_another_process_is_not_swept(tmp_path):
     pruner = build_pruner("ppm", width=32, hidden=16, heads=2, blocks=1, text_blocks=1)
-    alive = tmp_path / f".saving-{subprocess.os.getppid()}-x"
+    alive = tmp_path / f".saving-{os.getppid()}-x"
     alive.mkdir()
     pruner.save_pretrained(tmp_path)
     assert alive.is_dir()

@@ -205,8 +205,8 @@ def load(cls: type[P], source: Source) -> P:
     for name, part in parts_of(module).items():
         paths = [source.file(f"{name}/{file}") for file in part.files]
         part.load(paths[0].parent)
-    for file in file_names(module)[:-1] if noted is not None else ():
-        if noted.get(file) != digest(source.file(file)):
+    for file in file_names(module)[:-1]:
+        if noted is not None and noted.get(file) != digest(source.file(file)):
             raise PruneZooError(f"{path}: {_torn(file)}")
     return module.eval()
 

@@ -52,8 +52,8 @@ class Source:
         """The local path of one file, downloaded where needed.
 
         Raises:
-            PruneZooError: There is no such folder, repository, revision or file, it is a link out of its folder, or the Hub
-                cannot be reached.
+            PruneZooError: There is no such folder, repository, revision or file, it links out of its folder, or
+                the Hub cannot be reached.
         """
         name, folder = self.name, Path(self.name)
         if folder.is_dir():

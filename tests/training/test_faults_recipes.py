@@ -1,0 +1,56 @@
+"""A stranger's recipe: no code of other packages without a flag, no values without end."""
+
+import pytest
+
+from prunezoo import PruneZooError
+from trainers.cli.recipes import load_yaml
+from trainers.fit import FLAG, build
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 10)
+)
+CODE = "from pathlib import Path\nPath('ran').touch()\nimport lightning as L\nclass Mine(L.Callback):\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "asks for more than 10,000 values"),
+        ("a: &a [*a]", "asks for more than 10,000 values"),
+        ("a: " + "[" * 100_000, "levels deep"),
+        ("a: " + "x" * (1 << 21), "longer than any recipe"),
+    ],
+    ids=["laughs", "itself", "deep", "long"],
+)
+def test_values_without_end(tmp_path, monkeypatch, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    with pytest.raises(PruneZooError, match=words) as caught:
+        build(["--config", str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_aliases_as_before():
+    assert load_yaml("a: &a {lr: 1e-3}\nb: *a\nc: [1, .5, yes, null]") == {
+        "a": {"lr": 0.001}, "b": {"lr": 0.001}, "c": [1, 0.5, True, None]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--trainer.callbacks=stranger.Mine",
+        "--trainer.logger=stranger.Mine",
+        "--model=stranger.Mine",
+        "--data=stranger.Mine",
+    ],
+)
+def test_code_of_the_working_directory(tmp_path, monkeypatch, option):
+    (tmp_path / "stranger.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["fit"])
+    with pytest.raises(PruneZooError, match=rf"stranger.Mine is of no package that recipes name.*{FLAG}"):
+        build(["--config", "ppm_tiny", option])
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,62 @@
+"""What a recipe may ask for: a bounded number of values, and classes of known packages only.
+
+A recipe is code: what it names as a class is imported and built. So it names classes of ours and of the libraries that
+we train with; others only where the command line says `--allow-code`.
+"""
+
+from typing import Any
+
+import yaml
+from jsonargparse import set_loader, set_parsing_settings
+
+# jsonargparse has no public name for what it reads YAML with, which knows more numbers than PyYAML
+from jsonargparse._loaders_dumpers import yaml_load
+
+from prunezoo.core.bounds import MOST_DEPTH, MOST_JSON_BYTES
+
+FLAG = "--allow-code"
+PACKAGES = ("prunezoo", "trainers", "lightning", "torch")
+MOST_VALUES = 10_000
+"""Of a recipe, with each alias counted as what it stands for."""
+
+
+def bound_recipes(packages: tuple[str, ...] = PACKAGES) -> None:
+    """From now on recipes name classes of these packages only, and stay small."""
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(packages))
+    set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def load_yaml(text: str) -> Any:
+    """The values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is none, or too long, too deep, or more values than MOST_VALUES.
+    """
+    if len(text) > MOST_JSON_BYTES:
+        raise yaml.YAMLError(f"longer than any recipe, more than {MOST_JSON_BYTES:,} characters")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"more than {MOST_DEPTH} levels deep")
+    count_values(yaml.compose(text, yaml.SafeLoader), {})
+    return yaml_load(text)
+
+
+def count_values(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Values of a node, aliases written out; those counted before are `known`.
+
+    Raises:
+        yaml.YAMLError: More than MOST_VALUES, or a value that holds itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # what stands within itself has no end
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(count_values(part, known) for part in inner)
+    if known[id(node)] > MOST_VALUES:
+        raise yaml.YAMLError(f"asks for more than {MOST_VALUES:,} values; write out its aliases")
+    return known[id(node)]
