@@ -1,6 +1,6 @@
 """Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
-``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype", "sha256"}``, the last of all other files;
+``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype", "sha256"}``, the last of all other files,
 ``"base_model"`` where it was trained for one, and ``"settings"`` where it has any; ``model.safetensors`` is the weights.
 A :class:`Part` of a pruner has a folder of its own beside them.
 
