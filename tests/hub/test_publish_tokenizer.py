@@ -123,7 +123,7 @@ def spoil_tensor(folder: Path) -> None:
         (lambda folder: (folder / "curves.png").unlink(), "curves.png is missing"),
         (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json: not a measurement"),
         (lambda folder: (folder / "metrics.json").write_text("{}"), "not what a card rests on (KeyError: 'quality')"),
-        (lambda folder: (folder / "run.json").write_text('{"a": 1}'), "not what a card rests on (UndefinedError"),
+        (lambda folder: (folder / "run.json").write_text('{"a": 1}'), "not the record of a training, it lacks"),
         (spoil_weights, "measured with other weights"),
         (spoil_speed, "measured with other weights"),
         (spoil_tensor, "do not belong together"),

@@ -1,7 +1,7 @@
 """Strict saving and loading of pruners and tokenizers: a folder, or a repository of the Hugging Face Hub, two files.
 
 ``config.json`` is ``{"method", "prunezoo_version", "config": {...}, "dtype", "sha256"}``, the last of all other files,
-``"base_model"`` where it was trained for one, and ``"settings"`` where it has any; ``model.safetensors`` is the weights.
+``"base_model"`` where it was trained for one, and ``"settings"`` where it has any; ``model.safetensors`` the weights.
 A :class:`Part` of a pruner has a folder of its own beside them.
 
 A folder may come from anybody. Nothing in it is ever unpickled or run, and what is not exactly what the method expects
