@@ -141,11 +141,10 @@ def build(args: list[str] | None = None, cli: type["FitCLI"] | None = None) -> F
         sys.argv[1:] = expand_configs(sys.argv[1:])  # there, so that the other processes of a run are given them too
     else:
         args = expand_configs(args)
-    words = sys.argv if args is None else args
-    if FLAG not in words:
-        bound_recipes()
-    while FLAG in words:
-        words.remove(FLAG)
+    words = sys.argv[1:] if args is None else args
+    bound_recipes(any_package=FLAG in words)
+    if FLAG in words:  # which stays in `sys.argv`, for the other processes of a run
+        args = [word for word in words if word != FLAG]
     try:
         return (cli or FitCLI)(
             L.LightningModule,
@@ -170,11 +169,13 @@ def root_message(error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     if inner:
         return str(inner)
+    names = moved(str(error))
+    if names:
+        return f"configuration: {names}; write so in the recipe"
     denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied:
         return f"configuration: {denied[1]} is of no package that recipes name; if you trust its code, add {FLAG}"
-    names = moved(str(error))
-    return f"configuration: {names}; write so in the recipe" if names else f"configuration: {plain(str(error))}"
+    return f"configuration: {plain(str(error))}"
 
 
 def plain(message: str) -> str:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
+from trainers.cli import recipes
 from trainers.cli.lock import held
 from trainers.fit import main
+
+recipes.PACKAGES.append("spies")  # callbacks of the tests
 
 MODELS = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama", "llava.processing_llava")
 PRELOAD = [

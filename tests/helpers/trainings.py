@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_llava import make_image
 
+from trainers.cli import recipes
 from trainers.fit import main
 
+recipes.PACKAGES.append("spies")  # callbacks of the tests, for trainings in this process
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -1,8 +1,13 @@
 """A stranger's recipe: no code of other packages without a flag, no values without end."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from prunezoo import PruneZooError
+from trainers.cli.names import ROOT
 from trainers.cli.recipes import load_yaml
 from trainers.fit import FLAG, build
 
@@ -54,3 +59,16 @@ def test_code_of_the_working_directory(tmp_path, monkeypatch, option):
     with pytest.raises(PruneZooError, match=rf"stranger.Mine is of no package that recipes name.*{FLAG}"):
         build(["--config", "ppm_tiny", option])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("words", [[], [FLAG]])
+def test_such_code_runs_where_the_command_line_says_so(words, tmp_path):
+    (tmp_path / "stranger.py").write_text(CODE)
+    arguments = ["--config", str(ROOT / "configs" / "ppm_tiny.yaml"), "--trainer.callbacks=stranger.Mine", *words]
+    ran = subprocess.run(
+        [sys.executable, "-m", "trainers.fit", *arguments, "--print_config"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "modules", tmp_path]))},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (ran.returncode == 0) is bool(words), ran.stderr[-2000:]
+    assert (tmp_path / "ran").exists() is bool(words)

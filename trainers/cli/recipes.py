@@ -15,14 +15,14 @@ from jsonargparse._loaders_dumpers import yaml_load
 from prunezoo.core.bounds import MOST_DEPTH, MOST_JSON_BYTES
 
 FLAG = "--allow-code"
-PACKAGES = ("prunezoo", "trainers", "lightning", "torch")
+PACKAGES = ["prunezoo", "trainers", "lightning", "torch"]
 MOST_VALUES = 10_000
 """Of a recipe, with each alias counted as what it stands for."""
 
 
-def bound_recipes(packages: tuple[str, ...] = PACKAGES) -> None:
-    """From now on recipes name classes of these packages only, and stay small."""
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(packages))
+def bound_recipes(any_package: bool = False) -> None:
+    """From now on recipes stay small, and name classes of PACKAGES only, or of any."""
+    set_parsing_settings(import_path_denylist=[] if any_package else ["*"], import_path_allowlist=list(PACKAGES))
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 
