@@ -6,7 +6,11 @@ Letters: B images.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +26,7 @@ def check_keep(keep: Keep) -> None:
     if isinstance(keep, str):
         if not AUTO.fullmatch(keep):
             raise PruneZooError(
-                f"keep='{keep}' is none: tokens (int), a share (float), 'auto' or, for a mean, 'auto:64'"
+                f"keep='{keep}' is none: tokens (64), a share (0.25, '1/9'), 'auto' or, for a mean, 'auto:64'"
             )
     elif isinstance(keep, Tensor):
         if keep.is_floating_point() or keep.dtype == torch.bool or keep.dim() != 1:
@@ -34,6 +38,22 @@ def check_keep(keep: Keep) -> None:
             raise PruneZooError(f"keep={keep} is out of range: tokens per image must be at least 1")
     elif math.isnan(keep) or not 0.0 < keep <= 1.0:
         raise PruneZooError(f"keep={keep} is out of range: a float is a share in (0, 1]; for tokens write an int")
+
+
+def read_keep(keep: Any) -> Keep:
+    """A budget as callers write it: also numbers of NumPy, and "64", "1/9" or "0.25" as the commands take them.
+
+    Raises:
+        PruneZooError: It is none, or out of range.
+    """
+    if isinstance(keep, np.integer | np.floating):
+        keep = keep.item()
+    if isinstance(keep, str) and not AUTO.fullmatch(keep):
+        text = keep.replace(" ", "")
+        with suppress(ValueError, ZeroDivisionError, OverflowError):  # else the check below says what it is
+            keep = int(text) if text.isdecimal() else float(Fraction(text))
+    check_keep(keep)
+    return keep
 
 
 def auto_mean(keep: str) -> float | None:
@@ -101,7 +121,7 @@ def budget(keep: Keep, available: Tensor) -> Tensor:
         if bool((counts < 1).any()):
             raise PruneZooError(f"keep={counts.tolist()} is out of range: tokens per image must be at least 1")
     elif isinstance(keep, int):
-        counts = torch.full_like(available, keep)
+        counts = torch.full_like(available, min(keep, torch.iinfo(available.dtype).max))
     else:
         # In double precision, and halves to even as Python's round() does: the same count on every device.
         counts = (available.double() * keep).round().to(available.dtype).clamp_min(1)

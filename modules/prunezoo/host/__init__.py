@@ -1,6 +1,6 @@
 """Where pruning meets a vision-language model of `transformers`: encode once, run full, pruned or gated, attach."""
 
-from .attach import Attachment, attach
+from .attach import Attached, Attachment, attach
 from .encode import encode
 from .encoded import Encoded
 from .run import PrunedRun, run_gated, run_pruned
@@ -11,6 +11,7 @@ from .stats import AttachStats, StageStats
 
 __all__ = [
     "AttachStats",
+    "Attached",
     "Attachment",
     "Encoded",
     "HostOutput",

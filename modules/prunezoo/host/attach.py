@@ -1,344 +1,185 @@
 """``with attach(vlm, pruner, keep=64): vlm.generate(...)``: prune inside a model that somebody else calls.
 
-Mechanism, for transformers 5.6 and later: no forward is replaced, no class is touched. While attached, the model has
-
-* one **forward pre-hook with keywords**: a call that brings pixels is rewritten to the shorter prompt;
-* one **instance attribute** ``generate`` that stands before the class's own: it rewrites the prompt *before* the
-  generation loop starts and hands on to the class's method. So everything in that loop (cache length, beams, static
-  caches, chunked prefill, prompt look-up) sees a prompt that simply is shorter, and nothing has to be repaired at
-  decode steps. It then puts the caller's own prompt back in front of what was generated. Logits processors,
-  stopping criteria and streamers that look at the prompt see the shorter one;
-* for the layer stage, pre-hooks on decoder layers; see :mod:`layers`. There the prompt keeps its length outside.
-
-A pre-hook alone would also do for the stages in front of the language model, with masks mended at every decode step,
-but then each cache length that the loop computes from the caller's ids would be wrong, silently so where it crops a
-cache. All is taken off on leaving.
+What is on the model meanwhile is :mod:`call`'s; who may have it, :mod:`hold`'s. Here it is put on and taken off, whole,
+whatever interrupts that.
 """
 
-import inspect
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from threading import RLock, get_ident
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-import torch
-from torch import Tensor, nn
-
-from ..core.base_model import check_base_model
-from ..core.budgets import Keep
-from ..core.checks import Check, deferred, settle
+from ..core.budgets import Keep, read_keep
 from ..core.contract import Pruner
 from ..core.errors import PruneZooError
-from ..core.memory import Memory
 from ..core.registry import load_pruner
 from ..core.roles import ChatMarkers
-from .conversation import ShortPrompt, go_on, note, noted, restore_prompt
-from .encode import encode
-from .encoded import Encoded
-from .families import PIXELS, find_family
-from .parts.model import VLM, find_cache
-from .run import adapted, reduce_early, split_parts
-from .signals.language import check_signals, encode_needs
-from .stages.cut import Cut
-from .stages.layer import LayerStage
-from .stages.layer_prompt import Prompt
-from .stages.prompt import Positions, check_positions
-from .stages.vision import check_vision_stage
-from .stats import AttachStats, StageStats, kv_bytes_saved
+from .call import Calls
+from .hold import Hold
+from .parts.hooks import copy_error, remove_hooks
+from .parts.model import VLM, execution_device
+from .run import split_parts
+from .stages.prompt import Positions
+from .stats import AttachStats
 
+log = logging.getLogger(__name__)
 Attachable = Pruner | str | Path
-ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options of `generate` that bring candidates to take or leave."""
+PASSING_BY = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of a model that run its parts in a way of their own."""
 
 
-@dataclass(frozen=True)
-class Running:
-    """A call under way whose prompt has images."""
-
-    encoded: Encoded  # as the language model is given it
-    cuts: tuple[Cut, ...]  # of the stages before
-    length: int  # columns of the caller's prompt
-    rewritten: bool  # it is not the caller's prompt any more
-    checks: Sequence[Check]  # to be settled when the prompt has been read
-
-    @property
-    def width(self) -> int:
-        """Columns of it."""
-        return self.encoded.mask.shape[1]
-
-    def begins(self, ids: Tensor) -> bool:
-        """Whether ``ids (B * copies, …)`` begin with it."""
-        own = self.encoded.batch["input_ids"]
-        return torch.equal(ids[:, : self.width], own.repeat_interleave(max(len(ids) // len(own), 1), 0))
-
-    @property
-    def dropped(self) -> int:
-        """Columns by which it is shorter."""
-        return self.length - self.width
+def spread(keep: Any, count: int) -> Sequence[Any]:
+    """A ``keep`` for each of so many pruners."""
+    keeps = keep if isinstance(keep, list | tuple) else [keep]
+    if len(keeps) != count or (count > 1 and keeps is not keep):
+        raise PruneZooError(f"{count} pruners need a list of {count} keeps, got {keep!r}")
+    return keeps
 
 
-class Attachment:
-    """Pruners on a model, from ``__enter__`` to ``__exit__``; made by :func:`attach`."""
+class Attached(Calls):
+    """Pruners for a model, on it from :meth:`enable` to :meth:`disable`; what a ``with attach(...)`` block is given."""
 
     def __init__(
         self,
         vlm: VLM,
         pruners: Sequence[Pruner],
-        keeps: Sequence[Keep],
+        keeps: Sequence[Any],
         positions: Positions,
-        markers: ChatMarkers | None = None,
+        markers: ChatMarkers | None,
+        timeout: float | None,
     ) -> None:
-        """Check everything that can be checked before a call; change nothing yet."""
-        family = find_family(vlm)
-        vlm, self.depth = family.vlm, family.decoder().depth  # without what PEFT or torch.compile put around it
-        check_positions(positions)
-        for pruner in pruners:
-            check_base_model(pruner.name, pruner.base_model, vlm)
-        parts = [part for pruner, keep in zip(pruners, keeps, strict=True) for part in pruner.parts(keep)]
-        for pruner, keep in parts:
-            pruner.check_keep(keep)
-            check_signals(pruner.needs)
-            if pruner.stage == "vision":
-                check_vision_stage(family.tower(), pruner)
-        self.early, layer = split_parts(parts, self.depth)
-        self.layers = LayerStage(vlm, *layer, positions) if layer else None
-        self.vlm, self.positions = vlm, positions
-        self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
-        self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
-        stages = [StageStats(p.name, p.stage, 0 if p.stage == "layer" else None) for p, _ in self.early]
-        if self.layers:
-            stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
-        self.stats = AttachStats(stages)
-        self.memory, self.markers = Memory(), markers
-        self._stack = ExitStack()
-        self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
-        self._encoding = False  # the call under way is our own, to compute signals
-        self._turn = RLock()  # held by the thread that generates: hooks tell of one call at a time
-        self._inside: int | None = None  # a `generate` call is under way, in this thread
-        self._generating: Running | None = None  # it is on a prompt with images
-        self._filling: Running | None = None  # the first forward on such a prompt is under way
-        self._prompt: Prompt | None = None  # what the layer stage does to it
+        """Change nothing yet; ``timeout`` is that of :meth:`enable`, in seconds."""
+        super().__init__(vlm, pruners, keeps, positions, markers)
+        self.timeout = timeout
 
-    def __enter__(self) -> Self:
-        """Attach."""
-        self._shadowed = vars(self.vlm).get("generate")
-        if isinstance(getattr(self._shadowed, "__self__", None), Attachment):
-            raise PruneZooError("this model has a pruner attached already: leave the other `with attach(...)` first")
-        with ExitStack() as stack:  # if one of these fails, those before are undone
-            for pruner in self.pruners:
-                for module in pruner.modules():  # a part may be in another mode than the whole
-                    stack.callback(setattr, module, "training", module.training)
-                pruner.to(self.vlm.device).eval()
-            stack.enter_context(adapted(self.vlm, self.pruners))
-            if self.layers:
-                stack.enter_context(self.layers)
-            for handle in (
-                self.vlm.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                self.vlm.register_forward_hook(self._after_forward),
-            ):
-                stack.callback(handle.remove)
-            vars(self.vlm)["generate"] = self.generate
-            self._stack = stack.pop_all()
-        return self
+    @property
+    def keep(self) -> Any:
+        """What is kept, as in :func:`attach`; may be set between calls."""
+        return self.keeps[0] if len(self.given) == 1 else tuple(self.keeps)
 
-    def __exit__(self, *_: object) -> None:
-        """Detach, when a thread that generates has ended; the model is what it was."""
-        with self._turn:
-            del vars(self.vlm)["generate"]
-            if self._shadowed is not None:
-                vars(self.vlm)["generate"] = self._shadowed
-            self._stack.close()
-            self.memory.reset()
+    @keep.setter
+    def keep(self, keep: Any) -> None:
+        self.check_between_calls()
+        new = [read_keep(one) for one in spread(keep, len(self.given))]
+        early, layer = split_parts(self.parts(new), self.depth)
+        try:
+            self._turn.take()
+            self.keeps, self.early = new, early
+            if self.layers and layer:
+                self.layers.plan = replace(self.layers.plan, keep=layer[1])
+        finally:
+            self._turn.give()
 
     def reset(self, *streams: Hashable) -> None:
         """Have pruners that remember forget these streams, or all: what comes next is the first of its stream."""
         self.memory.reset(*streams)
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``generate`` on the shorter prompt; what it returns begins with the caller's own prompt."""
-        with self._turn:
-            return self._generate(inputs, *args, **kwargs)
+    def enable(self) -> Self:
+        """Put the pruners on the model.
 
-    def _generate(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """Of one thread at a time."""
-        own = self._shadowed or type(self.vlm).generate.__get__(self.vlm)
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        if args:
-            kwargs["generation_config"], args = args[0], args[1:]
-        prompt, short, running = kwargs.get("input_ids"), self._short_prompt(kwargs), None
-        rows = 0 if prompt is None else len(prompt)
-        before, after = 0, 0  # columns that stand for each other: the caller's, and those of the shorter prompt
-        with torch.no_grad():
-            images = self._has_images(kwargs)
-            if (images or short) and kwargs.get("attention_mask") is None and rows > 1:
-                raise PruneZooError("a batch may be padded: pass the processor's attention_mask to generate")
-            if images:
-                running, kwargs = self._reduce(kwargs, generating=True)
-                if running.rewritten:
-                    before, after = running.length, kwargs["input_ids"].shape[1]
-            elif short is not None:
-                mask = kwargs.get("attention_mask")
-                whole = mask is None or prompt is None or mask.shape[1] == prompt.shape[1]
-                kwargs = go_on(kwargs, short, generating=True, whole=whole)
-                if whole:
-                    before, after = short.length, short.ids.shape[1]
-        self._check_options(kwargs)
-        self._move_lengths(kwargs, before - after)
-        # Of a call from whose streamer or criteria this one comes.
-        outer = (self._inside, self._generating, self._filling) if self._inside else (None, None, None)
-        self._inside, self._generating, self._filling = get_ident(), running, running
+        Raises:
+            PruneZooError: This thread put some on it already, or a thread that has it did not leave it in time.
+        """
+        hold = Hold(self.vlm, self, self._turn)
         try:
-            result = own(None, *args, **kwargs)
-        finally:
-            self._inside, self._generating, self._filling = outer
-        if not before:
-            return result
-        assert prompt is not None  # without ids there are no images and no short prompt
-        if isinstance(result, Tensor):
-            return restore_prompt(result, prompt[:, :before], after)
-        result.sequences = restore_prompt(result.sequences, prompt[:, :before], after)
-        return result
+            hold.take(self.timeout)
+            self._put_on(hold.undo)
+            return self
+        except BaseException:
+            hold.leave()
+            raise
 
-    def _reduce(self, kwargs: Mapping[str, Any], generating: bool) -> tuple[Running, dict[str, Any]]:
-        """Encode the images of a call and prune before the language model: what is run now, and with what."""
-        self._encoding = True
-        try:
-            # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
-            alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
-            encoded = encode(self.vlm, kwargs, self.needs, not alone, self.markers)
-            with deferred() as checks:
-                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory)
-        finally:
-            self._encoding = False
-        rewritten = not all(plan.identity for plan in early.plans)
-        running = Running(early.encoded, early.cuts, encoded.mask.shape[1], rewritten, checks)
-        return running, early.encoded.model_inputs(self.vlm, generating)
+    def disable(self) -> None:
+        """Take them off; the model is what it was. Without effect where they are not on it."""
+        self.check_between_calls()
+        hold = Hold.on(self.vlm)
+        if hold is not None and hold.owner is self:
+            try:
+                hold.leave()
+            finally:
+                hold.leave()  # what an interrupt left of it
 
-    @torch.compiler.disable
-    def _before_forward(self, _vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Rewrite a direct call; inside `generate` only guard against the packed-sequence reading. Tell the layers."""
-        if self._inside not in (None, get_ident()):
-            raise PruneZooError("another thread generates with this model: call it directly when that has ended")
-        if self._encoding:  # a signal looks into the language model, which reads all tokens for it
-            if self.layers:
-                self.layers.pass_by()
-            return args, kwargs
-        if args:
-            names = list(inspect.signature(type(self.vlm).forward).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
-        filled = cache is not None and cache.get_seq_length() > 0
-        if cache is not None and not filled:  # it may be an old one, emptied
-            note(cache, None)
-            if self.layers:
-                self.layers.pasts.pop(cache, None)
-        running = None if filled else self._generating
-        if self._inside:
-            if any(kwargs.get(pixels) is not None for pixels in PIXELS.values()):
-                raise PruneZooError("within `generate`, in a streamer or criteria, ask the model by `generate` too")
-            ids = kwargs.get("input_ids")
-            if running is not None and cache is None and ids is not None and not running.begins(ids):
-                running = None  # the first step without this prompt, or with a negative one, to guide by
-            # `generate` drops a mask of ones; without mask and cache, gaps in the positions would be read as the seams
-            # of packed sequences.
-            bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-            if bare and running is not None and running.rewritten:
-                kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
-        elif self._has_images(kwargs):
-            if isinstance(kwargs.get("logits_to_keep"), Tensor):
-                raise PruneZooError("logits_to_keep as a tensor counts columns that pruning moves: give a number, or 0")
-            running, kwargs = self._reduce(kwargs, generating=False)
-            self._filling = running
-            if running.encoded.labels is not None:
-                kwargs["labels"] = running.encoded.labels.clone()
-        else:
-            self._filling, short = None, self._short_prompt(kwargs)
-            if short is not None:
-                kwargs = go_on(kwargs, short, generating=False, whole=False)
-        if self.layers:
-            if running is not None:
-                self._prompt = self.layers.prefill(running.encoded, kwargs.get("labels"))
-            elif filled:
-                self.layers.resume(cache, kwargs.get("attention_mask"))
-            else:
-                self.layers.pass_by()
-        return (), kwargs
-
-    @torch.compiler.disable
-    def _after_forward(self, _vlm: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """Count what was pruned, and remember the cache that it filled."""
-        if self._encoding:
-            return
-        prompt, self._prompt = self._prompt, None
-        if self.layers:
-            self.layers.pass_by()  # until the next call of the whole model
-        if self._filling is None:
-            return
-        running, self._filling = self._filling, None
-        settle([*running.checks, *(prompt.checks if prompt else ())])
-        self.stats.add([*running.cuts, *(prompt.cuts if prompt else ())], self.depth)
-        cache = find_cache(output)
-        if cache is None:
-            return
-        past = self.layers.pasts.get(cache) if self.layers else None
-        segments = [past.at(layer) if past else None for layer in range(self.depth)]
-        width = running.width
-        gone = [running.dropped + (width - segment.columns.shape[1] if segment else 0) for segment in segments]
-        self.stats.kv_bytes_saved += kv_bytes_saved(cache, gone)
-        if running.rewritten:
-            batch, mask = running.encoded.batch, running.encoded.mask
-            copies = len(cache.layers[0].keys) // len(mask)
-            if "position_ids" in batch:
-                last = batch["position_ids"][..., -1:].expand(*batch["position_ids"].shape[:-2], len(mask), 1)
-            else:
-                last = (mask if self._inside else torch.ones_like(mask)).sum(1, keepdim=True) - 1
-            ids, mask, last = (part.repeat_interleave(copies, -2) for part in (batch["input_ids"], mask.long(), last))
-            note(cache, ShortPrompt(ids, mask, last, running.length))
-
-    def _short_prompt(self, kwargs: Mapping[str, Any]) -> ShortPrompt | None:
-        """What the cache of a call begins with, if that was rewritten; the pruners are told."""
-        short = noted(kwargs.get("past_key_values"))
+    def _put_on(self, undo: list[Callable[[], Any]]) -> None:
+        """Put everything on the model, each time after what takes it off again has been added to ``undo``."""
+        vlm, device, names = self.vlm, execution_device(self.vlm), vars(self.vlm)
+        undo.append(self.memory.reset)
         for pruner in self.pruners:
-            pruner.go_on(short is not None)
-        return short
+            # A part may be in another mode than the whole.
+            undo += [partial(setattr, module, "training", module.training) for module in pruner.modules()]
+            pruner.to(device).eval()
+        for pruner in self.pruners:
+            context = pruner.adapt(vlm)
+            context.__enter__()
+            undo.append(partial(context.__exit__, None, None, None))
+            undo.append(partial(pruner.go_on, False))
+        if self.layers:
+            undo.append(partial(self.layers.__exit__))
+            self.layers.__enter__()
+        undo.append(partial(remove_hooks, vlm, self))
+        vlm.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        vlm.register_forward_hook(self._after_forward, always_call=True)
+        self._shadowed = names.get("generate")
+        own = {"generate": self.generate, **dict.fromkeys(PASSING_BY, self._refuse_batches)}
+        undo += [partial(names.pop, name, None) for name in own if name not in names]
+        undo += [partial(names.__setitem__, name, names[name]) for name in own if name in names]
+        names.update(own)
 
-    def _has_images(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call brings pixels; what cannot be pruned rightly is refused, since it would fail silently."""
-        cache = kwargs.get("past_key_values")
-        if all(kwargs.get(pixels) is None for pixels in PIXELS.values()):
-            if kwargs.get("mm_encoder_outputs"):
-                raise PruneZooError(
-                    "an attached pruner needs pixel_values, not mm_encoder_outputs: call the model's `generate`, "
-                    "not a reference to it from before it was attached"
-                )
-            return False
-        if cache is not None and cache.get_seq_length() > 0:
-            raise PruneZooError("images cannot be added to a filled cache while pruning: pass the whole conversation")
-        return True
+    def _refuse_batches(self, *_: Any, **__: Any) -> NoReturn:
+        """Stands before the ways of generating that no hook sees."""
+        raise PruneZooError(f"{', '.join(PASSING_BY)} cannot be pruned: call `generate`, or leave the block first")
 
-    def _check_options(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse options of `generate` that cannot work in this release of transformers."""
-        config = kwargs.get("generation_config") or self.vlm.generation_config
-        if "inputs_embeds" in kwargs and (kwargs.get("prefill_chunk_size") or config.prefill_chunk_size):
-            raise PruneZooError("prefill_chunk_size with images needs transformers 5.19 or later while pruning")
-        if self.layers and any(kwargs.get(key) or getattr(config, key, None) for key in ASSISTANTS):
-            self.layers.check_assisted()
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """No copy of the model is made."""
+        raise copy_error()
 
-    def _move_lengths(self, kwargs: dict[str, Any], dropped: int) -> None:
-        """Lengths that count the prompt, given for the caller's, become those for the shorter one."""
-        # `generate` takes what a caller's config leaves open from the model's own.
-        configs = [kwargs.get("generation_config"), self.vlm.generation_config]
 
-        def given(name: str) -> int | None:
-            return next(filter(None, [kwargs.get(name), *(getattr(config, name, None) for config in configs)]), None)
+class Attachment:
+    """A ``with`` block of :func:`attach`. One that an interrupt kept from leaving leaves when it is forgotten."""
 
-        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            value = given(total)
-            if dropped and value and not given(new):
-                kwargs[total] = max(value - dropped, 0)
+    def __init__(self, attached: Attached) -> None:
+        self._attached, self._entered, self._used = attached, False, False
+
+    def __enter__(self) -> Attached:
+        """Attach."""
+        self._entered = self._used = True
+        return self._attached.enable()
+
+    def __exit__(self, *_: object) -> None:
+        """Detach, when a call of another thread that is under way has ended; the model is what it was."""
+        self._attached.disable()
+        self._entered = False
+
+    def __del__(self) -> None:
+        """Make good what was left undone, or say that nothing was done."""
+        if getattr(self, "_entered", False):
+            self._attached.disable()
+        elif not getattr(self, "_used", True):
+            log.warning("attach(...) changed nothing: write `with attach(...):`, or call its enable()")
+
+    def enable(self) -> Attached:
+        """See :meth:`Attached.enable`; until :meth:`disable`, without a block."""
+        self._used = True
+        return self._attached.enable()
+
+    def disable(self) -> None:
+        """See :meth:`Attached.disable`."""
+        self._attached.disable()
+
+    @property
+    def stats(self) -> AttachStats:
+        """What was done so far."""
+        return self._attached.stats
+
+    @property
+    def keep(self) -> Any:
+        """See :attr:`Attached.keep`."""
+        return self._attached.keep
+
+    @keep.setter
+    def keep(self, keep: Any) -> None:
+        self._attached.keep = keep
 
 
 def attach(
@@ -347,13 +188,15 @@ def attach(
     keep: Keep | Sequence[Keep],
     positions: Positions = "original",
     markers: ChatMarkers | None = None,
+    timeout: float | None = None,
 ) -> Attachment:
     """Prune the visual tokens of every call of a model inside a ``with`` block.
 
     ``vlm.generate(**inputs)`` and ``vlm(**inputs)`` are called as always: batches padded on either side, samples with
     no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
     the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). Threads
-    that call `generate` take turns; direct calls are for one thread. `generate` returns sequences that begin with the
+    take turns: with the calls inside a block, and with blocks on one model. Without a block, `enable()` attaches until
+    `disable()`. `generate` returns sequences that begin with the
     caller's own prompt; a direct call returns logits of the shorter prompt (labels are shortened alike, for the loss).
 
     Args:
@@ -361,22 +204,24 @@ def attach(
         pruner: A pruner, or what :func:`load_pruner` takes; or several, of the vision, prompt and layer stage in turn,
             one of each at most. They are moved to the model's device and run in eval mode.
         keep: Tokens per image (int), or a share of them (float in (0, 1]); one for each pruner where there are several.
-            A share is of the tokens that the stage finds. In the layer stage it is what the last of its layers leaves.
+            A share, also as "1/9", is of the tokens that the stage finds. In the layer stage it is what the last of
+            its layers leaves.
             "auto", and "auto:64" for a mean of 64 over images, are for a pruner that sets budgets itself.
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
+
         markers: For pruners that ask what a word of the prompt is, question or template: ``chat_markers(processor)``.
+        timeout: Seconds to wait for another thread to leave this model; None: as long as it takes.
 
     Returns:
-        A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds. For a
-        pruner that remembers, ``memory.streams`` names the stream of each sample of a batch, and ``reset()`` forgets.
+        A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds; its
+        ``keep`` may be set between calls. For a pruner that remembers, ``memory.streams`` names the stream of each sample
+        of a batch, and ``reset()`` forgets.
 
     Raises:
         PruneZooError: Unsupported family or stage, a pruner of another model, ``keep`` out of range, unknown
             ``positions``.
     """
-    if isinstance(pruner, Pruner | str | Path):
-        pruner, keep = [pruner], [keep]  # type: ignore[list-item]
-    if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
-        raise PruneZooError(f"{len(pruner)} pruners need a list of {len(pruner)} keeps, got {keep!r}")
-    loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in pruner]
-    return Attachment(vlm, loaded, keep, positions, markers)
+    given = [pruner] if isinstance(pruner, Pruner | str | Path) else list(pruner)
+    keeps = [keep] if isinstance(pruner, Pruner | str | Path) else spread(keep, len(given))
+    loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in given]
+    return Attachment(Attached(vlm, loaded, keeps, positions, markers, timeout))

@@ -6,7 +6,7 @@ cache begins with is noted on the cache itself: so copies of it go on rightly to
 Letters: B rows, L columns of the caller's prompt, S of the shorter one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ NOTE = "_prunezoo_prompt"
 """Attribute of a cache: the :class:`ShortPrompt` that it begins with."""
 
 
+WHOLE = "whole"
+"""Noted on a cache whose prompt had images and was not rewritten."""
+
+
 @dataclass(frozen=True)
 class ShortPrompt:
     """What a cache begins with whose prompt was rewritten."""
@@ -30,8 +34,8 @@ class ShortPrompt:
     length: int  # columns of the caller's prompt
 
 
-def note(cache: KVCache, short: ShortPrompt | None) -> None:
-    """Note what a cache begins with; None: nothing that was shortened."""
+def note(cache: KVCache, short: ShortPrompt | str | None) -> None:
+    """Note what a cache begins with, a shortened prompt or a :data:`WHOLE` one; None: none with images."""
     if short is not None:
         setattr(cache, NOTE, short)
     else:
@@ -40,7 +44,33 @@ def note(cache: KVCache, short: ShortPrompt | None) -> None:
 
 def noted(cache: KVCache | None) -> ShortPrompt | None:
     """What a filled cache begins with, if that was shortened."""
-    return getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
+    found = getattr(cache, NOTE, None) if cache is not None and cache.get_seq_length() > 0 else None
+    return found if isinstance(found, ShortPrompt) else None
+
+
+def check_unnoted(cache: KVCache, kwargs: Mapping[str, Any], is_visual: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a call without pixels on a filled cache that begins with images, but not with a note of them.
+
+    One made again from its tensors has lost its note, and nothing else tells how long its prompt was for the caller.
+
+    Args:
+        cache: A filled one, whose prompt was not shortened as far as is known.
+        kwargs: The call's.
+        is_visual: Which ids stand for images.
+
+    Raises:
+        PruneZooError: There are placeholders among its ids, or its mask has columns that the cache has not.
+    """
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if getattr(cache, NOTE, None) == WHOLE or ids is None:
+        return
+    total = int(cache.get_seq_length()) + ids.shape[1]
+    longer = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > total
+    if longer or bool(is_visual(ids).any()):
+        raise PruneZooError(
+            "this cache does not say how the images in its conversation were pruned: go on with the very cache that "
+            "the model returned inside this block, or pass the whole conversation with its pixels"
+        )
 
 
 def go_on(kwargs: Mapping[str, Any], short: ShortPrompt, generating: bool, whole: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..core.roles import ChatMarkers, Role
 from ..core.signals import follow_tokens, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
-from .parts.model import VLM
+from .parts.model import VLM, execution_device
 from .signals.language import check_signals, decoder_signals
 from .signals.vision import watch_tower
 
@@ -56,7 +56,7 @@ def encode(
     mask = batch.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch["input_ids"].shape):
         raise PruneZooError("pruning needs the processor's attention_mask, as many rows and columns as input_ids")
-    device = family.vlm.device
+    device = execution_device(family.vlm)
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
     ids = given["input_ids"]
     labels = batch["labels"].to(device) if batch.get("labels") is not None else None

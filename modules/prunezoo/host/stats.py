@@ -42,7 +42,7 @@ class AttachStats:
 
     stages: list[StageStats]
     tokens: list[float] = field(default_factory=list)  # of each image in the language model, mean over its layers
-    kv_bytes_saved: int = 0  # of the caches filled by prompts, in the type and heads that they have
+    kv_bytes_saved: int | None = 0  # of the caches filled by prompts, in their type and heads; None: unknown
 
     @property
     def before(self) -> list[int]:
@@ -67,18 +67,27 @@ class AttachStats:
             stage.timers.append(cut.timer)
         self.tokens += layer_mean(cuts, depth).numpy().tolist()
 
+    def add_saved(self, saved: int | None) -> None:
+        """Count bytes of a cache; None: unknown, and so is the sum."""
+        self.kv_bytes_saved = None if saved is None or self.kv_bytes_saved is None else self.kv_bytes_saved + saved
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for stage in self.stages:
+            stage.before, stage.after, stage.timers = [], [], []
+        self.tokens, self.kv_bytes_saved = [], 0
+
     def __str__(self) -> str:
         lines = [str(stage) for stage in self.stages]
         if self.tokens:
             mean = sum(self.tokens) / len(self.tokens)
-            lines.append(
-                f"{mean:.1f} tokens an image, mean over decoder layers; {_size(self.kv_bytes_saved)} of KV cache saved"
-            )
+            size = "unknown bytes" if self.kv_bytes_saved is None else _size(self.kv_bytes_saved)
+            lines.append(f"{mean:.1f} tokens an image, mean over decoder layers; {size} of KV cache saved")
         return "\n".join(lines)
 
 
-def kv_bytes_saved(cache: Any, dropped: Sequence[int]) -> int:
-    """Bytes by which a filled cache is smaller than it would be with the columns that were dropped.
+def kv_bytes_saved(cache: Any, dropped: Sequence[int]) -> int | None:
+    """Bytes by which a filled cache is smaller than it would be with the columns that were dropped; None: unknown.
 
     Args:
         cache: A cache of `transformers`.
@@ -86,8 +95,8 @@ def kv_bytes_saved(cache: Any, dropped: Sequence[int]) -> int:
     """
     saved = 0
     for number, (layer, gone) in enumerate(zip(cache.layers, dropped, strict=True)):
-        if not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4:
-            continue  # quantized elsewhere
+        if not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4 or hasattr(layer, "_quantized_keys"):
+            return None  # quantized, in a form that is the backend's own
         held = int(cache.get_seq_length(number))
         if layer.is_sliding:  # it holds no more than its window either way
             most = getattr(layer, "sliding_window", held) - 1

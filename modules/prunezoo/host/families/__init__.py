@@ -37,7 +37,8 @@ def find_family(vlm: nn.Module) -> Family:
     """The adapter for a model, which may be wrapped by PEFT or torch.compile.
 
     Raises:
-        PruneZooError: The family is not supported; the message names those that are.
+        PruneZooError: The family is not supported; the message names those that are. Or PEFT puts virtual tokens before
+            the prompt.
     """
     inner = _unwrap(vlm)
     if isinstance(inner, PreTrainedModel) and inner.config.model_type in FAMILIES and inner.can_generate():
@@ -62,4 +63,9 @@ def _unwrap(vlm: Any) -> Any:
         return vlm
     if hasattr(vlm, "_orig_mod"):
         return _unwrap(vlm._orig_mod)
+    if getattr(getattr(vlm, "active_peft_config", None), "is_prompt_learning", False):
+        raise PruneZooError(
+            f"{vlm.active_peft_config.peft_type.value} of PEFT puts virtual tokens before the prompt, which pruning "
+            "would misplace: use LoRA, or prune the model without it, get_base_model()"
+        )
     return _unwrap(vlm.get_base_model()) if hasattr(vlm, "get_base_model") else vlm

@@ -9,10 +9,10 @@ called in the whole vision-language model: ``PeftModel.from_pretrained(vlm, fold
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +48,7 @@ class Lora(Part):
         self.weights = nn.ParameterDict()
         self.base = ""  # folder or Hub id of the model that it was made for
         self._layers: dict[str, Any] = {}  # PEFT's, by module; between uses they hold nothing of a model
-        self._switch: Callable[[bool], None] | None = None  # inside `ready`
+        self._ready: ref[Ready] | None = None  # that of :meth:`ready`; weak: one that an interrupt lost is none
 
     def fit(self, vlm: PreTrainedModel) -> None:
         """Take the sizes of a model and start anew: A at random, B zero, so that nothing changes before training."""
@@ -67,46 +67,20 @@ class Lora(Part):
         key = name.replace(".", "/")
         return self.weights[f"{key}/lora_A"], self.weights[f"{key}/lora_B"]
 
-    @contextmanager
-    def ready(self, vlm: PreTrainedModel) -> Iterator[None]:
+    def ready(self, vlm: PreTrainedModel) -> AbstractContextManager[None]:
         """Be able to :meth:`switch` on a model, off at first; on leaving the model is what it was.
 
         Raises:
-            PruneZooError: The matrices do not fit the model, or are in use already, or peft is not installed.
+            PruneZooError: On entering: the matrices do not fit the model, or are in use already, or peft is not
+                installed.
         """
-        if not len(self.weights):
-            yield
-            return
-        if self._switch is not None:
-            raise PruneZooError("this pruner's LoRA is in use already: leave that block, or load the pruner twice")
-        own = find_targets(vlm)
-        self._check(own)
-        tuned = self._layers = self._layers or self._build(own)
-        for name, layer in tuned.items():
-            layer.base_layer = own[name]
-            layer.lora_A["default"].weight, layer.lora_B["default"].weight = self._pair(name)
-        is_on = False
-
-        def switch(on: bool) -> None:
-            nonlocal is_on
-            if on != is_on:
-                for name, linear in (tuned if on else own).items():
-                    vlm.set_submodule(name, linear)
-                is_on = on
-
-        self._switch = switch
-        try:
-            yield
-        finally:
-            self._switch = None
-            switch(False)
-            for layer in tuned.values():
-                layer.base_layer = None
+        return Ready(self, vlm) if len(self.weights) else nullcontext()
 
     def switch(self, on: bool) -> None:
         """Turn the updates on or off; without effect outside of :meth:`ready`."""
-        if self._switch is not None:
-            self._switch(on)
+        ready = self._ready() if self._ready is not None else None
+        if ready is not None:
+            ready.switch(on)
 
     def _build(self, linears: dict[str, nn.Linear]) -> dict[str, Any]:
         """PEFT's layers around linear maps, by name, without weights."""
@@ -191,6 +165,46 @@ class Lora(Part):
             if len(pair) < 2:
                 raise PruneZooError(f"{weights_path}: '{name}' has {next(iter(pair))} only; the file is not whole")
             self._add(name, pair["lora_A"], pair["lora_B"])
+
+
+class Ready:
+    """A LoRA at hand on a model. It can be left at any moment, more than once: an interrupt leaves nothing behind."""
+
+    def __init__(self, lora: Lora, vlm: PreTrainedModel) -> None:
+        self.lora, self.vlm = lora, vlm
+        self.own: dict[str, nn.Linear] = {}  # the model's maps
+        self.tuned: dict[str, Any] = {}  # PEFT's, around them
+        self.is_on = False
+
+    def __enter__(self) -> None:
+        """Put PEFT's layers together, off at first."""
+        lora = self.lora
+        if lora._ready is not None and lora._ready() is not None:
+            raise PruneZooError("this pruner's LoRA is in use already: leave that block, or load the pruner twice")
+        own = find_targets(self.vlm)
+        lora._check(own)
+        tuned = lora._layers = lora._layers or lora._build(own)
+        for name, layer in tuned.items():
+            layer.base_layer = own[name]
+            layer.lora_A["default"].weight, layer.lora_B["default"].weight = lora._pair(name)
+        self.own, self.tuned = own, tuned
+        lora._ready = ref(self)
+
+    def switch(self, on: bool) -> None:
+        """Put the maps with or without updates in place."""
+        if on != self.is_on:
+            self.is_on = True  # until all are the model's own again
+            for name, linear in (self.tuned if on else self.own).items():
+                self.vlm.set_submodule(name, linear)
+            self.is_on = on
+
+    def __exit__(self, *_: object) -> None:
+        """The model's own maps are back."""
+        self.switch(False)
+        for layer in self.tuned.values():
+            layer.base_layer = None
+        if self.lora._ready is not None and self.lora._ready() is self:
+            self.lora._ready = None
 
 
 def find_targets(vlm: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -2,6 +2,7 @@
 
 from typing import Any, TypeAlias
 
+import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 VLM: TypeAlias = PreTrainedModel
@@ -18,3 +19,12 @@ def find_cache(output: Any) -> KVCache | None:
     """The KV cache among what a model returned, as a tuple or in a class."""
     values = output if isinstance(output, tuple) else output.to_tuple()
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def execution_device(vlm: VLM) -> torch.device:
+    """Where a model computes: accelerate keeps the weights of an offloaded one on `meta`, and its hooks know better."""
+    for module in vlm.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return vlm.device

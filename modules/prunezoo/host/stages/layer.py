@@ -14,16 +14,18 @@ S columns left of it, Q columns of a forward (the prompt's, and any behind), M c
 """
 
 import inspect
-from typing import Any, Self
+from functools import partial
+from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.budgets import Keep
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
 from ..encoded import Encoded
+from ..parts.hooks import copy_error, remove_hooks
 from ..parts.model import VLM, KVCache
 from .layer_cache import Keywords, Past, Step
 from .layer_plan import LayerPlan
@@ -63,23 +65,23 @@ class LayerStage:
         self.plan = LayerPlan.make(vlm, pruner, keep, positions, leak)
         self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
         self._running: Prompt | Step | None = None
-        self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         """Put the hooks on."""
         for layer in range(self.first, self.plan.decoder.depth):
-
-            def hook(_module: Any, args: Any, kwargs: Any, layer: int = layer) -> Any:
-                return self._before_layer(layer, args, kwargs)
-
-            self._handles.append(self.plan.decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            hook = partial(self._before_layer, layer)
+            self.plan.decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take them off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._running = [], None
+        """Take them off, as many as are on."""
+        self._running = None
+        for layer in self.plan.decoder.layers:
+            remove_hooks(layer, self)
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """No copy of layers with hooks is made."""
+        raise copy_error()
 
     @property
     def first(self) -> int:
@@ -130,7 +132,9 @@ class LayerStage:
         self._running = None
 
     @torch.compiler.disable
-    def _before_layer(self, layer: int, args: tuple[Any, ...], kwargs: Keywords) -> tuple[Any, Any] | None:
+    def _before_layer(
+        self, layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
+    ) -> tuple[Any, Any] | None:
         """The hook of a layer."""
         if self._running is None:
             return None
