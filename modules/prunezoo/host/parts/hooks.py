@@ -16,7 +16,7 @@ def remove_hooks(module: nn.Module, owner: object) -> None:
     tables: tuple[tuple[dict[int, Any], ...], ...] = (before, after)
     for hooks, *marks in tables:
         for number in [number for number, hook in hooks.items() if _owner(hook) is owner]:
-            for table in (hooks, *marks):
+            for table in (*marks, hooks):  # the last is what is looked through
                 table.pop(number, None)
 
 
