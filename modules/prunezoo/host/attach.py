@@ -214,7 +214,8 @@ def attach(
 
     Returns:
         A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds; its
-        ``keep`` may be set between calls. For a pruner that remembers, ``memory.streams`` names the stream of each sample
+        ``keep`` may be set between calls. For a pruner that remembers, ``memory.streams`` names the stream
+        of each sample
         of a batch, and ``reset()`` forgets.
 
     Raises:
