@@ -39,7 +39,14 @@ def parser() -> argparse.ArgumentParser:
         description="Find what keep='auto:64' means for a scorer that was trained as a distribution, and save it.",
     )
     add_option(p, "vlm", required=True)
-    p.add_argument("--pruner", required=True, help="its folder, a shipped pruner (ppm), or a Hub id with --output")
+    add_option(
+        p,
+        "pruner",
+        nargs=None,
+        default=None,
+        required=True,
+        help="a folder, a shipped one (ppm), or a Hub id with --output",
+    )
     add_option(p, "suite", required=True, help=f"one of {', '.join(list_suites())}")
     p.add_argument("--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes")
     add_option(p, "split", default="validation", choices=("validation", "train"), help="never the test split")
