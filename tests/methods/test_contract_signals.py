@@ -1,12 +1,15 @@
 """What every kind of signal promises, in every family: the axes that its table says, or a refusal of one line."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import CLIPS, FAMILIES, LARGE, SMALL, TALL, VIDEO_FAMILIES, WIDE, Sample, tiny_family
 from layer_oracle import Watch
 from tiny_llava import LONG, NONE, TWO, make_image
 
-from prunezoo import PruneZooError, encode
+from prunezoo import PruneZooError, attach
+from prunezoo import encode as encode_plain
 from prunezoo.core.contract import Pruner
 from prunezoo.core.signals import (
     DECODER_SIGNALS,
@@ -20,6 +23,14 @@ from prunezoo.core.signals import (
 from prunezoo.host import encode_needs, run_pruned
 from prunezoo.host.group import group_forward, repeat_samples
 
+
+def mean_of_waves(ids, asked):
+    """A text encoder: the mean over the words of the question, of waves of their ids."""
+    waves = torch.sin(ids[..., None] * torch.tensor([0.3, 0.7, 1.1, 1.9]))
+    return (waves * asked[..., None]).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
+
+
+encode = partial(encode_plain, text_encoder=mean_of_waves)
 WITH_CLS = ("llava", "llava_next", "internvl")
 CLS = ("cls_attention", "cls_head_attention", "cls_value")
 MAPS = ("vision_attention", "vision_head_attention")
@@ -205,3 +216,41 @@ def test_a_half_type_leaves_numbers_of_frames_alone(deep_llava):
     batch = deep_llava.batch([LONG, TWO, NONE], [[make_image(0)], [make_image(5), make_image(6)], []])
     inputs = encode(deep_llava.vlm, batch, ("frame", "pixels")).inputs.to(torch.bfloat16)
     assert inputs.signal("frame").dtype == torch.long and inputs.signal("pixels").dtype == torch.bfloat16
+
+
+class Meant(Pruner):
+    """Likes tokens whose first four numbers are like the question's."""
+
+    name, needs = "meant", ("text_features",)
+
+    def score(self, inputs):
+        return torch.cosine_similarity(inputs.features[..., :4], inputs.signal("text_features")[:, None], dim=-1)
+
+
+@torch.no_grad()
+def test_a_text_encoder_is_given_and_reads_the_question(deep_llava):
+    vlm, pictures = deep_llava.vlm, [[make_image(0)], [make_image(0)]]
+    batch = deep_llava.batch([LONG, LONG.replace("left", "right")], pictures)
+    seen = []
+
+    def listen(ids, asked):
+        seen.append((ids, asked))
+        return mean_of_waves(ids, asked)
+
+    inputs = encode_plain(vlm, batch, ("text_features",), text_encoder=listen).inputs
+    ((ids, asked),) = seen
+    assert torch.equal(ids, batch["input_ids"]) and not (asked & (ids == vlm.config.image_token_id)).any()
+    assert torch.equal(inputs.signal("text_features"), mean_of_waves(ids, asked))
+    with attach(vlm, Meant(), keep=9, text_encoder=listen) as run:
+        logits = vlm(**batch).logits
+    expected = run_pruned(vlm, encode(vlm, batch, ("text_features",)), Meant(), 9)
+    assert torch.equal(logits, expected.host.logits) and run.stats.after == [9, 9]
+    assert not torch.equal(expected.output.index[0], expected.output.index[1]), "the question makes a difference"
+    wrongs = {
+        "needs a text encoder": None,
+        "must give floats": lambda ids, _: ids,
+        r"gave torch.float32 \(1, 4\) for 2": lambda ids, asked: mean_of_waves(ids, asked)[:1],
+    }
+    for words, wrong in wrongs.items():
+        with pytest.raises(PruneZooError, match=words), attach(vlm, Meant(), keep=9, text_encoder=wrong):
+            vlm(**batch)

@@ -4,7 +4,7 @@ Ids alone do not say so: the same words may be asked or be part of a template. B
 every text of a role; these are its markers, and with them the roles can be read off any prompt that it made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Ids = tuple[int, ...]
+TextEncoder = Callable[[Tensor, Tensor], Tensor]
+"""Of somebody's own: from ids ``(B, L)`` and which of them are the question ``(B, L)`` bool to features ``(B, E)``."""
 
 
 class Role(IntEnum):

@@ -34,7 +34,7 @@ class Kind:
 
     Axes: R images, N image tokens (wherever it stands, that axis follows the tokens: as some go, it gets shorter), T
     words of the prompt in the columns of `PruneInputs.text`, D width of the language model, H heads, d width of a head,
-    F neurons of an MLP, C channels, p pixels; a digit is a length.
+    F neurons of an MLP, C channels, p pixels, E width of a text encoder; a digit is a length.
     """
 
     axes: str
@@ -93,6 +93,7 @@ OTHER_KINDS = {
     "pixels": Kind("R N C p p", "the square of the picture that a token is made of, as the tower is given it; C counts "
                    "the channels of each frame that a token spans"),
     "frame": Kind("R N", "number of the frame (step of time) of a clip, long; 0 in still pictures"),
+    "text_features": Kind("R E", "what the `text_encoder` given to `attach` or `encode` makes of the question"),
 }  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {

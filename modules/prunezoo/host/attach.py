@@ -15,7 +15,7 @@ from ..core.budgets import Keep, read_keep
 from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import load_pruner
-from ..core.roles import ChatMarkers
+from ..core.roles import ChatMarkers, TextEncoder
 from .call import Calls
 from .hold import Hold
 from .parts.hooks import copy_error, remove_hooks
@@ -48,10 +48,11 @@ class Attached(Calls):
         keeps: Sequence[Any],
         positions: Positions,
         markers: ChatMarkers | None,
+        text_encoder: TextEncoder | None,
         timeout: float | None,
     ) -> None:
         """Change nothing yet; ``timeout`` is that of :meth:`enable`, in seconds."""
-        super().__init__(vlm, pruners, keeps, positions, markers)
+        super().__init__(vlm, pruners, keeps, positions, markers, text_encoder)
         self.timeout = timeout
 
     @property
@@ -188,6 +189,7 @@ def attach(
     keep: Keep | Sequence[Keep],
     positions: Positions = "original",
     markers: ChatMarkers | None = None,
+    text_encoder: TextEncoder | None = None,
     timeout: float | None = None,
 ) -> Attachment:
     """Prune the visual tokens of every call of a model inside a ``with`` block.
@@ -196,8 +198,8 @@ def attach(
     no image or several, sampling, beams, several returned sequences, assisted decoding, and going on with a dialogue on
     the cache that an earlier call filled (inside this block; or, unless the layer stage cut it, a later one). Threads
     take turns: with the calls inside a block, and with blocks on one model. Without a block, `enable()` attaches until
-    `disable()`. `generate` returns sequences that begin with the
-    caller's own prompt; a direct call returns logits of the shorter prompt (labels are shortened alike, for the loss).
+    `disable()`. `generate` returns sequences that begin with the caller's own prompt; a direct call returns logits of
+    the shorter prompt (labels are shortened alike, for the loss).
 
     Args:
         vlm: A supported model, perhaps with PEFT adapters around it.
@@ -205,18 +207,17 @@ def attach(
             one of each at most. They are moved to the model's device and run in eval mode.
         keep: Tokens per image (int), or a share of them (float in (0, 1]); one for each pruner where there are several.
             A share, also as "1/9", is of the tokens that the stage finds. In the layer stage it is what the last of
-            its layers leaves.
-            "auto", and "auto:64" for a mean of 64 over images, are for a pruner that sets budgets itself.
+            its layers leaves. "auto", and "auto:64" for a mean of 64 over images, are for pruners that set budgets.
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
-
         markers: For pruners that ask what a word of the prompt is, question or template: ``chat_markers(processor)``.
+        text_encoder: For pruners that need `text_features`: from ids ``(B, L)``, and which are the question, to
+            ``(B, E)``.
         timeout: Seconds to wait for another thread to leave this model; None: as long as it takes.
 
     Returns:
         A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds; its
-        ``keep`` may be set between calls. For a pruner that remembers, ``memory.streams`` names the stream
-        of each sample
-        of a batch, and ``reset()`` forgets.
+        ``keep`` may be set between calls. For a pruner that remembers, ``memory.streams`` names the stream of each
+        sample of a batch, and ``reset()`` forgets.
 
     Raises:
         PruneZooError: Unsupported family or stage, a pruner of another model, ``keep`` out of range, unknown
@@ -225,4 +226,4 @@ def attach(
     given = [pruner] if isinstance(pruner, Pruner | str | Path) else list(pruner)
     keeps = [keep] if isinstance(pruner, Pruner | str | Path) else spread(keep, len(given))
     loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in given]
-    return Attachment(Attached(vlm, loaded, keeps, positions, markers, timeout))
+    return Attachment(Attached(vlm, loaded, keeps, positions, markers, text_encoder, timeout))

@@ -30,7 +30,7 @@ from ..core.checks import Check, deferred, settle
 from ..core.contract import Pruner
 from ..core.errors import PruneZooError
 from ..core.memory import Memory
-from ..core.roles import ChatMarkers
+from ..core.roles import ChatMarkers, TextEncoder
 from .conversation import WHOLE, ShortPrompt, check_unnoted, go_on, note, noted, restore_prompt
 from .encode import encode
 from .encoded import Encoded
@@ -86,6 +86,7 @@ class Calls:
         keeps: Sequence[Any],
         positions: Positions,
         markers: ChatMarkers | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
         family = find_family(vlm)
@@ -108,7 +109,7 @@ class Calls:
         if self.layers:
             stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
         self.stats = AttachStats(stages)
-        self.memory, self.markers = Memory(), markers
+        self.memory, self.text = Memory(), (markers, text_encoder)
         self._turn = Turn()  # hooks tell of one call at a time
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._encoding = False  # the call under way is our own, to compute signals
@@ -194,7 +195,7 @@ class Calls:
         try:
             # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
             alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
-            encoded = encode(self.vlm, kwargs, self.needs, not alone, self.markers)
+            encoded = encode(self.vlm, kwargs, self.needs, not alone, *self.text)
             with deferred() as checks:
                 early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory)
         finally:

@@ -17,7 +17,7 @@ from ..core.budgets import upload
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
-from ..core.roles import ChatMarkers, Role
+from ..core.roles import ChatMarkers, Role, TextEncoder
 from ..core.signals import follow_tokens, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
@@ -32,6 +32,7 @@ def encode(
     needs: tuple[str, ...] = (),
     run_tower: bool = True,
     markers: ChatMarkers | None = None,
+    text_encoder: TextEncoder | None = None,
 ) -> Encoded:
     """Run vision tower and projector once, and lay out what pruners and forwards need.
 
@@ -43,9 +44,11 @@ def encode(
         run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
             there are no signals to be had.
         markers: Of the chat template that wrote the prompts, by which `text_roles` are read; from :func:`chat_markers`.
+        text_encoder: Makes the signal `text_features`; of all words of a prompt where no markers tell the question.
 
     Raises:
-        PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images.
+        PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images; `text_features`
+            without a text encoder.
     """
     check_signals(needs)
     if needs and not run_tower:
@@ -78,11 +81,31 @@ def encode(
         inputs = replace(
             inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]}
         )
+    asked = torch.from_numpy(host.words).to(device)
     if markers is not None:
         roles = markers.roles(torch.from_numpy(host.ids), torch.from_numpy(host.real)).to(device)
+        asked = asked & (roles == Role.QUESTION)
         roles = gather_rows(roles, columns).masked_fill(~real, Role.TEMPLATE)
         inputs = replace(inputs, text_roles=roles[encoded.sample])
+    if "text_features" in needs:
+        text_features = encode_text(text_encoder, ids, asked)[encoded.sample]
+        inputs = replace(inputs, signals={**inputs.signals, "text_features": text_features})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
+
+
+def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) -> Tensor:
+    """``(B, E)``: what a text encoder makes of the question, those of ``ids (B, L)`` that are ``asked (B, L)``.
+
+    Raises:
+        PruneZooError: There is none, or it gives something else.
+    """
+    if text_encoder is None:
+        raise PruneZooError("signal 'text_features' needs a text encoder: give text_encoder=… to attach or encode")
+    made = text_encoder(ids, asked)
+    if not isinstance(made, Tensor) or made.dim() != 2 or len(made) != len(ids) or not made.is_floating_point():
+        given = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise PruneZooError(f"text_encoder gave {given} for {len(ids)} prompts: it must give floats ({len(ids)}, E)")
+    return made
 
 
 def add_decoder_signals(vlm: VLM, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:
