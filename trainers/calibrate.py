@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from prunezoo.host import encode, encode_needs
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.terminal import Terminal
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Suite, list_suites, load_suite
 from trainers.evaluation.loading import load_vlm
@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def tails_of(vlm: Any, processor: Any, pruner: Pruner, suite: Suite, batch_size: int, console: Console) -> list[Tensor]:
+def tails_of(
+    vlm: Any, processor: Any, pruner: Pruner, suite: Suite, batch_size: int, console: Terminal
+) -> list[Tensor]:
     """What the tokens of each image hold together with all that are less likely, (N,) each, see :func:`tails`."""
     collate, found = ConversationCollator(processor), []
     dtype = next(pruner.parameters()).dtype
@@ -76,7 +78,7 @@ def tails_of(vlm: Any, processor: Any, pruner: Pruner, suite: Suite, batch_size:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    args, console = parser().parse_args(sys.argv[1:] if argv is None else list(argv)), Console()
+    args, console = parser().parse_args(sys.argv[1:] if argv is None else list(argv)), Terminal()
     check_at_least_one(args, "batch-size", "mean")
     source = find_pruner(args.pruner)
     folder = args.output or Path(split_options(source)[0])

@@ -91,8 +91,9 @@ def test_the_list_has_every_method_and_what_was_measured(capsys):
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     shipped = names.methods_shipped()
+    shown = {name.partition("?")[0] for name in lines}  # some were measured with settings only
     for method in list_pruners():
-        assert method in lines or method in shipped.values(), method
+        assert method in shown or method in shipped.values(), method
     assert lines["ppm-tiny"][1:4] == ["learned", "prompt", "tiny-llava"]
     assert "98.8" in lines["ppm-tiny"] and "2508.17243" in lines["ppm-tiny"]
     assert lines["divprune"][5:9] == ["98.8", "95.6", "83.7", "66.3"]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from made_inputs import ALL, build, make_inputs, take_rows
+from safetensors.torch import load_file
 
 from prunezoo import PruneZooError, attach, load_pruner
 from prunezoo.core.contract import Pruner
@@ -150,7 +151,8 @@ def test_the_command_calibrates_on_validation_and_what_it_writes_works(tmp_path,
     assert "auto:8: 8.00 tokens in the mean over 24 images" in said and "auto:16: 16.00 tokens" in said
     pruner = load_pruner(out)
     assert pruner.mass.default == 16 and list(pruner.mass.left_out) == [8, 16]
-    assert (out / "model.safetensors").read_bytes() == (ROOT / "checkpoints/ppm-tiny/model.safetensors").read_bytes()
+    weights = [load_file(folder / "model.safetensors") for folder in (out, ROOT / "checkpoints/ppm-tiny")]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     for wrong, message in (
         (["--pruner", f"{ROOT}/checkpoints/atp-tiny"], "'atp' is no distribution over tokens"),
         (["--pruner", f"{ROOT}/checkpoints/budget-tiny"], "'budget' is no distribution over tokens, and sets its"),

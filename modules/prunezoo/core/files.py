@@ -1,6 +1,7 @@
 """Reading the files of a stranger: JSON and safetensors, nothing that could be run, and errors of one line."""
 
 import hashlib
+import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .bounds import MOST_HEADER_BYTES, MOST_JSON_BYTES, MOST_TENSORS, MOST_WEIGHT, parse_json, read_bytes
@@ -21,6 +23,17 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+
+
+def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, of the same bytes whenever it holds the same: the library writes metadata in any order."""
+    data = save(state, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[METADATA] = dict(sorted(header[METADATA].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def read_metadata(path: Path) -> dict[str, str]:

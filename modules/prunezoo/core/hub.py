@@ -21,14 +21,13 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from .base_model import BaseModel
 from .config import Configured
 from .errors import PruneZooError
-from .files import digest, read_header, read_json, read_metadata, read_tensors, wrong_weight
+from .files import digest, read_header, read_json, read_metadata, read_tensors, write_tensors, wrong_weight
 from .source import Source
 
 CONFIG_FILE = "config.json"
@@ -120,7 +119,7 @@ def save(module: Configured, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", dir=folder) as scratch:
-            save_file(state, Path(scratch, WEIGHTS_FILE), metadata=MARK)
+            write_tensors(state, Path(scratch, WEIGHTS_FILE), MARK)
             for name, part in parts_of(module).items():
                 Path(scratch, name).mkdir()
                 part.save(Path(scratch, name))
