@@ -69,5 +69,5 @@ def test_what_is_wrong_is_told_when_the_prompt_has_been_read(stage, deep_llava, 
         for call in (lambda: vlm(**batch), lambda: vlm.generate(**batch, max_new_tokens=3)):
             with pytest.raises(PruneZooError, match="'spoilt' scored NaN"):
                 call()
-        assert not run.stats.before or len(run.stats.before) % 3 == 0
+        assert run.stats.before == [], "nothing of a call that failed is counted"
     assert "generate" not in vars(vlm)

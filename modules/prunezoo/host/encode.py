@@ -81,14 +81,14 @@ def encode(
         inputs = replace(
             inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]}
         )
-    asked = torch.from_numpy(host.words).to(device)
+    asked = torch.from_numpy(host.words)  # on the host until somebody wants them
     if markers is not None:
-        roles = markers.roles(torch.from_numpy(host.ids), torch.from_numpy(host.real)).to(device)
+        roles = markers.roles(torch.from_numpy(host.ids), torch.from_numpy(host.real))
         asked = asked & (roles == Role.QUESTION)
-        roles = gather_rows(roles, columns).masked_fill(~real, Role.TEMPLATE)
+        roles = gather_rows(roles.to(device), columns).masked_fill(~real, Role.TEMPLATE)
         inputs = replace(inputs, text_roles=roles[encoded.sample])
     if "text_features" in needs:
-        text_features = encode_text(text_encoder, ids, asked)[encoded.sample]
+        text_features = encode_text(text_encoder, ids, asked.to(device))[encoded.sample]
         inputs = replace(inputs, signals={**inputs.signals, "text_features": text_features})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
