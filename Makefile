@@ -38,11 +38,11 @@ need-python = @test -n "$(PYTHON)" || { \
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints/dev.txt
 	$(need-python)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (about a minute the first time) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(TORCH)' -e '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/dev.txt '$(TORCH)' -e '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -51,22 +51,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(PY) -m pytest -n 2 --dist loadfile
 
-$(STAMP_MIN): pyproject.toml
+$(STAMP_MIN): pyproject.toml constraints/min.txt
 	$(need-python)
 	@$(PY_MIN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_MIN)
 	@echo "Installing transformers $(OLDEST) into $(VENV_MIN) ..."
-	@$(PY_MIN) -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'transformers==$(OLDEST)' pytest -e .
+	@$(PY_MIN) -m pip install --quiet --disable-pip-version-check -c constraints/min.txt '$(TORCH)' 'transformers==$(OLDEST)' pytest -e .
 	@touch $(STAMP_MIN)
 
 # Without conftest.py, which needs what training needs.
 test-min: $(STAMP_MIN)
 	@$(PY_MIN) -m pytest --noconftest tests/families/test_families*.py
 
-$(STAMP_EXTRAS): pyproject.toml
+$(STAMP_EXTRAS): pyproject.toml constraints/extras.txt
 	$(need-python)
 	@$(PY_EXTRAS) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_EXTRAS)
 	@echo "Installing lmms-eval into $(VENV_EXTRAS) (some minutes the first time) ..."
-	@$(PY_EXTRAS) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(LMMS)' pytest '.[eval,train]'
+	@$(PY_EXTRAS) -m pip install --quiet --disable-pip-version-check -c constraints/extras.txt '$(TORCH)' '$(LMMS)' pytest '.[eval,train]'
 	@# Its only build is for CUDA; beside a torch that is not, it breaks even the import of transformers' models.
 	@$(PY_EXTRAS) -m pip uninstall --quiet --yes torchvision timm
 	@touch $(STAMP_EXTRAS)

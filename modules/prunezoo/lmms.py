@@ -87,7 +87,8 @@ class PruneZooModel(lmms):
         self.vlm, self.processor = load_vlm(pretrained, device, dtype or default_dtype(device))
         self.pruner = load_pruner(pruner, revision, vlm=self.vlm)
         self.keep, self.positions, self.batch_size = parse_keep(keep), positions, int(batch_size)
-        attach(self.vlm, self.pruner, self.keep, self.positions)  # refuses here and now what it cannot do
+        with attach(self.vlm, self.pruner, self.keep, self.positions):
+            pass  # refuses here and now what it cannot do
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests; those in a row with equal options are batched."""
