@@ -160,17 +160,21 @@ def test_maps_cls_and_heads_reach_the_tokens_made_of_their_patches(name, routes)
     tiny, samples = tiny_family(name), SMALL_PICTURES if name == "llava_onevision" else PICTURES
     vlm, batch, tower = tiny.vlm, tiny.batch(samples), find_family(tiny.vlm).tower()
     cls = ("cls_head_attention", "cls_value") if name in WITH_CLS else ()
-    needs = tuple(f"{kind}@1" for kind in ("vision_attention", "vision_head_attention", "vision_outputs", *cls))
+    plain = ("vision_outputs", "vision_states", *cls)
+    needs = tuple(f"{kind}@1" for kind in ("vision_attention", "vision_head_attention", *plain))
     encoded, attention = encode(vlm, batch, needs).inputs, tower.attention(1).module
+    states = []
+    handle = tower.blocks[1].register_forward_hook(lambda _module, _args, output: states.append(output))
     with watching(vlm, "vision_config") as seen, recording(attention) as made:
         encode(vlm, batch)
+    handle.remove()
     pictures = [picture.movedim(0, -1) for weights in seen[attention] for picture in weights]  # (S, S, H) each
     sizes = [len(picture) - tower.prefix for picture in pictures]
     patches = torch.zeros(sum(sizes), sum(sizes), pictures[0].shape[2])
     for picture, end, size in zip(pictures, torch.tensor(sizes).cumsum(0).tolist(), sizes, strict=True):
         patches[end - size : end, end - size : end] = picture[tower.prefix :, tower.prefix :]
     values = list(made["vision_values"])
-    wanted = {}
+    wanted = {"vision_states": states[0] if states[0].dim() == 2 else states[0][:, tower.prefix :].flatten(0, 1)}
     if len(values) == len(pictures):  # each in a row of its own
         outputs = [torch.einsum("qkh,khd->qhd", *pair) for pair in zip(pictures, values, strict=True)]
         wanted["vision_outputs"] = torch.cat([own[tower.prefix :] for own in outputs])
@@ -189,7 +193,7 @@ def test_maps_cls_and_heads_reach_the_tokens_made_of_their_patches(name, routes)
         torch.testing.assert_close(got, expected, **close)
         got = encoded.signal("vision_attention@1")[row][valid[row]][:, valid[row]]
         torch.testing.assert_close(got, expected.mean(-1), **close)
-        for kind in ("vision_outputs", *cls):
+        for kind in plain:
             got = encoded.signal(f"{kind}@1")[row, valid[row]]
             torch.testing.assert_close(got, torch.einsum("pm,p...->m...", own, wanted[kind]), **close)
 

@@ -28,10 +28,12 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
         heads = expected.attentions[block].movedim(1, -1)  # (R, S, S, H)
         first = heads.shape[1] - 25
         normed = model.encoder.layers[block].layer_norm1(expected.hidden_states[block])
+        queries = model.encoder.layers[block].self_attn.q_proj(normed).unflatten(-1, (3, 8))
         values = model.encoder.layers[block].self_attn.v_proj(normed).unflatten(-1, (3, 8))
         wanted = {
             "cls_attention": heads.mean(3)[:, 0, first:],
             "cls_head_attention": heads[:, 0, first:],
+            "cls_query": queries[:, :1].expand(-1, 25, -1, -1),
             "cls_value": values[:, :1].expand(-1, 25, -1, -1),
             "received_attention": heads.mean((1, 3))[:, first:],
             "vision_attention": heads.mean(3)[:, first:, first:],
@@ -39,6 +41,7 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
             "vision_keys": model.encoder.layers[block].self_attn.k_proj(normed).unflatten(-1, (3, 8))[:, first:],
             "vision_values": values[:, first:],
             "vision_outputs": torch.einsum("rqkh,rkhd->rqhd", heads, values)[:, first:],
+            "vision_states": expected.hidden_states[block + 1][:, first:],
         }
         for name in kinds:
             got = signals[name + place]

@@ -13,10 +13,10 @@ from prunezoo import encode as encode_plain
 from prunezoo.core.contract import Pruner
 from prunezoo.core.signals import (
     DECODER_SIGNALS,
+    INSIDE_SIGNALS,
     KINDS,
     PREVIOUS,
     STATE_KINDS,
-    VISION_SIGNALS,
     WORD_KINDS,
     parse_signal,
 )
@@ -32,7 +32,7 @@ def mean_of_waves(ids, asked):
 
 encode = partial(encode_plain, text_encoder=mean_of_waves)
 WITH_CLS = ("llava", "llava_next", "internvl")
-CLS = ("cls_attention", "cls_head_attention", "cls_value")
+CLS = ("cls_attention", "cls_head_attention", "cls_query", "cls_value")
 MAPS = ("vision_attention", "vision_head_attention")
 
 
@@ -161,7 +161,7 @@ class Reads(Pruner):
 @torch.no_grad()
 def test_the_vision_stage_reads_every_kind_of_a_block(deep_llava, mixed):
     """Behind a first cut only of the tokens that are left."""
-    pruner = Reads("vision", VISION_SIGNALS, 0, 1)
+    pruner = Reads("vision", INSIDE_SIGNALS, 0, 1)
     with Watch(pruner) as watch:
         encoded = encode(deep_llava.vlm, mixed, (), run_tower=False)
         run_pruned(deep_llava.vlm, encoded, pruner, torch.tensor([9, 9, 20, 9]))
@@ -169,8 +169,8 @@ def test_the_vision_stage_reads_every_kind_of_a_block(deep_llava, mixed):
     check_axes(first)
     check_axes(second)
     assert second.valid.shape[1] < first.valid.shape[1] == 36 and not second.valid.all()
-    whole = encode(deep_llava.vlm, mixed, tuple(f"{kind}@0" for kind in VISION_SIGNALS)).inputs
-    for kind in VISION_SIGNALS:
+    whole = encode(deep_llava.vlm, mixed, tuple(f"{kind}@0" for kind in INSIDE_SIGNALS)).inputs
+    for kind in INSIDE_SIGNALS:
         torch.testing.assert_close(first.signal(kind), whole.signal(f"{kind}@0"), rtol=1e-4, atol=1e-5)
     rows = second.signal("vision_attention").masked_fill(~second.valid[:, None], 0).sum(2)
     assert (rows <= 1 + 1e-5).all() and (rows[second.valid] > 0.5).all()

@@ -34,7 +34,7 @@ class Kind:
 
     Axes: R images, N image tokens (wherever it stands, that axis follows the tokens: as some go, it gets shorter), T
     words of the prompt in the columns of `PruneInputs.text`, D width of the language model, H heads, d width of a head,
-    F neurons of an MLP, C channels, p pixels, E width of a text encoder; a digit is a length.
+    F neurons of an MLP, C channels of a picture or a tower, p pixels, E width of a text encoder; a digit is a length.
     """
 
     axes: str
@@ -44,13 +44,15 @@ class Kind:
 VISION_KINDS = {
     "cls_attention": Kind("R N", "what CLS attends to in a vision block, mean over heads"),
     "cls_head_attention": Kind("R N H", "the same of each of its heads"),
-    "cls_value": Kind("R N H d", "the value of CLS in a vision block: of the CLS of the picture that a token is from"),
+    "cls_query": Kind("R N H d", "the query of CLS in a vision block: of the CLS of the picture that a token is from"),
+    "cls_value": Kind("R N H d", "the value of CLS likewise"),
     "received_attention": Kind("R N", "what a patch receives in a vision block, mean over heads and all rows"),
     "vision_attention": Kind("R N N", "what a patch (row) attends to of the others in a vision block, mean over heads"),
     "vision_head_attention": Kind("R N N H", "the same of each of its heads"),
     "vision_keys": Kind("R N H d", "keys of a vision block"),
     "vision_values": Kind("R N H d", "values likewise"),
     "vision_outputs": Kind("R N H d", "what each head of a vision block gives a patch, before they are joined"),
+    "vision_states": Kind("R N C", "what a vision block puts out, not in the vision stage: before the projector"),
 }
 """Read of one block of the tower. A patch sees nothing of pictures (or windows) that are not its own: 0."""
 
@@ -102,6 +104,8 @@ KINDS: Mapping[str, Kind] = {
 """All of them, by name."""
 
 VISION_SIGNALS = tuple(VISION_KINDS)
+INSIDE_SIGNALS = tuple(kind for kind in VISION_KINDS if kind != "vision_states")
+"""What the vision stage has, in which a block is not at its end."""
 ATTENTION_SIGNALS = (*ATTENTION_KINDS, *MAP_KINDS)
 WORD_SIGNALS = ("prompt_attention", "prompt_head_attention", "last_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, *STATE_KINDS, *WORD_KINDS)

@@ -19,9 +19,11 @@ from ..parts.tower import CONTEXT, KEY, OUTPUT, QUERY, VALUE, Seen, Tower
 
 ROWS = 1024  # of a map of attention that are in memory at a time
 MAP = (QUERY, KEY, CONTEXT)
+STATES = "states"
 PARTS = {
     "cls_attention": MAP,
     "cls_head_attention": MAP,
+    "cls_query": (QUERY,),
     "cls_value": (VALUE,),
     "received_attention": MAP,
     "vision_attention": MAP,
@@ -29,8 +31,9 @@ PARTS = {
     "vision_keys": (KEY,),
     "vision_values": (VALUE,),
     "vision_outputs": (OUTPUT,),
+    "vision_states": (STATES,),
 }
-"""What of an attention each vision signal is made from."""
+"""What of an attention each vision signal is made from; of the block itself, its states."""
 
 
 class VisionTap:
@@ -54,7 +57,13 @@ class VisionTap:
             )
         self.tower, self.attention = tower, tower.attention(block)
         self.seen: Seen = {}
-        self.handles = self.attention.watch({part for kind in kinds for part in PARTS[kind]}, self.seen)
+        parts = {part for kind in kinds for part in PARTS[kind]}
+        self.handles = self.attention.watch(parts, self.seen)
+        if STATES in parts:
+            self.handles.append(tower.blocks[block].register_forward_hook(self._write_states))
+
+    def _write_states(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self.seen[STATES] = output if output.dim() == 3 else output[None]  # packed pictures are one row
 
     def read(self, kind: str) -> Tensor:
         """A signal of the last pass, with the axes of its kind; float32 where it is attention.
@@ -65,9 +74,9 @@ class VisionTap:
         if kind in ("vision_attention", "vision_head_attention"):
             (whole,) = self.maps(kind)
             return whole
-        if kind == "cls_value":
-            value = self.seen[VALUE]
-            return value[:, :1].expand(-1, value.shape[1] - prefix, -1, -1)
+        if kind in ("cls_query", "cls_value"):
+            part = self.seen[PARTS[kind][0]]
+            return part[:, :1].expand(-1, part.shape[1] - prefix, -1, -1)
         if PARTS[kind] != MAP:
             return self.seen[PARTS[kind][0]][:, prefix:]
         means = []

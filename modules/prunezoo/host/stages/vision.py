@@ -30,7 +30,7 @@ from ...core.contract import PruneInputs, PruneOutput, Pruner
 from ...core.errors import PruneZooError
 from ...core.merge import kept_groups, place_groups
 from ...core.plan import gather_rows, mask_to_index
-from ...core.signals import VISION_SIGNALS
+from ...core.signals import INSIDE_SIGNALS
 from ..encoded import Encoded
 from ..families import find_family
 from ..parts.model import VLM
@@ -72,10 +72,10 @@ def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
             "up to the projected one: configure blocks that it has, in ascending order"
         )
     for name in pruner.needs:
-        if name not in VISION_SIGNALS:
+        if name not in INSIDE_SIGNALS:
             raise PruneZooError(
                 f"pruner '{pruner.name}' needs '{name}', and the vision stage has, of the block inside which it "
-                f"stands: {', '.join(VISION_SIGNALS)}"
+                f"stands: {', '.join(INSIDE_SIGNALS)}"
             )
 
 
