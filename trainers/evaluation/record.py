@@ -14,6 +14,7 @@ from prunezoo.core.budgets import AUTO
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import whole_file
 
+from .answers import answers_of
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, Key, Measurement
 from .statistics import Resampled, interval, resample
 
@@ -200,6 +201,7 @@ def build_record(
         "oracle_scale": oracle_scale_of(measurement, contenders),
         "layers": layers_of(measurement),
         "histogram": histogram_of(measurement),
+        "answers": answers_of(measurement),
     }
 
 

@@ -1,0 +1,168 @@
+"""The league: every method of the zoo at equal tokens, sorted by what was measured; docs/league.md is made from it.
+
+Its records lie in `hub_cards/league/`, one a method, and are what `trainers.evaluate --equal-tokens` writes, with one
+field more: `rows_kept`, where in the picture the tokens lie that are kept. `trainers.upkeep.league` makes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from prunezoo.core.registry import pruner_class
+from trainers.cli.names import ROOT
+
+from .answers import join_answers
+from .record import MEAN, Row, read_record, select
+from .scores import ALL_TOKENS, FULL
+from .statistics import interval
+from .tables import display_name, methods_of, percent, span
+
+FOLDER = ROOT / "hub_cards" / "league"
+BUDGETS = ("1/2", "1/3", "2/9", "1/9", "1/18")
+FLOORS = ("random", "uniform", "pool", "resize")
+"""What no published method should be below."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One method at one budget.
+
+    Attributes:
+        name: what `--pruner` takes.
+        row: the mean over the groups.
+        behind: points of mean retention that it is behind the best learned one; 0 for that one itself.
+        ci: their 95 % interval, paired over the same questions.
+        below: the floors that it is below, with an interval that does not reach 0.
+    """
+
+    name: str
+    row: Row
+    behind: float
+    ci: tuple[float, float]
+    below: tuple[str, ...]
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights."""
+        return "/" in self.name
+
+
+def read_league() -> list[Record]:
+    """All records, by name of file."""
+    return [read_record(path) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def standings(records: Sequence[Record], keep: str) -> list[Place]:
+    """Who was measured at a budget, the best first."""
+    rows = {name: row for record in records for name in methods_of(record) if (row := _mean(record, name, keep))}
+    answers, keys = join_answers(records), [(name, keep) for name in rows]
+    resampled = answers.resample(keys)
+    points, draws = resampled.retention()[:, -1], resampled.retention_draws()[:, -1]
+    number = {name: at for at, name in enumerate(rows)}
+    best = max((name for name in rows if "/" in name), key=lambda name: points[number[name]])
+
+    def less(name: str, other: str) -> tuple[float, tuple[float, float]]:
+        own, theirs = number[name], number[other]
+        return float(points[theirs] - points[own]), interval(draws[theirs] - draws[own])
+
+    places = []
+    for name, row in rows.items():
+        behind, ci = less(name, best)
+        below = tuple(floor for floor in FLOORS if floor in rows and floor != name and less(name, floor)[1][0] > 0)
+        places.append(Place(name, row, behind, ci, below))
+    return sorted(places, key=lambda place: -place.row["retention"])
+
+
+@cache
+def _standings() -> dict[str, list[Place]]:
+    return {keep: standings(read_league(), keep) for keep in BUDGETS}
+
+
+def tables() -> str:
+    """A table for each budget."""
+    first, lines = read_league()[0], []
+    for keep, places in _standings().items():
+        lines += [f"### {keep} of the image tokens", ""]
+        lines += ["| | method | kind | stage | tokens | retention, % | behind the best learned, points |"]
+        lines += ["|---:|---|---|---|---:|---:|---:|"]
+        for rank, place in enumerate(places, 1):
+            kind = "learned" if place.learned else "floor" if place.name in FLOORS else "training-free"
+            behind = f"{place.behind:.1f} ({place.ci[0]:.1f} to {place.ci[1]:.1f})" if place.behind or rank > 1 else "–"
+            lines.append(
+                f"| {rank} | `{display_name(place.name)}` | {kind} | {_stage(place.name)} | {place.row['tokens']:.1f} "
+                f"| {percent(place.row['retention'])} ({span(place.row)}) | {behind} |"
+            )
+        lines.append("")
+    full = _mean(first, FULL, ALL_TOKENS)
+    assert full is not None
+    lines += [
+        f"The first {first['n']:,} questions of the {first['split']} split of `{first['suite']}` with "
+        f"`{first['vlm']}`; mean retention over {len(first['groups'])} groups of questions with 95 % bootstrap "
+        "intervals, differences paired over the same questions. With all "
+        f"{full['tokens']:.0f} tokens the model answers {100 * full['accuracy']:.1f} %. Tokens are measured, mean over "
+        "the decoder's layers. A method that is missing at a budget cannot be brought that low: the layers in front of "
+        "it read everything.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def floors() -> str:
+    """Who is below random, uniform, pooling or a smaller picture."""
+    lines = ["| budget | " + " | ".join(f"below `{floor}`" for floor in FLOORS) + " |", "|---|" + "---|" * len(FLOORS)]
+    for keep, places in _standings().items():
+        published = [place for place in places if not place.learned and place.name not in FLOORS]
+        cells = []
+        for floor in FLOORS:
+            names = [f"`{place.name}`" for place in published if floor in place.below]
+            cells.append(f"{len(names)} of {len(published)}" + (f": {', '.join(names)}" if names else ""))
+        lines.append(f"| {keep} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def groups() -> str:
+    """What each group of questions keeps, mean over the methods without weights, the floors left out."""
+    records = read_league()
+    names = records[0]["groups"]
+    means = {}
+    for keep, places in _standings().items():
+        published = {place.name for place in places if not place.learned and place.name not in FLOORS}
+        found = [
+            row for record in records for row in record["rows"] if row["pruner"] in published and row["keep"] == keep
+        ]
+        means[keep] = {name: np.mean([row["retention"] for row in found if row["group"] == name]) for name in names}
+    order = sorted(names, key=lambda name: means[BUDGETS[-1]][name])
+    lines = ["| group of questions | " + " | ".join(BUDGETS) + " |", "|---|" + "---:|" * len(BUDGETS)]
+    lines += [f"| {name} | " + " | ".join(f"{means[keep][name]:.1f}" for keep in BUDGETS) + " |" for name in order]
+    return "\n".join([*lines, ""])
+
+
+def places_kept() -> str:
+    """Where in the picture the tokens lie that each method keeps."""
+    lines = ["| method | tokens | upper third | middle third | lower third |", "|---|---:|---:|---:|---:|"]
+    found = [kept for record in read_league() for kept in record["rows_kept"]]
+    thirds = [(kept, [sum(third) for third in np.array_split(kept["shares"], 3)]) for kept in found]
+    for kept, shares in sorted(thirds, key=lambda pair: pair[1][0]):
+        cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
+        lines.append(f"| `{display_name(kept['pruner'])}` | {kept['tokens']:.0f} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def _stage(name: str) -> str:
+    """Of a method or of a trained one."""
+    if "/" in name:
+        from prunezoo.core.registry import load_pruner
+
+        pruner = load_pruner(str(ROOT / name))
+        return "several" if pruner.name == "combined" else pruner.stage
+    return pruner_class(name.partition("?")[0]).stage
+
+
+def _mean(record: Record, name: str, keep: str) -> Row | None:
+    """The mean row of a method at a budget; None where it was not measured."""
+    return next(iter(select(record, pruner=name, keep=keep, group=MEAN)), None)
