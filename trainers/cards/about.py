@@ -1,9 +1,13 @@
 """What the file of a method says of itself: the text of cards, and the papers and evidence in tables."""
 
+import ast
 import inspect
+import io
 import re
 import sys
-from dataclasses import dataclass
+import textwrap
+import tokenize
+from dataclasses import dataclass, is_dataclass
 
 from prunezoo.core.hub import Pretrained
 
@@ -39,3 +43,45 @@ def about(method: type[Pretrained]) -> About:
     else:
         evidence = "after a paper, in part ours" if re.search(r"\bours\b", text) else "paper"
     return About(paragraphs[0], "\n\n".join(paragraphs), papers, evidence)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a config: its name, its default as Python writes it, and the comment behind it."""
+
+    name: str
+    default: str
+    text: str
+
+
+def options(method: type[Pretrained]) -> list[Option]:
+    """The fields of a method's config, those of its base classes too."""
+    found = {}
+    for cls in reversed(method.config_class.__mro__):
+        if is_dataclass(cls):
+            found.update({one.name: one for one in _options(cls)})
+    return list(found.values())
+
+
+def _options(cls: type) -> list[Option]:
+    """Those that a class adds. The comments of a field stand behind it, or within the brackets of its default."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    comments: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    found = []
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            default = "–" if node.value is None else ast.unparse(node.value)
+            found.append(Option(node.target.id, default, " ".join(comments[n] for n in lines if n in comments)))
+    return found
+
+
+def docstring(method: type[Pretrained]) -> str:
+    """The docstring of the file that a method stands in, as Markdown, without what its shapes' letters mean."""
+    text = inspect.getdoc(sys.modules[method.__module__]) or ""
+    return "\n\n".join(part for part in text.split("\n\n") if not part.startswith("Letters"))

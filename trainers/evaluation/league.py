@@ -79,14 +79,15 @@ def standings(records: Sequence[Record], keep: str) -> list[Place]:
 
 
 @cache
-def _standings() -> dict[str, list[Place]]:
+def league() -> dict[str, list[Place]]:
+    """Who was measured at each budget."""
     return {keep: standings(read_league(), keep) for keep in BUDGETS}
 
 
 def tables() -> str:
     """A table for each budget."""
     first, lines = read_league()[0], []
-    for keep, places in _standings().items():
+    for keep, places in league().items():
         lines += [f"### {keep} of the image tokens", ""]
         lines += ["| | method | kind | stage | tokens | retention, % | behind the best learned, points |"]
         lines += ["|---:|---|---|---|---:|---:|---:|"]
@@ -115,7 +116,7 @@ def tables() -> str:
 def floors() -> str:
     """Who is below random, uniform, pooling or a smaller picture."""
     lines = ["| budget | " + " | ".join(f"below `{floor}`" for floor in FLOORS) + " |", "|---|" + "---|" * len(FLOORS)]
-    for keep, places in _standings().items():
+    for keep, places in league().items():
         published = [place for place in places if not place.learned and place.name not in FLOORS]
         cells = []
         for floor in FLOORS:
@@ -130,7 +131,7 @@ def groups() -> str:
     records = read_league()
     names = records[0]["groups"]
     means = {}
-    for keep, places in _standings().items():
+    for keep, places in league().items():
         published = {place.name for place in places if not place.learned and place.name not in FLOORS}
         found = [
             row for record in records for row in record["rows"] if row["pruner"] in published and row["keep"] == keep

@@ -1,7 +1,7 @@
 """What was measured of the zoo at equal tokens, from the records that ship: the README's table, and the zoo's list.
 
 A shipped module has its record, with its rivals, in its own folder, `checkpoints/NAME/metrics.json`; what was measured
-of other methods lies in `hub_cards/measured/`.
+of all methods lies in `hub_cards/league/`, and of other settings and budgets in `hub_cards/measured/`.
 """
 
 from collections import Counter
@@ -14,6 +14,8 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import list_pruners
 from trainers.cli.names import CHECKPOINTS, ROOT, methods_shipped
 
+from . import league
+from .league import FLOORS
 from .record import MEAN, Row, mean_row, read_record, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .tables import methods_of, percent, span
@@ -80,7 +82,7 @@ def read_zoo() -> Zoo:
     """What ships."""
     pruners = [folder for folder, method in methods_shipped().items() if method in list_pruners()]  # not tokenizers
     own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners}
-    return gather(own, [read_record(path) for path in sorted(OTHERS.glob("*.json"))])
+    return gather(own, [*(read_record(path) for path in sorted(OTHERS.glob("*.json"))), *league.read_league()])
 
 
 def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
@@ -129,18 +131,25 @@ def footnotes(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return marks, [*lines, ""] if lines else []
 
 
-def summary_section(zoo: Zoo) -> str:
-    """Markdown: mean retention of every shipped module, then of the rivals, best at 1/9 of the tokens first."""
+def summary_section(zoo: Zoo, most: int | None = None) -> str:
+    """Markdown: mean retention of the shipped modules and of what needs no training, best at 1/9 of the tokens first.
+
+    Args:
+        zoo: what was measured.
+        most: so many of the methods without weights, and those that no method should be below; None: all.
+    """
     columns, usual = zoo.columns(), zoo.record["n"]
     full, blind = mean_row(zoo.record, FULL, ALL_TOKENS), mean_row(zoo.record, NONE, NO_TOKENS)
     heads = [f"{share}: {tokens} tokens" for share, tokens in columns.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
-    marks, notes = footnotes(zoo.rivals)
-    for group in (zoo.shipped, zoo.rivals):
-        for name, line in sorted(group.items(), key=lambda item: _order(item[1], columns)):
-            shown = f"[`{name}`](checkpoints/{name}/README.md)" if group is zoo.shipped else name + marks[name]
-            more = f", {line.n:,} questions" if line.n != usual else ""
-            lines.append(f"| {shown}{more} | {' | '.join(_cell(line.at(tokens)) for tokens in columns.values())} |")
+    rivals = sorted(zoo.rivals, key=lambda name: _order(zoo.rivals[name], columns))
+    shown = [name for number, name in enumerate(rivals) if most is None or number < most or name in FLOORS]
+    marks, notes = footnotes(shown)
+    named = {f"[`{name}`](checkpoints/{name}/README.md)": line for name, line in zoo.shipped.items()}
+    named |= {name + marks[name]: zoo.rivals[name] for name in shown}
+    for name, line in sorted(named.items(), key=lambda item: _order(item[1], columns)):
+        more = f", {line.n:,} questions" if line.n != usual else ""
+        lines.append(f"| {name}{more} | {' | '.join(_cell(line.at(tokens)) for tokens in columns.values())} |")
     lines += [
         "",
         *notes,

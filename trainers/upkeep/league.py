@@ -43,10 +43,17 @@ BATCH, TOGETHER = 32, 6
 """Questions, and methods, at a time."""
 LOOKED = 210
 """Pictures in which it is looked where the tokens are that are kept."""
-VARIANTS = ("tome?metric=states&most=0.1", "fastv?layer=1", "feather?softmax=all")
-"""Other settings that docs/choose.md speaks of."""
-UNMEASURED = ("combined", "budget", "changed")
-"""Not alone: a combination is its shipped one, `budget` sets its own budgets, `changed` is for streams."""
+VARIANTS = (
+    "tome?metric=states&most=0.1",
+    "fastv?layer=1",
+    "feather?softmax=all",
+    "corematching?layer=1&word=2",
+    "corematching?layer=2&word=2",
+)
+"""Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
+UNMEASURED = ("combined", "budget", "changed", "tome_unmerge")
+"""A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
+language model reads everything."""
 
 
 def names_of_all() -> list[str]:

@@ -1,12 +1,12 @@
-"""The parts of README.md, docs/choose.md and docs/families.md that are made from measured files.
+"""The parts of README.md, docs/choose.md, docs/families.md and docs/league.md that are made from measured files.
 
 They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
     python -m trainers.upkeep.readme     write them anew
 
 No number and no "yes" in them is typed: `support` and `methods` come from tests/families/*.json, which `make support`
-writes, `speed` from hub_cards/speed.json, which `make speed` writes, `measured` and `zoo` from the records beside the
-shipped modules and in hub_cards/measured/.
+writes, `speed` from hub_cards/speed.json, which `make speed` writes, `measured`, `zoo` and those of the league from the
+records beside the shipped modules, in hub_cards/league/ and in hub_cards/measured/.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from prunezoo.core.errors import PruneZooError
 from trainers.benchmarking.tables import speed_section
 from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
+from trainers.evaluation import league
 from trainers.evaluation.summary import read_zoo, summary_section
 
 from .methods import methods_section
@@ -26,6 +27,8 @@ from .support import support_section
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
+RIVALS = 10
+"""Methods without weights that README's table has; docs/league.md has all."""
 
 
 def support() -> str:
@@ -39,8 +42,8 @@ def methods() -> str:
 
 
 def measured() -> str:
-    """Retention of the shipped modules and of their rivals."""
-    return summary_section(read_zoo())
+    """Retention of the shipped modules and of their best rivals."""
+    return summary_section(read_zoo(), RIVALS)
 
 
 def speed() -> str:
@@ -56,6 +59,12 @@ PAGES = {
     README: SECTIONS,
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"methods": methods},
+    ROOT / "docs" / "league.md": {
+        "league": league.tables,
+        "floors": league.floors,
+        "groups": league.groups,
+        "places": league.places_kept,
+    },
 }
 """The pages with such sections."""
 

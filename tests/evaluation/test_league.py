@@ -1,0 +1,97 @@
+"""Methods of different runs compare as if they had been measured in one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prunezoo import PruneZooError, list_pruners
+from trainers.cli.names import CHECKPOINTS, methods_shipped
+from trainers.evaluation import league
+from trainers.evaluation.answers import join_answers
+from trainers.evaluation.record import build_record
+from trainers.evaluation.scores import ItemScores, Measurement
+from trainers.evaluation.summary import read_zoo, summary_section
+from trainers.upkeep.league import UNMEASURED, path_of
+
+ITEMS, KEEP = 60, "1/9"
+RIGHT = {"checkpoints/good": 0.9, "divprune": 0.95, "fastv": 0.5, "random": 0.7}
+
+
+def measurement(names, seed=0):
+    """Made up: the full model is nearly always right, zero tokens hardly ever, methods as often as RIGHT says."""
+    scores = {}
+    for name, keep, share in [("full", "1.0", 0.95), ("none", "0", 0.1), *((n, KEEP, RIGHT[n]) for n in names)]:
+        rng = np.random.default_rng([seed, *name.encode()])
+        own = ItemScores.empty(ITEMS, 5)
+        own.correct[:] = rng.random(ITEMS) < share
+        if name == "random":  # a mean of seeds
+            own.correct[:] = rng.integers(0, 6, ITEMS) / 5
+        own.layers[:] = 16
+        scores[name, keep] = own
+    return Measurement(("one", "two"), np.arange(ITEMS) % 2, {}, scores)
+
+
+def record(*names, seed=0):
+    header = {"vlm": "v", "suite": "s", "split": "test", "command": " ".join(names)}
+    return json.loads(json.dumps(build_record(measurement(names, seed), [names[0]], header)))
+
+
+def test_answers_are_kept_whole():
+    made = measurement(list(RIGHT))
+    answers = join_answers([record(*RIGHT)])
+    assert answers.group_of.tolist() == made.group_of.tolist()
+    for key, scores in made.scores.items():
+        np.testing.assert_allclose(answers.right[key], scores.correct, atol=1e-12)
+
+
+def test_pairs_of_two_runs_are_those_of_one():
+    together = {row["rival"]: row for row in record(*RIGHT)["paired"]}
+    places = {
+        place.name: place for place in league.standings([record("checkpoints/good", "fastv"), record("divprune")], KEEP)
+    }
+    for rival in ("divprune", "fastv"):
+        assert places[rival].behind == pytest.approx(together[rival]["difference"], abs=1e-6)
+        assert places[rival].ci == pytest.approx(together[rival]["ci"], abs=1e-6)
+
+
+def test_the_best_stands_first_learned_or_not_and_floors_are_told():
+    places = league.standings([record(name) for name in RIGHT], KEEP)
+    retention = [place.row["retention"] for place in places]
+    assert retention == sorted(retention, reverse=True) and [place.name for place in places][0] == "divprune"
+    by_name = {place.name: place for place in places}
+    assert by_name["checkpoints/good"].behind == 0 and by_name["divprune"].behind < 0
+    better = by_name["random"].row["retention"] > by_name["fastv"].row["retention"]
+    assert set(by_name["fastv"].below) <= {"random"} and (better or not by_name["fastv"].below)
+    assert not by_name["divprune"].below
+
+
+def test_runs_over_other_questions_do_not_join():
+    other = record("divprune")
+    other["answers"]["groups"] = other["answers"]["groups"][::-1]
+    with pytest.raises(PruneZooError, match="other questions"):
+        join_answers([record("fastv"), other])
+    with pytest.raises(PruneZooError, match="answered otherwise"):
+        join_answers([record("fastv"), record("divprune", seed=1)])
+    old = record("fastv")
+    del old["answers"]
+    with pytest.raises(PruneZooError, match="no answers"):
+        join_answers([old])
+
+
+def test_every_method_has_a_record():
+    """Whatever was added since must be measured: `python -m trainers.upkeep.league`."""
+    free = {path.stem.partition("-")[0] for path in league.FOLDER.glob("*.json")}
+    shipped = {folder: method for folder, method in methods_shipped().items() if method in list_pruners()}
+    lacking = set(list_pruners()) - free - set(shipped.values()) - {"full", "none", *UNMEASURED}
+    assert not lacking
+    for folder, method in shipped.items():
+        assert method == "budget" or path_of(str(CHECKPOINTS / folder)).exists(), folder
+
+
+def test_no_learned_method_stands_above_a_rival_that_beats_it():
+    """In the README's table, at 1/9 of the tokens."""
+    lines = [line.split("|") for line in summary_section(read_zoo()).splitlines() if line.startswith("| ")][1:]
+    cells = [line[5].strip() for line in lines]
+    retention = [float(cell.split()[0]) for cell in cells if cell != "–"]
+    assert retention == sorted(retention, reverse=True)

@@ -1,0 +1,165 @@
+"""The pages of docs/methods/, one a method: what its file says, its options, where it runs, what was measured.
+
+    python -m trainers.upkeep.pages     write them anew
+
+Nothing in them is typed: they are made from the docstrings and configs of `modules/prunezoo/`, from
+`tests/families/methods.json` and from the records of `hub_cards/league/`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from prunezoo.core.contract import Pruner
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import list_pruners, pruner_class
+from trainers.cards.about import About, about, docstring, options
+from trainers.cards.markdown import bibtex
+from trainers.cli.errors import command, whole_file
+from trainers.cli.names import ROOT, has_weights, methods_shipped
+from trainers.evaluation.league import BUDGETS, Place, league
+from trainers.evaluation.tables import display_name, percent, span
+
+from .methods import OUTCOMES
+from .support import family_title
+
+FOLDER = ROOT / "docs" / "methods"
+INDEX = "README.md"
+MADE = "<!-- made by `python -m trainers.upkeep.pages`; edit the method's file instead -->"
+
+
+def page(method: str) -> str:
+    """The page of a method."""
+    cls = pruner_class(method)
+    said = about(cls)
+    kind = "learned" if has_weights(method) else "training-free"
+    parts = [
+        f"{MADE}\n# `{method}`",
+        f"{kind}, {_stage(method)}; evidence: {said.evidence}; file: [`{_file(cls)}`](../../{_file(cls)})",
+        docstring(cls),
+        "## What it reads",
+        _reads(cls),
+        "## Options",
+        _options(cls),
+        "## Families",
+        _families(method),
+        "## Measured",
+        _measured(method),
+    ]
+    if said.papers:
+        parts += ["## Cite", f"```bibtex\n{_cite(said)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _stage(method: str) -> str:
+    return "several stages" if method == "combined" else f"{pruner_class(method).stage} stage"
+
+
+def _cite(said: About) -> str:
+    return bibtex(said.papers)
+
+
+def _file(cls: type[Pruner]) -> str:
+    return f"modules/{cls.__module__.replace('.', '/')}.py"
+
+
+def _reads(cls: type[Pruner]) -> str:
+    """Signals, with the settings of its defaults."""
+    try:
+        needs = cls().needs
+    except PruneZooError:  # its config has no default
+        return "What its parts read."
+    signals = ", ".join(f"`{name}`" for name in needs) or "no signal"
+    kept = (
+        "It keeps exactly as many tokens as it is asked for." if cls.exact else "It decides itself how many it keeps."
+    )
+    where = "[signals](../../modules/prunezoo/core/signals.py)"
+    return f"Visual tokens, and with its default options of {where}: {signals}. {kept}"
+
+
+def _options(cls: type[Pruner]) -> str:
+    found = options(cls)
+    if not found:
+        return "None."
+    rows = [f"| `{one.name}` | `{one.default}` | {one.text.replace('|', '&#124;')} |" for one in found]
+    return "\n".join(
+        [
+            "| option | default | what it is |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"As `attach` and all commands take them: `{cls.name}?{found[0].name}=…`.",
+        ]
+    )
+
+
+def _families(method: str) -> str:
+    outcomes = json.loads(OUTCOMES.read_text(encoding="utf-8"))["outcomes"]
+    own = {name.split("-")[0]: outcome for name, outcome in outcomes.items() if name.split("-")[1] == method}
+    if not own:
+        return "Not in the matrix of [families](../families.md)."
+    works = ", ".join(family_title(name) for name, outcome in own.items() if outcome == "yes")
+    refused: dict[str, list[str]] = {}
+    for name, outcome in own.items():
+        if outcome != "yes":
+            refused.setdefault(outcome.removeprefix("refused: "), []).append(family_title(name))
+    lines = [f"Runs on: {works or 'none'}."]
+    lines += [f"- Not on {', '.join(names)}: {why}" for why, names in refused.items()]
+    return "\n".join(lines) + "\n\nFrom the [matrix](../families.md), with tiny models of each family."
+
+
+def _measured(method: str) -> str:
+    """Its rows of the league, with those of its other settings and of what is shipped of it."""
+    shipped = [folder for folder, of in methods_shipped().items() if of == method]
+    found: dict[str, dict[str, Place]] = {}
+    for keep, places in league().items():
+        for place in places:
+            if place.name.partition("?")[0] == method or place.name.rpartition("/")[2] in shipped:
+                found.setdefault(place.name, {})[keep] = place
+    if not found:
+        return "Not in the [league](../league.md)."
+    lines = [f"| | {' | '.join(BUDGETS)} |", "|---|" + "---:|" * len(BUDGETS)]
+    for name, own in found.items():
+        cells = [_cell(own.get(keep)) for keep in BUDGETS]
+        lines.append(f"| `{display_name(name)}` | {' | '.join(cells)} |")
+    said = "Mean retention in % at equal measured tokens; [the league](../league.md) has all methods."
+    return "\n".join([*lines, "", said])
+
+
+def _cell(place: Place | None) -> str:
+    return f"{percent(place.row['retention'])} ({span(place.row)})" if place else "–"
+
+
+def index() -> str:
+    """The list of all pages."""
+    lines = [MADE, "# Methods", "", "| method | kind | stage | what it does | arXiv |", "|---|---|---|---|---|"]
+    for name in sorted(list_pruners(), key=lambda name: (not has_weights(name), name)):
+        said, kind = about(pruner_class(name)), "learned" if has_weights(name) else "training-free"
+        paper = said.papers[0] if said.papers and said.evidence != "ours" else "–"
+        does = said.title.partition(": ")[2] or said.title
+        lines.append(f"| [`{name}`]({name}.md) | {kind} | {_stage(name)} | {does} | {paper} |")
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """All pages, by name of file."""
+    return {INDEX: index(), **{f"{name}.md": page(name) for name in list_pruners()}}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write them anew; pages of methods that are no more go."""
+    p = argparse.ArgumentParser(prog="python -m trainers.upkeep.pages", description="Write docs/methods/ anew.")
+    p.parse_args(argv)
+    made = pages()
+    for path in FOLDER.glob("*.md"):
+        if path.name not in made:
+            path.unlink()
+    for name, text in made.items():
+        with whole_file(FOLDER / name) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
