@@ -58,7 +58,7 @@ def test_pairs_of_two_runs_are_those_of_one():
 def test_the_best_stands_first_learned_or_not_and_floors_are_told():
     places = league.standings([record(name) for name in RIGHT], KEEP)
     retention = [place.row["retention"] for place in places]
-    assert retention == sorted(retention, reverse=True) and [place.name for place in places][0] == "divprune"
+    assert retention == sorted(retention, reverse=True) and next(place.name for place in places) == "divprune"
     by_name = {place.name: place for place in places}
     assert by_name["checkpoints/good"].behind == 0 and by_name["divprune"].behind < 0
     better = by_name["random"].row["retention"] > by_name["fastv"].row["retention"]

@@ -72,8 +72,11 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name.rpartition('/')[2].translate(str.maketrans('?&=', '---'))}.json"
 
 
-def rows_kept(vlm: Any, processor: Any, suite: Suite, method: Method, budget: Budget) -> dict[str, Any]:
-    """How the tokens that are kept share themselves out over the rows of the picture, from the top."""
+def rows_kept(vlm: Any, processor: Any, suite: Suite, method: Method, budget: Budget) -> list[dict[str, Any]]:
+    """How the tokens that are kept share themselves out over the rows of the picture, from the top.
+
+    Nothing where none is left at the end.
+    """
     items = [suite[number] for number in range(min(LOOKED, len(suite)))]
     encoded = encode(vlm, ConversationCollator(processor)(items), needs=method.needs)
     view = View(encoded.inputs, items)
@@ -81,13 +84,16 @@ def rows_kept(vlm: Any, processor: Any, suite: Suite, method: Method, budget: Bu
         run = run_pruned(vlm, encoded, method.pruner(view), method.amount(view, budget.keep), logits_to_keep=1)
     output, row = run.output, encoded.inputs.cells[..., 1]
     rows = row.gather(1, output.index)[output.valid]
+    if not len(rows):
+        return []
     shares = torch.bincount(rows, minlength=int(row.max()) + 1).double() / len(rows)
-    return {
+    kept = {
         "pruner": method.name,
         "keep": budget.label,
         "tokens": float(output.valid.sum(1).double().mean()),
         "shares": [round(share, 4) for share in shares.tolist()],
     }
+    return [kept]
 
 
 def reached(vlm: Any, processor: Any, suite: Suite, method: Method) -> tuple[Budget, ...]:
@@ -119,7 +125,7 @@ def measure_all(names: Sequence[str], limit: int, console: Console) -> None:
 
 
 def write(
-    measured: Measurement, method: Method, budgets: Sequence[Budget], model: str, limit: int, kept: dict[str, Any]
+    measured: Measurement, method: Method, budgets: Sequence[Budget], model: str, limit: int, kept: list[dict[str, Any]]
 ) -> None:
     """The record of one method."""
     scores = {key: value for key, value in measured.scores.items() if key[0] in (FULL, NONE, method.name)}
@@ -133,7 +139,7 @@ def write(
         "seed": 0,
         "command": shlex.join(words),
         "weights": {method.name: digest} if digest else {},
-        "rows_kept": [kept],
+        "rows_kept": kept,
     }
     record = build_record(replace(measured, scores=scores), [method.name], header)
     write_record(record, path_of(method.name))
