@@ -24,7 +24,7 @@ class Choosing(Pretrained):
 
     @property
     def select(self) -> str:
-        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7" or "tile"; see :class:`select.Select`.
+        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7", "mmr:0.7:4" or "tile"; see :class:`select.Select`.
 
         It belongs to an instance, whatever its config and weights, and is saved with it unless it is "top".
 
@@ -54,7 +54,10 @@ class Choosing(Pretrained):
             ``(B, N)`` bool, ``keep`` of each image.
         """
         if self._select.kind == "mmr":
-            return mmr_mask(scores, inputs.features, inputs.valid, keep, inputs.most_asked, self._select.weight)
+            how = self._select
+            return mmr_mask(
+                scores, inputs.features, inputs.valid, keep, inputs.most_asked, weight=how.weight, step=how.step
+            )
         if self._select.kind == "tile":
             return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
         return topk_mask(scores, inputs.valid, keep)

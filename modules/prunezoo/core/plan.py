@@ -29,6 +29,22 @@ def mask_to_index(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tenso
     return order.masked_fill(~valid, 0), valid
 
 
+def picks_mask(picks: Tensor, keep: Tensor, width: int) -> Tensor:
+    """What greedy methods chose, one token of each image a step, of which the first ``keep`` count.
+
+    Args:
+        picks: ``(B, K)`` long slots in the order of choice; anything legal behind the first ``keep``.
+        keep: ``(B,)`` long, at most K.
+        width: N.
+
+    Returns:
+        ``(B, N)`` bool.
+    """
+    late = torch.arange(picks.shape[1], device=picks.device) >= keep[:, None]
+    mask = torch.zeros(len(picks), width + 1, dtype=torch.bool, device=picks.device)
+    return mask.scatter(1, picks.masked_fill(late, width), True)[:, :width]
+
+
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """Take ``values (B, N, ...)`` at ``index (B, K)`` along dimension 1: ``(B, K, ...)``."""
     shape = index.shape + (1,) * (values.dim() - 2)

@@ -3,6 +3,8 @@
 ``top`` takes the best scores. ``mmr`` is greedy maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998;
 for visual tokens IDPruner, arXiv 2602.13315): the best score first, then the token for which ``weight`` times its
 score, brought to [0, 1] over the image, less ``1 - weight`` times its cosine to the nearest one chosen, is largest.
+``mmr:0.5:4`` is its weight, and how many tokens are chosen a step behind the first: all by the same values, so that two
+which are alike may come in together, in a quarter of the steps (``parallel_k`` of IDPruner's code).
 ``tile`` deals the budget out over the tiles of an image (crops, thumbnail, frames) in proportion to their tokens, and
 takes the best of each. Pure functions; no state, no host.
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import PruneZooError
+from .plan import gather_rows, picks_mask
 
 SELECTS = ("top", "mmr", "tile")
 WEIGHT = 0.5
@@ -25,10 +28,11 @@ WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class Select:
-    """A way to choose by scores, as it is written: "top", "mmr", "mmr:0.7", "tile"."""
+    """A way to choose by scores, as it is written: "top", "mmr", "mmr:0.7", "mmr:0.7:4", "tile"."""
 
     kind: str = "top"
     weight: float = WEIGHT  # mmr: of the score, in [0, 1]; 1 is top, 0 looks at the likeness alone after the first
+    step: int = 1  # mmr: tokens that are chosen at a time, behind the first
 
     @classmethod
     def parse(cls, text: object) -> "Select":
@@ -37,20 +41,27 @@ class Select:
         Raises:
             PruneZooError: Not a way to choose; the message lists them.
         """
-        match = re.fullmatch(r"([a-z]+)(?::(\d*\.?\d+))?", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([a-z]+)(?::(\d*\.?\d+)(?::(\d{1,6}))?)?", text) if isinstance(text, str) else None
         if match is None or match[1] not in SELECTS or (match[2] and match[1] != "mmr"):
-            raise PruneZooError(f"select={text!r} is none: {', '.join(SELECTS)}, or 'mmr:0.7' for another weight")
-        weight = float(match[2]) if match[2] else WEIGHT
+            raise PruneZooError(
+                f"select={text!r} is none: {', '.join(SELECTS)}, or 'mmr:0.7' for another weight, 'mmr:0.7:4' for four "
+                "tokens a step"
+            )
+        weight, step = float(match[2]) if match[2] else WEIGHT, int(match[3] or 1)
         if not 0 <= weight <= 1:
             raise PruneZooError(f"select={text!r}: the weight of the score must lie in [0, 1]")
-        return cls(match[1], weight)
+        if step < 1:
+            raise PruneZooError(f"select={text!r}: at least one token must be chosen a step")
+        return cls(match[1], weight, step)
 
     def __str__(self) -> str:
+        if self.step > 1:
+            return f"{self.kind}:{self.weight:g}:{self.step}"
         return self.kind if self.weight == WEIGHT else f"{self.kind}:{self.weight:g}"
 
 
 def mmr_mask(
-    scores: Tensor, features: Tensor, valid: Tensor, keep: Tensor, most: int, weight: float = WEIGHT
+    scores: Tensor, features: Tensor, valid: Tensor, keep: Tensor, most: int, weight: float = WEIGHT, step: int = 1
 ) -> Tensor:
     """Maximal marginal relevance: choose one token of each image a step, in all images at once.
 
@@ -61,24 +72,35 @@ def mmr_mask(
         keep: ``(B,)`` long, between 0 and the number of valid tokens of the row.
         most: The largest of them.
         weight: See :class:`Select`.
+        step: See there.
 
     Returns:
         ``(B, N)`` bool with exactly ``keep`` ones in each row, none on padding; ties go to the lower slot.
     """
     scores = scores.float()
     # What scores -inf is for when nothing else is left; a gain is never below -1.
-    worth = (weight * unit_range(scores, valid)).masked_fill(scores == -torch.inf, -4.0)
+    worth = (weight * unit_range(scores, valid)).masked_fill(scores == -torch.inf, -4.0).masked_fill(~valid, -torch.inf)
     unit = functional.normalize(features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
-    chosen = torch.zeros_like(valid)
-    rows = torch.arange(len(valid), device=valid.device)
-    nearest = torch.zeros_like(worth)  # the first is chosen by its score alone
-    for step in range(most):
-        gain = worth - (1 - weight) * nearest if step else scores.clamp_min(torch.finfo(scores.dtype).min)
-        best = gain.masked_fill(chosen | ~valid, -torch.inf).argmax(1)
-        chosen[rows, best] |= (step < keep) & valid.any(1)
-        likeness = (unit @ unit[rows, best, :, None])[..., 0]  # (B, N)
-        nearest = nearest.maximum(likeness) if step else likeness
-    return chosen
+    gain = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill(~valid, -torch.inf)  # of the first: its score
+    nearest = torch.full_like(worth, -1.0)
+    picks = valid.new_empty(len(valid), most, dtype=torch.long)
+    done = 0
+    while done < most:
+        best = _best(gain, min(step, most - done) if done else 1)
+        picks[:, done : done + best.shape[1]] = best
+        done += best.shape[1]
+        worth.scatter_(1, best, -torch.inf)
+        likeness = unit @ gather_rows(unit, best).mT  # (B, N, of the step)
+        nearest = nearest.maximum(likeness.amax(2))
+        gain = worth - (1 - weight) * nearest
+    return picks_mask(picks, keep, valid.shape[1])
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """The slots ``(B, count)`` of the largest of ``values (B, N)``, best first; of ties the lower one."""
+    if count == 1:
+        return values.argmax(1, keepdim=True)
+    return values.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def unit_range(scores: Tensor, valid: Tensor) -> Tensor:
