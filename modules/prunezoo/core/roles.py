@@ -7,6 +7,7 @@ every text of a role; these are its markers, and with them the roles can be read
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from torch import Tensor
 Ids = tuple[int, ...]
 TextEncoder = Callable[[Tensor, Tensor], Tensor]
 """Of somebody's own: from ids ``(B, L)`` and which of them are the question ``(B, L)`` bool to features ``(B, E)``."""
+
+
+@runtime_checkable
+class JointEncoder(Protocol):
+    """A text encoder with a space that pictures have a place in, too; such as CLIP's."""
+
+    def __call__(self, ids: Tensor, asked: Tensor) -> Tensor:
+        """As a TextEncoder."""
+
+    def image_features(self, states: Tensor) -> Tensor:
+        """Bring what a vision block puts out for each image token, ``(R, N, C)``, to features ``(R, N, E)``."""
 
 
 class Role(IntEnum):

@@ -96,6 +96,7 @@ OTHER_KINDS = {
                    "the channels of each frame that a token spans"),
     "frame": Kind("R N", "number of the frame (step of time) of a clip, long; 0 in still pictures"),
     "text_features": Kind("R E", "what the `text_encoder` given to `attach` or `encode` makes of the question"),
+    "image_features": Kind("R N E", "what its method `image_features` makes of `vision_states`: in the same space"),
 }  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {

@@ -1,6 +1,7 @@
 """Where pruning meets a vision-language model of `transformers`: encode once, run full, pruned or gated, attach."""
 
 from .attach import Attached, Attachment, attach
+from .clip_text import ClipText
 from .encode import encode
 from .encoded import Encoded
 from .run import PrunedRun, run_gated, run_pruned
@@ -13,6 +14,7 @@ __all__ = [
     "AttachStats",
     "Attached",
     "Attachment",
+    "ClipText",
     "Encoded",
     "HostOutput",
     "PrunedRun",

@@ -211,7 +211,7 @@ def attach(
         positions: "original": the tokens left keep their position ids. "compact": they are numbered anew.
         markers: For pruners that ask what a word of the prompt is, question or template: ``chat_markers(processor)``.
         text_encoder: For pruners that need `text_features`: from ids ``(B, L)``, and which are the question, to
-            ``(B, E)``.
+            ``(B, E)``; and with a method that makes `image_features`, as :class:`ClipText` has, for those that need it.
         timeout: Seconds to wait for another thread to leave this model; None: as long as it takes.
 
     Returns:

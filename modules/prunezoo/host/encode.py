@@ -17,7 +17,7 @@ from ..core.budgets import upload
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
-from ..core.roles import ChatMarkers, Role, TextEncoder
+from ..core.roles import ChatMarkers, JointEncoder, Role, TextEncoder
 from ..core.signals import follow_tokens, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Words
 from .families import Family, Visual, find_family
@@ -44,11 +44,12 @@ def encode(
         run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
             there are no signals to be had.
         markers: Of the chat template that wrote the prompts, by which `text_roles` are read; from :func:`chat_markers`.
-        text_encoder: Makes the signal `text_features`; of all words of a prompt where no markers tell the question.
+        text_encoder: Makes the signal `text_features`, of all words of a prompt where no markers tell the question; and
+            `image_features`, if it has a method of that name.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images; `text_features`
-            without a text encoder.
+            or `image_features` without a text encoder that makes them.
     """
     check_signals(needs)
     if needs and not run_tower:
@@ -66,7 +67,13 @@ def encode(
 
     embedded = family.embed(ids)
     host = HostPrompt.read(family, batch)
-    watch = partial(watch_tower, family.tower, needs)
+    joint = "image_features" in needs
+    if joint and not isinstance(text_encoder, JointEncoder):
+        raise PruneZooError(
+            "signal 'image_features' needs a text encoder that has a method image_features, such as ClipText: give "
+            "text_encoder=… to attach or encode"
+        )
+    watch = partial(watch_tower, family.tower, (*needs, "vision_states") if joint else needs)
     seen = {**given, "input_ids": torch.from_numpy(host.ids)}
     visuals = family.visuals(seen, watch) if run_tower else family.outlines(seen, embedded)
     pixels = {k: v for k, v in given.items() if k in family.consumed}
@@ -90,6 +97,9 @@ def encode(
     if "text_features" in needs:
         text_features = encode_text(text_encoder, ids, asked.to(device))[encoded.sample]
         inputs = replace(inputs, signals={**inputs.signals, "text_features": text_features})
+    if joint and inputs.signals:  # there are images
+        signals = {**inputs.signals, "image_features": encode_images(text_encoder, inputs.signal("vision_states"))}
+        inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 
@@ -105,6 +115,23 @@ def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) ->
     if not isinstance(made, Tensor) or made.dim() != 2 or len(made) != len(ids) or not made.is_floating_point():
         given = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
         raise PruneZooError(f"text_encoder gave {given} for {len(ids)} prompts: it must give floats ({len(ids)}, E)")
+    return made
+
+
+def encode_images(encoder: JointEncoder, states: Tensor) -> Tensor:
+    """``(R, N, E)``: what a text encoder makes of ``states (R, N, C)``, to be compared with its text.
+
+    Raises:
+        PruneZooError: It gives something else.
+    """
+    made = encoder.image_features(states)
+    if not isinstance(made, Tensor) or made.shape[:-1] != states.shape[:-1] or not made.is_floating_point():
+        given = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        rows, tokens, _ = states.shape
+        raise PruneZooError(
+            f"text_encoder.image_features gave {given} for {rows} images of {tokens} tokens: it must give floats "
+            f"({rows}, {tokens}, E)"
+        )
     return made
 
 
