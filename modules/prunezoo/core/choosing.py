@@ -24,8 +24,9 @@ class Choosing(Pretrained):
 
     @property
     def select(self) -> str:
-        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7", "mmr:0.7:4" or "tile"; see :class:`select.Select`.
+        """How tokens are chosen by :meth:`score`: "top", "mmr", "mmr:0.7", "mmr:0.7:4" or "tile".
 
+        See :class:`select.Select`.
         It belongs to an instance, whatever its config and weights, and is saved with it unless it is "top".
 
         Raises:

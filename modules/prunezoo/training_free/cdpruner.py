@@ -119,7 +119,7 @@ class CDPruner(Pruner):
             ``(B, K)`` long in the order of choice.
         """
         weight = self.config.weight if self.config.kernel == "blend" else 1.0
-        own = (1 - weight + weight * relevance.square()) * unit.square().sum(2)
+        own = 1 - weight + weight * relevance.square()  # of a token with itself; its cosine is 1
         left, spanned = own.clone(), relevance - 2  # these stand behind all others
         factor = unit.new_zeros(len(unit), most, unit.shape[1])
         picks = part.new_empty(len(unit), most, dtype=torch.long)

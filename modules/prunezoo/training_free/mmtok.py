@@ -11,9 +11,10 @@ adds most to what the best of those chosen covers, summed over words and tokens.
 
 | | authors' code | paper | ours |
 |---|---|---|---|
-| words | question, without instruction suffixes and a list of stop words | question | question where `markers` of `attach` tell it, else the prompt; no list of stop words, which is of one language |
+| words | question, without suffixes | question | question if `markers` of `attach` tell it, else the prompt |
+| stop words | left out by a list | – | stay: a list is of one language |
 | text temperature | .02 (Qwen: .01) | – | .02; `text_temperature` |
-| padding of square pictures (LLaVA-1.5) | is not chosen; is covered and counts in the softmax | – | may be chosen; `padding=False` does as the authors |
+| patches that make a picture square | not chosen, but covered | – | may be chosen; `padding=False` as the authors |
 | tiles | the same of each | – | T, over all tiles together |
 | batch | one image | – | any |
 | positions | numbered anew | – | kept; `positions="compact"` of `attach` |
