@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .cosines import Cosines
 from .errors import PruneZooError
-from .plan import gather_rows, picks_mask
+from .plan import picks_mask
 
 SELECTS = ("top", "mmr", "tile")
 WEIGHT = 0.5
@@ -80,7 +80,7 @@ def mmr_mask(
     scores = scores.float()
     # What scores -inf is for when nothing else is left; a gain is never below -1.
     worth = (weight * unit_range(scores, valid)).masked_fill(scores == -torch.inf, -4.0).masked_fill(~valid, -torch.inf)
-    unit = functional.normalize(features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
+    cosines = Cosines(features, valid, most)
     gain = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill(~valid, -torch.inf)  # of the first: its score
     nearest = torch.full_like(worth, -1.0)
     picks = valid.new_empty(len(valid), most, dtype=torch.long)
@@ -90,9 +90,8 @@ def mmr_mask(
         picks[:, done : done + best.shape[1]] = best
         done += best.shape[1]
         worth.scatter_(1, best, -torch.inf)
-        likeness = unit @ gather_rows(unit, best).mT  # (B, N, of the step)
-        nearest = nearest.maximum(likeness.amax(2))
-        gain = worth - (1 - weight) * nearest
+        nearest = nearest.maximum(cosines.rows(best).amax(1))
+        gain = worth.sub(nearest, alpha=1 - weight)
     return picks_mask(picks, keep, valid.shape[1])
 
 

@@ -32,8 +32,9 @@ from torch.nn import functional
 
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
+from ..core.cosines import Cosines
 from ..core.errors import PruneZooError
-from ..core.plan import gather_rows, mask_to_index, picks_mask
+from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
 from ._question import question
 
@@ -76,15 +77,15 @@ class CDPruner(Pruner):
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose in all images at once."""
         valid, most = inputs.valid, inputs.most_asked
-        unit = functional.normalize(inputs.features.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
-        raw = self._relevance(inputs, unit)
+        cosines = Cosines(inputs.features, valid, most)
+        raw = self._relevance(inputs, cosines.unit)
         first = valid & (valid.cumsum(1) <= valid.sum(1, keepdim=True) // 2)
         parts = [(valid, keep, most)]
         if self.config.halves:
             parts = [(first, keep // 2, most // 2), (valid & ~first, keep - keep // 2, most - most // 2)]
         chosen = torch.zeros_like(valid)
         for part, count, longest in parts:
-            picks = self._picks(unit, self._scaled(raw, part), part, longest)
+            picks = self._picks(cosines, self._scaled(raw, part), part, longest)
             chosen |= picks_mask(picks, count, valid.shape[1])
         index, kept = mask_to_index(chosen, most)
         return PruneOutput(index, kept)
@@ -106,11 +107,11 @@ class CDPruner(Pruner):
         high = raw.masked_fill(~part, -torch.inf).amax(axes, keepdim=True)
         return ((raw - low + 1e-6) / (high - low).clamp_min(1e-6)).masked_fill(~part, 0.0)
 
-    def _picks(self, unit: Tensor, relevance: Tensor, part: Tensor, most: int) -> Tensor:
+    def _picks(self, cosines: Cosines, relevance: Tensor, part: Tensor, most: int) -> Tensor:
         """The greedy choice, by a Cholesky factor of the kernel that grows by a column each step.
 
         Args:
-            unit: ``(B, N, D)`` tokens of length 1.
+            cosines: Of the tokens.
             relevance: ``(B, N)``.
             part: ``(B, N)`` bool, the tokens that may be chosen.
             most: K.
@@ -118,23 +119,24 @@ class CDPruner(Pruner):
         Returns:
             ``(B, K)`` long in the order of choice.
         """
-        weight = self.config.weight if self.config.kernel == "blend" else 1.0
-        own = 1 - weight + weight * relevance.square()  # of a token with itself; its cosine is 1
-        left, spanned = own.clone(), relevance - 2  # these stand behind all others
-        factor = unit.new_zeros(len(unit), most, unit.shape[1])
-        picks = part.new_empty(len(unit), most, dtype=torch.long)
-        open_ = part.clone()
+        share = self.config.weight if self.config.kernel == "blend" else 1.0
+        weighed = share * relevance
+        own = 1 - share + weighed * relevance  # of a token with itself: its cosine is 1
+        bound, left = ROUNDING * own, own.masked_fill(~part, -torch.inf)
+        spanned = (relevance - 2).masked_fill(~part, -torch.inf)  # these stand behind all others
+        factor = own.new_zeros(len(own), most, own.shape[1])
+        picks = part.new_empty(len(own), most, dtype=torch.long)
         for step in range(most):
-            gain = torch.where(left > ROUNDING * own, left, spanned).masked_fill(~open_, -torch.inf)
-            best = gain.argmax(1, keepdim=True)
+            best = torch.where(left > bound, left, spanned).argmax(1, keepdim=True)
             picks[:, step : step + 1] = best
-            open_.scatter_(1, best, False)
-            row = (gather_rows(unit, best) @ unit.mT)[:, 0]
-            row *= 1 - weight + weight * relevance * relevance.gather(1, best)
+            row = cosines.rows(best)  # (B, 1, N)
+            row *= (weighed * relevance.gather(1, best)).add_(1 - share)[:, None]
             before = factor[:, :step]
-            row -= (before.gather(2, best[:, None].expand(-1, step, 1)).mT @ before)[:, 0]
+            row.baddbmm_(before.gather(2, best[:, None].expand(-1, step, 1)).mT, before, alpha=-1)
             height = left.gather(1, best)
-            row *= torch.where(height > ROUNDING * own.gather(1, best), height.rsqrt(), 0.0)  # spanned: adds nothing
-            factor[:, step] = row
-            left = left - row.square()
+            row *= torch.where(height > bound.gather(1, best), height.rsqrt(), 0.0)[:, None]  # spanned: adds nothing
+            factor[:, step] = row[:, 0]
+            left = left.addcmul(row[:, 0], row[:, 0], value=-1)
+            for values in (left, spanned):
+                values.scatter_(1, best, -torch.inf)
         return picks
