@@ -38,16 +38,16 @@ def cover(
         ``(B, K)`` long slots in the order of choice.
     """
     kept = values.device.type == "cpu" if kept is None else kept
-    covered, left = values.new_zeros(values.shape[:2]), open_.clone()
-    picks = left.new_empty(len(values), most, dtype=torch.long)
+    covered = values.new_zeros(values.shape[:2])
+    closed = torch.zeros_like(values[:, 0]).masked_fill(~open_, -torch.inf)
+    picks = open_.new_empty(len(values), most, dtype=torch.long)
     gains = values.clamp_min(0).sum(1, dtype=torch.float64 if kept else None)
     floor = ROUNDING * gains.masked_fill(~open_, 0).amax(1, keepdim=True)
     for step in range(most):
-        real = gains.masked_fill(gains <= floor, 0)
-        worth = real if rate is None else rate(real)
-        best = worth.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)
+        real = torch.where(gains > floor, gains, 0.0)
+        best = ((real if rate is None else rate(real)) + closed).argmax(1, keepdim=True)
         picks[:, step : step + 1] = best
-        left.scatter_(1, best, False)
+        closed.scatter_(1, best, -torch.inf)
         better = values.gather(2, best[:, None].expand(-1, values.shape[1], 1))[..., 0].maximum(covered)
         if kept:
             _lower(gains, values, covered, better)
@@ -60,7 +60,9 @@ def cover(
 def _lower(gains: Tensor, values: Tensor, covered: Tensor, better: Tensor) -> None:
     """Take from ``gains (B, N)`` what the rows that are ``better (B, R)`` covered than before no longer give."""
     changed = torch.from_numpy((better > covered).flatten().numpy().nonzero()[0])
-    flat, before, now = values.flatten(0, 1), covered.flatten().double(), better.flatten().double()
+    flat, before, now = values.flatten(0, 1), covered.flatten(), better.flatten()
+    images = torch.arange(len(values))[:, None]
     for rows in changed.split(BLOCK):
-        lost = flat[rows].double().minimum(now[rows, None]).sub_(before[rows, None]).clamp_min_(0)
-        gains.index_add_(0, rows // values.shape[1], lost, alpha=-1)
+        own = (images == rows // values.shape[1]).double()  # (B, rows), which are whose
+        gains.addmm_(own, flat[rows].clamp(before[rows, None], now[rows, None]).double(), alpha=-1)
+        gains += own @ before[rows, None].double()

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
-from ..core.plan import mask_to_index
+from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
 
 
@@ -47,19 +47,20 @@ class DivPrune(Pruner):
         valid = inputs.valid
         unit = functional.normalize(inputs.features.float(), dim=-1)
         unit = unit.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN too
-        distance = 1 - unit @ unit.transpose(1, 2)  # (B, N, N)
-        chosen = torch.zeros_like(valid)
+        distance = (unit @ unit.mT).neg_().add_(1)  # (B, N, N)
         rows = torch.arange(len(valid), device=valid.device)
         itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-        nearest = distance.masked_fill(itself | ~valid[:, None], torch.inf).amin(2)
+        nearest = distance.masked_fill(itself | ~valid[:, None], torch.inf).amin(2).masked_fill(~valid, -torch.inf)
+        picks = valid.new_empty(len(valid), inputs.most_asked, dtype=torch.long)
         for step in range(inputs.most_asked):
-            best = nearest.masked_fill(chosen | ~valid, -torch.inf).argmax(1)
-            chosen[rows, best] |= step < keep
-            to_best = distance[rows, :, best]  # (B, N)
+            best = nearest.argmax(1)
+            picks[:, step] = best
+            to_best = distance[rows, best]  # (B, N)
             if self.together and inputs.sample is not None:
                 to_best = to_best.minimum(self.to_others(unit, unit[rows, best], inputs.sample, step < keep))
-            nearest = nearest.minimum(to_best) if step else to_best
-        index, kept = mask_to_index(chosen, inputs.most_asked)
+            nearest = nearest.minimum(to_best) if step else to_best.masked_fill(~valid, -torch.inf)
+            nearest.scatter_(1, best[:, None], -torch.inf)
+        index, kept = mask_to_index(picks_mask(picks, keep, valid.shape[1]), inputs.most_asked)
         return PruneOutput(index=index, valid=kept)
 
     def to_others(self, unit: Tensor, picked: Tensor, sample: Tensor, picks: Tensor) -> Tensor:
