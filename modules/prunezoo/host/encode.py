@@ -67,12 +67,7 @@ def encode(
 
     embedded = family.embed(ids)
     host = HostPrompt.read(family, batch)
-    joint = "image_features" in needs
-    if joint and not isinstance(text_encoder, JointEncoder):
-        raise PruneZooError(
-            "signal 'image_features' needs a text encoder that has a method image_features, such as ClipText: give "
-            "text_encoder=… to attach or encode"
-        )
+    joint = _joint_encoder(text_encoder) if "image_features" in needs else None
     watch = partial(watch_tower, family.tower, (*needs, "vision_states") if joint else needs)
     seen = {**given, "input_ids": torch.from_numpy(host.ids)}
     visuals = family.visuals(seen, watch) if run_tower else family.outlines(seen, embedded)
@@ -98,7 +93,7 @@ def encode(
         text_features = encode_text(text_encoder, ids, asked.to(device))[encoded.sample]
         inputs = replace(inputs, signals={**inputs.signals, "text_features": text_features})
     if joint and inputs.signals:  # there are images
-        signals = {**inputs.signals, "image_features": encode_images(text_encoder, inputs.signal("vision_states"))}
+        signals = {**inputs.signals, "image_features": encode_images(joint, inputs.signal("vision_states"))}
         inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
@@ -116,6 +111,16 @@ def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) ->
         given = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
         raise PruneZooError(f"text_encoder gave {given} for {len(ids)} prompts: it must give floats ({len(ids)}, E)")
     return made
+
+
+def _joint_encoder(text_encoder: TextEncoder | None) -> JointEncoder:
+    """A text encoder that has a place for pictures; raises PruneZooError for any other."""
+    if not isinstance(text_encoder, JointEncoder):
+        raise PruneZooError(
+            "signal 'image_features' needs a text encoder that has a method image_features, such as ClipText: give "
+            "text_encoder=… to attach or encode"
+        )
+    return text_encoder
 
 
 def encode_images(encoder: JointEncoder, states: Tensor) -> Tensor:
