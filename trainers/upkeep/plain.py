@@ -51,7 +51,8 @@ def cdpruner(inputs: PruneInputs, keep: int) -> list[int]:
     raw = (tokens @ words.T).mean(1)
     relevance = (raw - raw.min() + 1e-6) / (raw.max() - raw.min())
     kernel = relevance[:, None] * (tokens @ tokens.T) * relevance
-    left, factor, chosen = kernel.diagonal().clone(), kernel.new_zeros(keep, len(kernel)), []
+    left, factor = kernel.diagonal().clone(), kernel.new_zeros(keep, len(kernel))
+    chosen: list[int] = []
     for step in range(keep):
         best = _best(left, chosen)
         row = kernel[best] - (factor[:step, best, None] * factor[:step]).sum(0)
@@ -76,7 +77,8 @@ def _best(gains: Tensor, chosen: list[int]) -> int:
 
 def _cover(values: Tensor, keep: int, weight: Tensor) -> list[int]:
     """Greedy coverage of the rows ``(R, N)``."""
-    covered, chosen = values.new_zeros(len(values)), []
+    chosen: list[int] = []
+    covered = values.new_zeros(len(values))
     while len(chosen) < keep:
         best = _best((values - covered[:, None]).clamp_min(0).sum(0) * weight, chosen)
         covered = covered.maximum(values[:, best])
