@@ -47,6 +47,8 @@ VARIANTS = (
     "tome?metric=states&most=0.1",
     "fastv?layer=1",
     "feather?softmax=all",
+    "cdpruner?kernel=blend",
+    "fastervlm?select=mmr",
     "corematching?layer=1&word=2",
     "corematching?layer=2&word=2",
 )
