@@ -1,11 +1,13 @@
 """Signals of the vision tower equal what its own eager attention gives."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from towers import small_tower
 
 from prunezoo import PruneZooError
-from prunezoo.core.signals import VISION_KINDS
+from prunezoo.core.signals import VISION_KINDS, parse_signal
 from prunezoo.host.parts.tower import Tower
 from prunezoo.host.signals.vision import attention_map, mean_attention, watch_tower
 
@@ -17,7 +19,7 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
     tower = Tower(model, feature_layer, has_cls=kind == "clip")
     last = {-2: 2, -1: 3, 2: 1}[feature_layer]
     kinds = [name for name in VISION_KINDS if kind == "clip" or not name.startswith("cls")]
-    places = {"": last, "@0": 0, "@1": 1, "@-1": last, "@-2": last - 1}
+    places = {"": last, "@0": 0, "@1": 1, "@-1": last, "@-2": last - 1, "@9/24": 1, "@1/24": 0}
     needs = tuple(name + place for name in kinds for place in places)
     with watch_tower(lambda: tower, needs) as signals:
         out = model(pixels)
@@ -102,3 +104,15 @@ def test_a_tower_says_what_it_has_not():
             pass
     with pytest.raises(PruneZooError, match="patch embedding"):
         Tower(small_tower("clip"), 0).block_index()
+
+
+@pytest.mark.parametrize("share", ["23/24", "25/24"])
+def test_a_share_of_the_tower_that_does_not_run_is_refused(share):
+    with pytest.raises(PruneZooError, match=rf"vision block {share} does not run: this tower's blocks are 0 to 2"):
+        Tower(small_tower("clip"), -2).block_index(Fraction(share))
+
+
+@pytest.mark.parametrize("name", ["prompt_attention@9/24", "pixels@1/2", "received_attention@previous"])
+def test_a_place_that_a_kind_has_not_is_refused(name):
+    with pytest.raises(PruneZooError, match="means nothing for"):
+        parse_signal(name)

@@ -5,8 +5,9 @@ A name is ``kind``, perhaps ``@where``, perhaps ``+norope``, perhaps ``+images``
 which the pruner stands), ``prompt_attention@2+norope+images``. The kinds, with their shapes and what they are, stand in
 :data:`KINDS`.
 
-Vision kinds: ``@b`` is a block, from 0, or from the end if negative; without it the block whose output is projected,
-and in the vision stage, which knows no other, the one inside which the pruner stands.
+Vision kinds: ``@b`` is a block, from 0, or from the end of those that run if negative; ``@9/24`` is the ninth of the
+tower's 24 blocks, and of a tower with another number of them the one as far in; without it the block whose output is
+projected, and in the vision stage, which knows no other, the one inside which the pruner stands.
 Decoder kinds: ``@l`` is a layer, from 0; without it layer 0 in the prompt stage, and in the layer stage the one in
 front of which the pruner stands; ``@previous`` (layer stage only) the one before that. ``+norope`` leaves the rotary
 embedding out of queries and keys. ``+images`` (what words attend to) takes the softmax over the image's own tokens
@@ -20,6 +21,7 @@ its pixels are those of all of them. Values on padding are finite.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
 from torch import Tensor
@@ -120,14 +122,19 @@ class Signal:
     """A signal's name, taken apart."""
 
     kind: str
-    at: int | str | None = None  # vision block or decoder layer; "previous"; None: the default of the kind
+    at: int | Fraction | str | None = None  # block or layer; share of the tower; "previous"; None: the kind's default
     rotary: bool = True
     images: bool = False  # whether the softmax is over the image's own tokens alone
 
     @property
     def number(self) -> int | None:
-        """The block or layer, where it is given by number."""
+        """The layer, where it is given by number."""
         return self.at if isinstance(self.at, int) else None
+
+    @property
+    def block(self) -> int | Fraction | None:
+        """The vision block, by number or as a share of the tower; None: the one whose output is projected."""
+        return None if isinstance(self.at, str) else self.at
 
     @property
     def is_vision(self) -> bool:
@@ -147,16 +154,17 @@ def parse_signal(name: str) -> Signal:
     Raises:
         PruneZooError: Not a signal's name; the message lists the kinds.
     """
-    match = re.fullmatch(r"([a-z_]+)(?:@(-?\d+|previous))?(\+norope)?(\+images)?", name)
+    match = re.fullmatch(r"([a-z_]+)(?:@(-?\d+|\d+/[1-9]\d*|previous))?(\+norope)?(\+images)?", name)
     if match is None or match[1] not in SIGNALS:
         raise PruneZooError(f"unknown signal '{name}'; known: {', '.join(SIGNALS)}, as 'kind', 'kind@where'")
     kind, where, norope, images = match.groups()
-    at = where if where in (None, PREVIOUS) else int(where)
+    at = where if where in (None, PREVIOUS) else Fraction(where) if "/" in where else int(where)
     if norope and kind not in ROTATED:
         raise PruneZooError(f"signal '{name}': +norope is for {', '.join(ROTATED)}")
     if images and kind not in WORD_SIGNALS:
         raise PruneZooError(f"signal '{name}': +images is for {', '.join(WORD_SIGNALS)}")
-    if (kind in OTHER_KINDS and at is not None) or (at == PREVIOUS and kind in VISION_SIGNALS):
+    misplaced = at == PREVIOUS if kind in VISION_SIGNALS else isinstance(at, Fraction)
+    if misplaced or (kind in OTHER_KINDS and at is not None):
         raise PruneZooError(f"signal '{name}': '@{where}' means nothing for {kind}")
     if kind in DECODER_SIGNALS and isinstance(at, int) and at < 0:
         raise PruneZooError(f"signal '{name}': decoder layers are counted from 0")

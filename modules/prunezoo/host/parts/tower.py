@@ -4,6 +4,7 @@ Letters: R pictures (or parts of them) that attend to themselves, S their tokens
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,13 +150,20 @@ class Tower:
             raise PruneZooError(f"vision_feature_layer={last} is the patch embedding: there is no attention to read")
         return count
 
-    def block_index(self, block: int | None = None) -> int:
-        """The number of a block, given from 0 or from the end of those that run; None: the one that makes the features.
+    def block_index(self, block: int | Fraction | None = None) -> int:
+        """The number of a block, from 0.
+
+        Args:
+            block: Its number, from 0 or from the end of those that run; or, as a share of all blocks, how many there
+                are up to it and with it, rounded, at least one; None: the one that makes the features.
 
         Raises:
             PruneZooError: It does not run.
         """
-        index = self.depth - 1 if block is None else block if block >= 0 else self.depth + block
+        if isinstance(block, Fraction):
+            index = max(round(block * len(self.blocks)), 1) - 1
+        else:
+            index = self.depth - 1 if block is None else block if block >= 0 else self.depth + block
         if not 0 <= index < self.depth:
             raise PruneZooError(f"vision block {block} does not run: this tower's blocks are 0 to {self.depth - 1}")
         return index

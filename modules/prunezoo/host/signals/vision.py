@@ -221,7 +221,7 @@ def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[
         yield signals
         return
     found = tower()
-    places = {name: found.block_index(signal.number) for name, signal in wanted.items()}
+    places = {name: found.block_index(signal.block) for name, signal in wanted.items()}
     with ExitStack() as stack:
         taps = {
             block: stack.enter_context(
