@@ -3,22 +3,54 @@
 [CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster,
 Zhang et al., 2024, https://arxiv.org/abs/2412.01818, code https://github.com/Theia-4869/FasterVLM.
 
-The attention is that of the block whose output the projector reads, mean over heads. As in the official code the kept
-tokens stay in raster order. Unlike it, they keep their original positions unless `attach` is told "compact".
+The attention is that of the block whose output the projector reads, mean over heads. Neither the question nor the
+likeness of tokens plays a part. Later versions of the paper are of its successor, here `vispruner`.
+
+| | authors' code | paper | ours |
+|---|---|---|---|
+| towers without CLS | – | – | `attention="received"`: what a token receives, mean over heads and rows |
+| T of a picture in tiles | T for each | – | T for the picture; with `select=tile` each has its part |
+| newlines between rows of LLaVA-NeXT | all dropped | – | one stays as long as a patch of its row does |
+| order | raster | – | raster |
+| positions | renumbered | – | kept |
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
+from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
+
+ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
+
+
+@dataclass(frozen=True)
+class FasterVLMConfig(PrunerConfig):
+    """Settings of FasterVLM."""
+
+    attention: str = "cls"  # "cls", or "received" for vision towers without CLS
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.attention not in ATTENTION:
+            raise PruneZooError(f"attention='{self.attention}' of fastervlm is unknown: {', '.join(ATTENTION)}")
 
 
 @register_pruner("fastervlm")
 class FasterVLM(Pruner):
-    """Top tokens by CLS attention; needs a vision tower with a CLS token."""
+    """Top tokens by CLS attention."""
 
-    needs = ("cls_attention",)
+    config_class = FasterVLMConfig
+    config: FasterVLMConfig
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
+        """Attention of the block whose output is projected."""
+        return (ATTENTION[self.config.attention],)
 
     def score(self, inputs: PruneInputs) -> Tensor:
-        """``(B, N)``: the attention weight from CLS to each patch."""
-        return inputs.signal("cls_attention")
+        """``(B, N)``: the attention weight from CLS to each patch, or what each patch receives."""
+        return inputs.signal(self.needs[0])

@@ -21,6 +21,7 @@ and crops of uneven tokens weigh more; with `select_by="score"` such tokens are 
 | variance in the score | 0.09 of it | all | `factor=0.09` |
 | weight of a crop | mean score | to a power | `power=1.0` |
 | crops | LLaVA 16 for all tiles, Qwen floor(1024 / 576 * N / T) | – | `crops=16`, or `"auto"` for Qwen's rule |
+| towers without CLS | – | – | `attention="received"`: mean over heads and rows |
 | weight of a crop of one token | a thousandth of it | – | like others |
 | a crop earns more than it has | rows of zeros | others have it | `overflow="share"`, or `"lose"`: fewer than T |
 | more is left than there are crops | rows of zeros | – | likewise |

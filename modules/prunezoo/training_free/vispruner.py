@@ -18,6 +18,7 @@ around the cosines of all tokens of an image; they are computed once, and looked
 | duplicates that go in a round | 8 | – | `at_once=8` |
 | precision | the model's | – | double, rounded to 12 digits |
 | an odd number of others | an error | – | the last even token has none behind it |
+| towers without CLS | – | – | `attention="received"`: mean over heads and rows |
 | T of a picture in tiles | T for each | – | T for the picture |
 | order | raster | – | raster |
 | positions | renumbered | – | kept |

@@ -53,7 +53,8 @@ class VisionTap:
         of_cls = sorted(kind for kind in kinds if kind.startswith("cls"))
         if of_cls and not tower.has_cls:
             raise PruneZooError(
-                f"this vision tower has no CLS token: use a pruner that reads 'received_attention', not '{of_cls[0]}'"
+                f"this vision tower has no CLS token: use a pruner that reads 'received_attention', not '{of_cls[0]}', "
+                "as hiprune, or as those do that have the option attention=received"
             )
         self.tower, self.attention = tower, tower.attention(block)
         self.seen: Seen = {}

@@ -1,0 +1,37 @@
+"""Methods of the CLS token on a tower that has none: refused with what works, and what is said there works."""
+
+import pytest
+import torch
+from families import LARGE, Sample, tiny_family
+
+from prunezoo import PruneZooError, attach, list_pruners
+from prunezoo.core.registry import pruner_class
+
+OPTIONAL = [name for name in list_pruners() if "attention" in pruner_class(name).config_class.__dataclass_fields__]
+
+
+def prefill(tiny, name, **fields):
+    cls = pruner_class(name)
+    width = tiny.vlm.config.get_text_config().hidden_size
+    with attach(tiny.vlm, cls(**cls.tiny_config(width, width), **fields).eval(), keep=4) as run:
+        logits = tiny.vlm(**tiny.batch([Sample((LARGE,), 5)])).logits
+    return logits, run.stats
+
+
+def test_there_are_some():
+    assert {"fastervlm", "holov", "vispruner", "visionzip"} <= set(OPTIONAL)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@torch.no_grad()
+def test_a_method_of_cls_names_what_works_without_it(name):
+    tiny = tiny_family("llava_siglip")
+    with pytest.raises(PruneZooError, match=r"no CLS token: .*option attention=received$"):
+        prefill(tiny, name)
+    logits, stats = prefill(tiny, name, attention="received")
+    assert logits.isfinite().all() and stats.after == [4] != stats.before
+
+
+@torch.no_grad()
+def test_the_method_that_is_named_works():
+    assert prefill(tiny_family("llava_siglip"), "hiprune")[1].after == [4]
