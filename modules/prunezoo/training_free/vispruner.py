@@ -103,21 +103,23 @@ class VisPruner(Pruner):
         # On the host, so that each round is as small as it can be; lists of which nothing stays are empty at once.
         goals = np.array([k - own for k, own in shares])
         lengths = np.array([n - own for n, (_, own) in zip(inputs.counts, shares, strict=True)]) * (goals > 0)
-        rows = torch.arange(len(listed), device=listed.device)[:, None, None]
+        slots = inputs.valid.shape[1]
+        cosines = likeness.flatten(1)
         while (lengths > goals).any():
             gone = np.minimum(np.minimum(lengths - goals, self.config.at_once), (lengths + 1) // 2)
             length, leave = (upload(values.tolist(), listed.device)[:, None] for values in (lengths, gone))
             places = torch.arange(int(lengths.max()), device=listed.device)
             real = places < length
             even, odd = listed[:, : len(places) : 2], listed[:, 1 : len(places) : 2]
-            meets = likeness[rows, even[:, :, None], odd[:, None]].masked_fill(~real[:, None, 1::2], -torch.inf)
-            nearest = meets.amax(2).masked_fill(~real[:, ::2], -torch.inf)
+            odd = torch.where(real[:, 1::2], odd, odd[:, :1])  # met twice, instead of what is behind a shorter list
+            pairs = even[:, :, None] * slots + odd[:, None]
+            nearest = cosines.gather(1, pairs.flatten(1)).view(pairs.shape).amax(2)
+            nearest = nearest.masked_fill(~real[:, ::2], -torch.inf)
             even = even.gather(1, nearest.argsort(dim=1, descending=True, stable=True))
             stay = (length + 1) // 2 - leave
             source = torch.where(places < stay, places + leave, even.shape[1] + places - stay)
             listed = torch.cat([even, odd], 1).gather(1, source.clamp_max(len(places) - 1))
             lengths = lengths - gone
-        slots = inputs.valid.shape[1]
         real = torch.arange(listed.shape[1], device=listed.device) < wanted[:, None]
         kept = inputs.valid.new_zeros(len(listed), slots + 1)  # the last takes what is too much
         return kept.scatter(1, listed.masked_fill(~real, slots), True)[:, :-1]
