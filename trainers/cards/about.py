@@ -33,15 +33,17 @@ class About:
 def about(method: type[Pretrained]) -> About:
     """Read the docstring of the file that a method stands in."""
     text = inspect.getdoc(sys.modules[method.__module__]) or ""
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-    paragraphs = [p for p in paragraphs if not p.startswith("Letters")]
+    whole = [part for part in text.split("\n\n") if not part.startswith("Letters")]
+    # A table stays as it is, and what stands in it says nothing about the rest.
+    paragraphs = [part if part.startswith("|") else " ".join(part.split()) for part in whole]
+    said = [part for part in paragraphs if not part.startswith("|")]
     papers = tuple(sorted(set(re.findall(r"\b\d{4}\.\d{5}\b", text))))
-    if re.search(r"\bReconstructed\b", text):
+    if re.search(r"\bReconstructed\b", " ".join(said)):
         evidence = "paper, in part reconstructed"
-    elif not papers or re.search(r"(^|[.:] )Ours\b", paragraphs[0] + " " + " ".join(paragraphs[1:])):
+    elif not papers or re.search(r"(^|[.:] )Ours\b", " ".join(said)):
         evidence = "ours"
     else:
-        evidence = "after a paper, in part ours" if re.search(r"\bours\b", text) else "paper"
+        evidence = "after a paper, in part ours" if re.search(r"\bours\b", " ".join(said)) else "paper"
     return About(paragraphs[0], "\n\n".join(paragraphs), papers, evidence)
 
 
