@@ -44,6 +44,7 @@ from .gates import topk_gates
 from .mass import check_mean
 from .plan import gather_rows, group_sum, mask_to_index
 from .signals import follow_tokens
+from .staging import Staging
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PruneInputs:
     asked: tuple[int, ...] | None = None  # (B) tokens to keep of each, as `forward` tells it to `reduce`
     text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
+    carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: from its stage before this one
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -108,7 +110,10 @@ class PruneInputs:
         return self.signals[name]
 
     def after(self, output: "PruneOutput") -> "PruneInputs":
-        """What a later stage finds: the tokens that ``output`` left, with their cells, signals and sizes."""
+        """What a later stage finds: the tokens that ``output`` left, with their cells, signals, sizes and carry.
+
+        A merged token has the cell, the signals and the carry of the token whose slot it takes.
+        """
         index, valid, sizes = output.index, output.valid, self.sizes
         if output.groups is not None:
             whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
@@ -124,6 +129,7 @@ class PruneInputs:
             signals={name: follow_tokens(name, signal, index) for name, signal in self.signals.items()},
             sizes=sizes,
             known=output.known,
+            carry={name: gather_rows(values, index) for name, values in output.carry.items()},
             **nothing,
         )
 
@@ -139,6 +145,7 @@ class PruneOutput:
     gates: Tensor | None = None  # (B, N) while training: 0 or 1 in value, soft in gradient
     groups: Tensor | None = None  # (B, N) long, where tokens were merged: the column of K each went into, -1 for none
     known: tuple[int, ...] | None = None  # (B) tokens left of each image, where the host knows; see `counts`
+    carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: for the pruner's next stage to find
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -155,15 +162,13 @@ class PruneOutput:
         return gather_rows(inputs.features, self.index) if self.features is None else self.features
 
 
-class Pruner(Choosing):
+class Pruner(Staging, Choosing):
     """A method that chooses or makes the visual tokens which a frozen language model reads.
 
     A subclass overrides :meth:`score` or :meth:`reduce`, one of the two. It must not name a submodule ``module``.
     """
 
     # `name` is set by @register_pruner
-    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
-    after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
@@ -176,35 +181,6 @@ class Pruner(Choosing):
     def scores_tokens(self) -> bool:
         """Whether the class overrides :meth:`score`."""
         return type(self).score is not Pruner.score
-
-    def stages(self, depth: int) -> tuple[int, ...]:
-        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
-
-        Args:
-            depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).
-
-        Returns:
-            Layers in front of which, or blocks inside which, it prunes: ascending, from 0, below ``depth``.
-
-        Raises:
-            PruneZooError: The config names a layer that the model has not.
-        """
-        return ()
-
-    def schedule(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
-        """Tokens left by each of the :meth:`stages`, where there are several.
-
-        By default the last leaves ``keep``, and each leaves the same share of what it finds.
-
-        Args:
-            keep: ``(B,)`` long, tokens that the last stage leaves of each image; on the host, as the next.
-            available: ``(B,)`` long, tokens that the first one finds.
-            depth: As in :meth:`stages`.
-        """
-        count = len(self.stages(depth))
-        share = keep.double() / available.clamp_min(1)
-        steps = [(available * share ** ((i + 1) / count)).round().long() for i in range(count)]
-        return [torch.maximum(step, keep) for step in steps[:-1]] + [keep]
 
     def parts(self, keep: Keep) -> Sequence[tuple["Pruner", Keep]]:
         """The pruners that this one consists of, each with its own ``keep``, in the order vision, prompt, layer.
@@ -242,14 +218,16 @@ class Pruner(Choosing):
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Bring each image to ``keep (B,)`` tokens.
 
-        By default those that `select` takes by :meth:`score`; in training the best, with gates.
+        By default those that `select` takes by :meth:`score`; in training the best, with gates. The next stage finds
+        the scores in ``inputs.carry["scores"]``.
         """
         scores = self._checked_scores(inputs)
         self.check_gates()
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
         chosen = self.choose(scores.detach(), inputs, keep)
         index, valid = mask_to_index(chosen, inputs.most_asked)
-        return PruneOutput(index=index, valid=valid, scores=scores, gates=gates)
+        carry = {"scores": scores.masked_fill(~inputs.valid, 0)}
+        return PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
 
     def _checked_scores(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` by :meth:`score`, -inf on padding."""

@@ -142,10 +142,11 @@ class Encoded:
             deep=tuple(_merge(level, output) for level in self.deep),
         )
 
-    def still_open(self, gates: Tensor) -> "Encoded":
-        """The same without the patches whose gate ``(R, N)`` is 0: what is ajar can still be chosen."""
-        valid = self.inputs.valid & (gates.detach() > 0)
-        return replace(self, inputs=replace(self.inputs, valid=valid, known=None))
+    def still_open(self, output: PruneOutput) -> "Encoded":
+        """The same without the patches whose gate is 0: what is ajar can still be chosen."""
+        assert output.gates is not None  # who trains with gates has seen to it
+        valid = self.inputs.valid & (output.gates.detach() > 0)
+        return replace(self, inputs=replace(self.inputs, valid=valid, known=None, carry=output.carry))
 
     def model_inputs(self, vlm: VLM, generating: bool = False, **others: Any) -> dict[str, Any]:
         """What the model takes, with every visual token, made anew and free to be edited.

@@ -90,6 +90,7 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
     For a pruner of the layer stage this is its stage in front of layer 0. Nothing is cached there yet, so that the
     prompt itself can get shorter; its later stages keep to the schedule that is made here.
     """
+    encoded = replace(encoded, inputs=replace(encoded.inputs, carry={}))  # of a pruner before
     if pruner.stage != "layer":
         return encoded, keep
     counts = encoded.inputs.counts
@@ -97,7 +98,7 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
     first, *later = pruner.schedule(asked, found, find_family(vlm).decoder().depth)
     encoded = add_decoder_signals(vlm, encoded, pruner.needs)
     inputs = replace(encoded.inputs, layer=0, step=0)
-    return replace(encoded, inputs=inputs, planned=tuple(later)), first
+    return replace(encoded, inputs=inputs, planned=tuple(later)), pruner.pace(inputs, first, len(later))
 
 
 def reduce_early(
@@ -211,7 +212,7 @@ def run_gated(
             if part.stage == "vision" or output.gates is None or output.features is not None:
                 raise PruneZooError(f"pruner '{part.name}' gave no gates: put it in training mode; merging has none")
             gates = output.gates if gates is None else gates * output.gates
-            left = found.still_open(output.gates)
+            left = found.still_open(output)
             outputs.append(output)
         prompt = None
         if layer is not None and len(encoded.sample):

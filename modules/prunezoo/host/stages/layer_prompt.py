@@ -35,6 +35,7 @@ class Prompt:
         self.encoded = replace(encoded, deep=())  # what is left of it
         self.schedule = list(encoded.planned)
         if not plan.begun:
+            self.encoded = replace(self.encoded, inputs=replace(encoded.inputs, carry={}))  # of a pruner before
             counts = encoded.inputs.counts
             asked, found = (torch.tensor(numbers) for numbers in (counts_of(plan.keep, counts), counts))
             self.schedule = plan.pruner.schedule(asked, found, self.decoder.depth)
@@ -139,7 +140,8 @@ class Prompt:
             step=step + self.plan.begun,
         )
         with self.timer.running(), deferred() as checks:
-            output = self.plan.pruner(inputs, self.schedule[step].minimum(torch.tensor(inputs.counts)).clamp_min(1))
+            asked = self.schedule[step].minimum(torch.tensor(inputs.counts)).clamp_min(1)
+            output = self.plan.pruner(inputs, self.plan.pruner.pace(inputs, asked, len(self.schedule) - 1 - step))
         self.checks += checks
         self.outputs.append(output)
         self.encoded = replace(encoded, inputs=inputs)
@@ -251,7 +253,7 @@ class Gate(Prompt):
         bias = gate_weights(self.encoded, output.gates, self.leak).log()
         self.bias = bias if self.bias is None else self.bias + bias
         self.origin, self.memo = output.index, {}
-        before, self.encoded = self.encoded.tokens, self.encoded.still_open(output.gates)
+        before, self.encoded = self.encoded.tokens, self.encoded.still_open(output)
         self.note(layer, before, self.encoded.tokens)
         return hidden
 

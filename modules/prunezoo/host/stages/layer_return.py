@@ -72,9 +72,9 @@ class Return(Drop):
         return {"signals": signals, "away": spread(torch.zeros_like(inputs.valid), whole.valid)}
 
     def ask(self, layer: int, hidden: Tensor) -> PruneOutput:
-        """As :meth:`layer_prompt.Prompt.ask`; signals are remembered of those that leave, too."""
+        """As :meth:`layer_prompt.Prompt.ask`; signals and carry are remembered of those that leave, too."""
         output = super().ask(layer, hidden)
-        inputs = replace(self.whole.inputs, signals=self.encoded.inputs.signals)
+        inputs = replace(self.whole.inputs, signals=self.encoded.inputs.signals, carry=output.carry)
         self.whole = replace(self.whole, inputs=inputs)
         return output
 

@@ -100,7 +100,7 @@ class VisionStage:
         self.tower, self.pruner = tower, pruner
         asked, found = (torch.tensor(counts, dtype=torch.long) for counts in (keep, inputs.counts))
         self.steps = dict(zip(blocks, pruner.schedule(asked, found, tower.depth), strict=True))
-        """By block, how many tokens it leaves of each image, ``(R,)`` on the host."""
+        """By block, how many tokens it leaves of each image as scheduled, ``(R,)`` on the host."""
         self.patches, self.alive = inputs, inputs
         self.owner = torch.arange(inputs.valid.shape[1], device=inputs.valid.device).masked_fill(~inputs.valid, -1)
         """``(R, N)``: the token that each patch went into, -1 for none."""
@@ -188,8 +188,9 @@ class VisionStage:
         step = list(self.steps).index(block)
         inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, layer=block, step=step)
         with self.timer.running():
-            output = self.pruner(inputs, self.steps[block])
+            output = self.pruner(inputs, self.pruner.pace(inputs, self.steps[block], len(self.steps) - 1 - step))
         if output.counts == inputs.counts:
+            self.alive = replace(self.alive, carry=output.carry)
             return None
         groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
         before, self.owner = self.owner, torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))

@@ -1,0 +1,63 @@
+"""Where a pruner acts, and how many tokens it leaves there.
+
+Letters: B images, N image tokens that a stage finds of an image (padded).
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """The part of a pruner that places it on a model. All of its stages run in one pass.
+
+    What one stage finds out of the tokens, the next one can have: ``PruneOutput.carry``, tensors by name of all the
+    tokens that a stage found, follow those that are left into ``PruneInputs.carry``. Nothing of a pass belongs on the
+    instance, which may serve several threads and batches at once.
+    """
+
+    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
+
+        Args:
+            depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).
+
+        Returns:
+            Layers in front of which, or blocks inside which, it prunes: ascending, from 0, below ``depth``.
+
+        Raises:
+            PruneZooError: The config names a layer that the model has not.
+        """
+        return ()
+
+    def schedule(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
+        """Tokens left by each of the :meth:`stages`, where there are several.
+
+        By default the last leaves ``keep``, and each leaves the same share of what it finds.
+
+        Args:
+            keep: ``(B,)`` long, tokens that the last stage leaves of each image; on the host, as the next.
+            available: ``(B,)`` long, tokens that the first one finds.
+            depth: As in :meth:`stages`.
+        """
+        count = len(self.stages(depth))
+        share = keep.double() / available.clamp_min(1)
+        steps = [(available * share ** ((i + 1) / count)).round().long() for i in range(count)]
+        return [torch.maximum(step, keep) for step in steps[:-1]] + [keep]
+
+    def pace(self, inputs: Any, keep: Tensor, to_go: int) -> Tensor:
+        """Tokens that one of several stages leaves, where that depends on what it finds. By default as scheduled.
+
+        Args:
+            inputs: The PruneInputs of this stage.
+            keep: ``(B,)`` long, on the host: what :meth:`schedule` says.
+            to_go: How many stages come behind this one.
+
+        Returns:
+            ``(B,)`` long, at least 1; on the device if need be, which the host then waits for.
+        """
+        return keep
