@@ -20,6 +20,8 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
     last = {-2: 2, -1: 3, 2: 1}[feature_layer]
     kinds = [name for name in VISION_KINDS if kind == "clip" or not name.startswith("cls")]
     places = {"": last, "@0": 0, "@1": 1, "@-1": last, "@-2": last - 1, "@9/24": 1, "@1/24": 0}
+    if last < 3:
+        places["@next"] = last + 1
     needs = tuple(name + place for name in kinds for place in places)
     with watch_tower(lambda: tower, needs) as signals:
         out = model(pixels)
@@ -32,7 +34,10 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
         normed = model.encoder.layers[block].layer_norm1(expected.hidden_states[block])
         queries = model.encoder.layers[block].self_attn.q_proj(normed).unflatten(-1, (3, 8))
         values = model.encoder.layers[block].self_attn.v_proj(normed).unflatten(-1, (3, 8))
+        keys = model.encoder.layers[block].self_attn.k_proj(normed).unflatten(-1, (3, 8))
+        logits = queries[:, :1].flatten(2) @ keys.flatten(2).mT / 24**0.5
         wanted = {
+            "cls_joint_attention": logits.softmax(-1)[:, 0, first:],
             "cls_attention": heads.mean(3)[:, 0, first:],
             "cls_head_attention": heads[:, 0, first:],
             "cls_query": queries[:, :1].expand(-1, 25, -1, -1),
@@ -40,7 +45,7 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
             "received_attention": heads.mean((1, 3))[:, first:],
             "vision_attention": heads.mean(3)[:, first:, first:],
             "vision_head_attention": heads[:, first:, first:],
-            "vision_keys": model.encoder.layers[block].self_attn.k_proj(normed).unflatten(-1, (3, 8))[:, first:],
+            "vision_keys": keys[:, first:],
             "vision_values": values[:, first:],
             "vision_outputs": torch.einsum("rqkh,rkhd->rqhd", heads, values)[:, first:],
             "vision_states": expected.hidden_states[block + 1][:, first:],
@@ -90,12 +95,18 @@ def test_pixels_are_the_squares_that_enter_the_tower():
 
 def test_a_tower_says_what_it_has_not():
     tower = Tower(small_tower("siglip"), -2, has_cls=False)
-    for kind in ("cls_attention", "cls_head_attention", "cls_value"):
+    for kind in ("cls_attention", "cls_head_attention", "cls_joint_attention", "cls_value"):
         with (
             pytest.raises(PruneZooError, match=f"received_attention', not '{kind}'"),
             watch_tower(lambda: tower, (kind,)),
         ):
             pass
+    whole = Tower(small_tower("siglip"), -1, has_cls=False)
+    with (
+        pytest.raises(PruneZooError, match=r"no block behind the projected one.*block='projected'"),
+        watch_tower(lambda: whole, ("vision_keys@next",)),
+    ):
+        pass
     for block in (3, -4):  # the fourth block runs, but behind the projected one
         with (
             pytest.raises(PruneZooError, match="blocks are 0 to 2"),

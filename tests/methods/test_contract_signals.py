@@ -42,7 +42,7 @@ class Waves:
 
 encode = partial(encode_plain, text_encoder=Waves())
 WITH_CLS = ("llava", "llava_next", "internvl")
-CLS = ("cls_attention", "cls_head_attention", "cls_query", "cls_value")
+CLS = ("cls_attention", "cls_head_attention", "cls_joint_attention", "cls_query", "cls_value")
 MAPS = ("vision_attention", "vision_head_attention")
 
 

@@ -5,9 +5,10 @@ A name is ``kind``, perhaps ``@where``, perhaps ``+norope``, perhaps ``+images``
 which the pruner stands), ``prompt_attention@2+norope+images``. The kinds, with their shapes and what they are, stand in
 :data:`KINDS`.
 
-Vision kinds: ``@b`` is a block, from 0, or from the end of those that run if negative; ``@9/24`` is the ninth of the
-tower's 24 blocks, and of a tower with another number of them the one as far in; without it the block whose output is
-projected, and in the vision stage, which knows no other, the one inside which the pruner stands.
+Vision kinds: ``@b`` is a block, from 0, or from the end of those up to the projected one if negative; ``@9/24`` is the
+ninth of the tower's 24 blocks, and of a tower with another number of them the one as far in; ``@next`` is the one
+behind the projected one, which runs too if the tower has it; without it the block whose output is projected, and in the
+vision stage, which knows no other, the one inside which the pruner stands.
 Decoder kinds: ``@l`` is a layer, from 0; without it layer 0 in the prompt stage, and in the layer stage the one in
 front of which the pruner stands; ``@previous`` (layer stage only) the one before that. ``+norope`` leaves the rotary
 embedding out of queries and keys. ``+images`` (what words attend to) takes the softmax over the image's own tokens
@@ -46,6 +47,7 @@ class Kind:
 VISION_KINDS = {
     "cls_attention": Kind("R N", "what CLS attends to in a vision block, mean over heads"),
     "cls_head_attention": Kind("R N H", "the same of each of its heads"),
+    "cls_joint_attention": Kind("R N", "what CLS attends to in a vision block whose heads are taken as one"),
     "cls_query": Kind("R N H d", "the query of CLS in a vision block: of the CLS of the picture that a token is from"),
     "cls_value": Kind("R N H d", "the value of CLS likewise"),
     "received_attention": Kind("R N", "what a patch receives in a vision block, mean over heads and all rows"),
@@ -114,7 +116,7 @@ WORD_SIGNALS = ("prompt_attention", "prompt_head_attention", "last_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, *STATE_KINDS, *WORD_KINDS)
 ROTATED = (*ATTENTION_SIGNALS, "layer_keys", "word_layer_keys")
 SIGNALS = tuple(KINDS)
-PREVIOUS = "previous"
+PREVIOUS, NEXT = "previous", "next"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Signal:
     """A signal's name, taken apart."""
 
     kind: str
-    at: int | Fraction | str | None = None  # block or layer; share of the tower; "previous"; None: the kind's default
+    at: int | Fraction | str | None = None  # block or layer; share of the tower; "previous", "next"; None: the default
     rotary: bool = True
     images: bool = False  # whether the softmax is over the image's own tokens alone
 
@@ -154,16 +156,16 @@ def parse_signal(name: str) -> Signal:
     Raises:
         PruneZooError: Not a signal's name; the message lists the kinds.
     """
-    match = re.fullmatch(r"([a-z_]+)(?:@(-?\d+|\d+/[1-9]\d*|previous))?(\+norope)?(\+images)?", name)
+    match = re.fullmatch(r"([a-z_]+)(?:@(-?\d+|\d+/[1-9]\d*|previous|next))?(\+norope)?(\+images)?", name)
     if match is None or match[1] not in SIGNALS:
         raise PruneZooError(f"unknown signal '{name}'; known: {', '.join(SIGNALS)}, as 'kind', 'kind@where'")
     kind, where, norope, images = match.groups()
-    at = where if where in (None, PREVIOUS) else Fraction(where) if "/" in where else int(where)
+    at = where if where in (None, PREVIOUS, NEXT) else Fraction(where) if "/" in where else int(where)
     if norope and kind not in ROTATED:
         raise PruneZooError(f"signal '{name}': +norope is for {', '.join(ROTATED)}")
     if images and kind not in WORD_SIGNALS:
         raise PruneZooError(f"signal '{name}': +images is for {', '.join(WORD_SIGNALS)}")
-    misplaced = at == PREVIOUS if kind in VISION_SIGNALS else isinstance(at, Fraction)
+    misplaced = at == PREVIOUS if kind in VISION_SIGNALS else at == NEXT or isinstance(at, Fraction)
     if misplaced or (kind in OTHER_KINDS and at is not None):
         raise PruneZooError(f"signal '{name}': '@{where}' means nothing for {kind}")
     if kind in DECODER_SIGNALS and isinstance(at, int) and at < 0:

@@ -168,6 +168,19 @@ class Tower:
             raise PruneZooError(f"vision block {block} does not run: this tower's blocks are 0 to {self.depth - 1}")
         return index
 
+    def next_block(self) -> int:
+        """The number of the block behind the projected one: it runs, though the model reads nothing of it.
+
+        Raises:
+            PruneZooError: The tower has none.
+        """
+        if self.depth == len(self.blocks):
+            raise PruneZooError(
+                "this vision tower has no block behind the projected one, as '@next' names it: configure the pruner to "
+                "read the projected one (block='projected')"
+            )
+        return self.depth
+
     @property
     def kernel(self) -> str:
         """The name of its attention implementation, as "sdpa"."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import PruneZooError
-from ...core.signals import parse_signal
+from ...core.signals import NEXT, parse_signal
 from ..parts.tower import CONTEXT, KEY, OUTPUT, QUERY, VALUE, Seen, Tower
 
 ROWS = 1024  # of a map of attention that are in memory at a time
@@ -23,6 +23,7 @@ STATES = "states"
 PARTS = {
     "cls_attention": MAP,
     "cls_head_attention": MAP,
+    "cls_joint_attention": MAP,
     "cls_query": (QUERY,),
     "cls_value": (VALUE,),
     "received_attention": MAP,
@@ -84,6 +85,8 @@ class VisionTap:
         for query, key, mask in self.attention.sequences(self.seen):
             if kind == "cls_head_attention":
                 means.append(attention_map(query[:, :1], key, self.attention.scale, mask, by_head=True)[:, 0])
+            elif kind == "cls_joint_attention":
+                means.append(joint_attention(query[:, :1], key, mask))
             else:
                 rows = query[:, :1] if kind == "cls_attention" else query
                 means.append(mean_attention(rows, key, self.attention.scale, mask))
@@ -136,6 +139,12 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None
             logits = logits if bias is None else logits + bias
             total += (weight[:, None] @ logits.softmax(-1, dtype=torch.float32))[:, 0]
     return total / (key.shape[2] * counted.sum(1, keepdim=True))
+
+
+def joint_attention(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """:meth:`mean_attention` of all heads as one, which is as wide as they are together; arguments as there."""
+    query, key = (part.flatten(2)[:, :, None] for part in (query, key))
+    return mean_attention(query, key, query.shape[-1] ** -0.5, mask)
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor | None, by_head: bool) -> Tensor:
@@ -222,7 +231,10 @@ def watch_tower(tower: Callable[[], Tower], needs: tuple[str, ...]) -> Iterator[
         yield signals
         return
     found = tower()
-    places = {name: found.block_index(signal.block) for name, signal in wanted.items()}
+    places = {
+        name: found.next_block() if signal.at == NEXT else found.block_index(signal.block)
+        for name, signal in wanted.items()
+    }
     with ExitStack() as stack:
         taps = {
             block: stack.enter_context(
