@@ -30,9 +30,11 @@ def test_the_authors_functions_choose_the_same(name, number):
     assert set(found) == set(expected), "a golden case is answered whole"
     for key in expected:
         ours, theirs = flat(found[key]), flat(expected[key])
+        digits = getattr(method, "ROUNDED", {}).get(key, 5)
+        precision = 1e-5 if digits >= 5 else 1.01 * 10**-digits
         assert [way for way, _ in ours] == [way for way, _ in theirs], key
         for (way, our), (_, their) in zip(ours, theirs, strict=True):
-            close = isinstance(their, float) and np.isclose(our, their, rtol=1e-5, atol=1e-5)
+            close = isinstance(their, float) and np.isclose(our, their, rtol=1e-5, atol=precision)
             assert our == their or close, f"{key}.{way}: {our}, theirs {their}"
 
 
