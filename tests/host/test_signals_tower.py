@@ -103,7 +103,9 @@ def test_a_tower_says_what_it_has_not():
             pass
     whole = Tower(small_tower("siglip"), -1, has_cls=False)
     with (
-        pytest.raises(PruneZooError, match=r"no block behind the projected one.*block='projected'"),
+        pytest.raises(
+            PruneZooError, match=r"no block behind the projected one.*block='projected'.*attention='received'"
+        ),
         watch_tower(lambda: whole, ("vision_keys@next",)),
     ):
         pass

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import LARGE, Sample, tiny_family
 from made_inputs import GRIDS, make_inputs
 from tiny_llava import LONG, SHORT, make_image
 
@@ -141,10 +142,21 @@ def test_in_a_model_it_sets_its_budgets(tiny_llava):
     assert all(1 <= left < 36 for left in run.stats.after)
 
 
-def test_towers_without_cls_or_without_a_block_behind_have_options():
-    pruner = build_pruner("prumerge", attention="received", block="projected")
-    assert pruner.needs == ("received_attention", "vision_keys")
-    assert build_pruner("prumerge").needs == (ATTENTION, KEYS)
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "internvl"])
+@torch.no_grad()
+def test_towers_without_cls_or_without_a_block_behind_are_told_what_works(family):
+    tiny = tiny_family(family)
+    batch, options = tiny.batch([Sample((LARGE,), 5)]), {"block": "projected"}
+    if family != "internvl":
+        options["attention"] = "received"
+    with (
+        pytest.raises(PruneZooError, match=".*".join(f"{key}='{value}'" for key, value in options.items())),
+        attach(tiny.vlm, "prumerge", keep=4),
+    ):
+        tiny.vlm(**batch)
+    with attach(tiny.vlm, build_pruner("prumerge", **options), keep=4) as run:
+        assert tiny.vlm(**batch).logits[:, -1].isfinite().all()
+    assert run.stats.after == [4] * len(run.stats.after) != []
 
 
 @pytest.mark.parametrize(

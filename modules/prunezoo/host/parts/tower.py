@@ -175,9 +175,12 @@ class Tower:
             PruneZooError: The tower has none.
         """
         if self.depth == len(self.blocks):
+            without = (
+                "" if self.has_cls else ", and, since it has no CLS token, what patches receive (attention='received')"
+            )
             raise PruneZooError(
                 "this vision tower has no block behind the projected one, as '@next' names it: configure the pruner to "
-                "read the projected one (block='projected')"
+                f"read the projected one (block='projected'){without}"
             )
         return self.depth
 
