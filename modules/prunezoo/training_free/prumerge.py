@@ -175,7 +175,7 @@ class PruMerge(Pruner):
 class PruMergePlusConfig(PruMergeConfig):
     """Settings of PruMerge+."""
 
-    grid: str = "even"
+    grid: str = "even"  # as of prumerge
 
 
 @register_pruner("prumerge_plus")
