@@ -76,7 +76,9 @@ MAP_KINDS = {
     "word_head_attention": Kind("R N T H", "the same of each head"),
     "seen_word_head_attention": Kind("R N T H", "what an image token attends to of each word, of each head"),
     "among_words_head_attention": Kind("R T T H", "what a word (row) attends to of the others, of each head"),
-}
+    "word_rotation": Kind("R N T", "how far the rotary embedding turns each word away from an image token: the mean "
+                          "over frequencies of the angle's cosine, 1 where it does not"),
+}  # fmt: skip
 """Maps of a decoder layer, whole; rows are normalised over all that they see. 0 for words that are filler."""
 
 _STATES = {
@@ -101,6 +103,9 @@ OTHER_KINDS = {
     "frame": Kind("R N", "number of the frame (step of time) of a clip, long; 0 in still pictures"),
     "text_features": Kind("R E", "what the `text_encoder` given to `attach` or `encode` makes of the question"),
     "image_features": Kind("R N E", "what its method `image_features` makes of `vision_states`: in the same space"),
+    "word_behind": Kind("R T", "1 for words of the prompt that stand behind the image, else 0"),
+    "word_match": Kind("R T", "which of the words behind the image its tokens are most like, as both enter the language "
+                       "model: softmax over those words of the dot product, mean over the image's tokens; 0 for others"),
 }  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {
@@ -114,7 +119,7 @@ INSIDE_SIGNALS = tuple(kind for kind in VISION_KINDS if kind != "vision_states")
 ATTENTION_SIGNALS = (*ATTENTION_KINDS, *MAP_KINDS)
 WORD_SIGNALS = ("prompt_attention", "prompt_head_attention", "last_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, *STATE_KINDS, *WORD_KINDS)
-ROTATED = (*ATTENTION_SIGNALS, "layer_keys", "word_layer_keys")
+ROTATED = (*(name for name in ATTENTION_SIGNALS if name != "word_rotation"), "layer_keys", "word_layer_keys")
 SIGNALS = tuple(KINDS)
 PREVIOUS, NEXT = "previous", "next"
 

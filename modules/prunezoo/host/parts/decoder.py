@@ -113,7 +113,7 @@ class Decoder:
             query = attention.q_norm(query)
         query, key = query.transpose(1, 2), self._key(attention, normed, rotary)
         if rotary is not None:
-            query = apply_rotary_pos_emb(query, query, *take_columns(self._join(rotary), rows))[0]
+            query = apply_rotary_pos_emb(query, query, *take_columns(self.join(rotary), rows))[0]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return query * attention.scaling, key
 
@@ -128,7 +128,7 @@ class Decoder:
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key)
         key = key.transpose(1, 2)
-        return key if rotary is None else apply_rotary_pos_emb(key, key, *self._join(rotary))[0]
+        return key if rotary is None else apply_rotary_pos_emb(key, key, *self.join(rotary))[0]
 
     def _known(self, layer: int) -> Any:
         """A layer, of a decoder whose make is known."""
@@ -213,7 +213,7 @@ class Decoder:
             logits = logits.masked_fill(~allowed[:, None], lowest)
         return logits
 
-    def _join(self, rotary: Rotary) -> Rotary:
+    def join(self, rotary: Rotary) -> Rotary:
         """``(B, L, d)`` where each frequency is that of its axis."""
         if rotary[0].dim() == 3:
             return rotary

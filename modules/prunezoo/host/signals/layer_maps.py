@@ -33,6 +33,8 @@ def layer_map(
     """
     by_words = signal.kind in ("word_attention", "word_head_attention", "among_words_head_attention")
     of_words = signal.kind in ("seen_word_head_attention", "among_words_head_attention")
+    if signal.kind == "word_rotation":
+        return rotation(decoder, entry, words, sample, images)
     rows, row_counts = words if by_words else images
     columns, column_counts = words if of_words else images
     entry, by_head = entry.of_images(sample), "head" in signal.kind
@@ -46,3 +48,21 @@ def layer_map(
     if by_words and not of_words:
         whole = whole.transpose(2, 3)  # image tokens first
     return whole.movedim(1, -1) if by_head else whole[:, 0]
+
+
+def rotation(decoder: Decoder, entry: Entry, words: Places, sample: Tensor, images: Places) -> Tensor:
+    """``(R, N, T)`` float32: what a query of ones at a word gives a key of ones at an image token, at most 1.
+
+    Args:
+        decoder: The language model.
+        entry: What enters a layer.
+        words: As in :func:`layer_map`, and so are ``sample`` and ``images``.
+        sample: As there.
+        images: As there.
+    """
+    (columns, seen), (slots, valid) = words, images
+    counts = valid[..., None] & seen[:, None]
+    angles = torch.cat(decoder.join(entry.rotary), -1).float()  # cosines and sines: their product is that of the turn
+    angles = angles.expand(len(entry.hidden), -1, -1)
+    turned = angles[sample[:, None], slots] @ angles[sample[:, None], columns].transpose(1, 2)
+    return (turned * 2 / angles.shape[-1]).masked_fill(~counts, 0)
