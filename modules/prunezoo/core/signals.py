@@ -104,8 +104,8 @@ OTHER_KINDS = {
     "text_features": Kind("R E", "what the `text_encoder` given to `attach` or `encode` makes of the question"),
     "image_features": Kind("R N E", "what its method `image_features` makes of `vision_states`: in the same space"),
     "word_behind": Kind("R T", "1 for words of the prompt that stand behind the image, else 0"),
-    "word_match": Kind("R T", "which of the words behind the image its tokens are most like, as both enter the language "
-                       "model: softmax over those words of the dot product, mean over the image's tokens; 0 for others"),
+    "word_match": Kind("R T", "which of the words behind the image its tokens are most like, as both enter the "
+                       "language model: softmax over those words of the dot product, mean over tokens; 0 for others"),
 }  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {
