@@ -38,7 +38,7 @@ class Watch:
                 away[sample, slots[encoded.inputs.valid[row]]] = True
                 away[sample, slots[own]] = False
                 if output.features is not None:
-                    made.setdefault(inputs.layer, []).append(
+                    made.setdefault(inputs.layer or 0, []).append(
                         (sample, slots[own], output.features[row][output.valid[row]])
                     )
                 if encoded.newlines is not None:  # one lives as long as a patch of its row

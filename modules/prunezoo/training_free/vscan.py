@@ -20,7 +20,7 @@ Qwen's windows are `window=4`, 4 x 4 tokens, what is left at the edges in the la
 | first stage's count | 98 for 100, where 16 does not divide; fails below 32 (`count=floor`) | T | T |
 | what windows cannot give | lost; fails (Qwen) | – | the scan of all picks as many more |
 | windows | 4 x 4 of 24 x 24 tokens | any | 4 x 4 (`windows=4`) of any grid, for each tile |
-| of each window | floor(n / 16); down the scores, up to a ceiling (Qwen) | equally many | the latter; same if 16 divides |
+| of each window | floor(n / 16); down the scores to a ceiling (Qwen) | equally many | the latter; same if 16 divides |
 | early block | b5 of 24; b7 (Qwen) | – | b5 of 24, in other towers as far in (`shallow=6/24`) |
 | towers without CLS | attention received, sum over heads | – | the same, mean over heads (`attention=received`) |
 | second stage | layer 16 of 32; 14 of 28 (Qwen) | half | half the depth; another (`layer=16`) |

@@ -14,9 +14,10 @@ def softmax(values):
 
 
 def picture(height, width, features, signals):
-    cells = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(height), torch.arange(width), indexing="ij"), -1)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cells = torch.stack([torch.zeros_like(rows), rows, columns], -1)
     valid = torch.ones(1, height * width, dtype=torch.bool)
-    return PruneInputs(features, valid, cells.long().view(1, -1, 3), signals=signals)
+    return PruneInputs(features, valid, cells.view(1, -1, 3), signals=signals)
 
 
 def answer(case):
