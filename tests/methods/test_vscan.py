@@ -129,7 +129,7 @@ def test_a_tower_without_cls_has_what_is_received():
     inputs = tiled([(6, 6)])
     names = {"cls_attention": "received_attention", "cls_attention@6/24": "received_attention@7"}
     signals = {names.get(name, name): values for name, values in inputs.signals.items()}
-    received = build_pruner("vscan", attention="received", shallow="7")
+    received = build_pruner("vscan", attention="received", shallow=7)
     assert received.needs == ("received_attention@7", "received_attention", "last_attention")
     one, two = received(replace(inputs, signals=signals), 9), build_pruner("vscan")(inputs, 9)
     assert torch.equal(one.index, two.index)

@@ -24,6 +24,7 @@ from .families import Family, Visual, find_family
 from .parts.model import VLM, execution_device
 from .signals.language import check_signals, decoder_signals
 from .signals.vision import watch_tower
+from .signals.words import match_words, words_behind
 
 
 def encode(
@@ -97,24 +98,13 @@ def encode(
         inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
     named = {"word_behind": words_behind, "word_match": words_matched}
     beside = {name: make(encoded, inputs) for name, make in named.items() if name in needs}
+    behind, beside = words_behind(columns[encoded.sample], real[encoded.sample], encoded.slots), {}
+    if "word_behind" in needs:
+        beside["word_behind"] = behind.float()
+    if "word_match" in needs:
+        beside["word_match"] = match_words(inputs.features, inputs.valid, text, behind)
     inputs = replace(inputs, signals={**inputs.signals, **beside})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
-
-
-def words_behind(encoded: Encoded, inputs: PruneInputs) -> Tensor:
-    """``(R, T)`` float32: 1 for each word that stands behind an image."""
-    assert inputs.text_valid is not None  # just put there
-    behind = encoded.words[0][encoded.sample] > encoded.slots.amax(1, keepdim=True)
-    return (inputs.text_valid & behind).float()
-
-
-def words_matched(encoded: Encoded, inputs: PruneInputs) -> Tensor:
-    """``(R, T)`` float32: the signal `word_match`."""
-    assert inputs.text is not None
-    behind, valid = words_behind(encoded, inputs)[:, None] > 0, inputs.valid[..., None]
-    alike = inputs.features.float() @ inputs.text.float().transpose(1, 2)  # (R, N, T)
-    likely = alike.masked_fill(~behind, torch.finfo(alike.dtype).min).softmax(-1) * (behind & valid)
-    return likely.sum(1) / valid.sum(1).clamp_min(1)
 
 
 def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ COUNTS = ("exact", "floor")
 class VScanConfig(PrunerConfig):
     """Config of `vscan`."""
 
-    shallow: str = "6/24"  # vision block of the windows: "6/24", the sixth of 24 or as far in; or a number from 0, "5"
+    shallow: str | int = "6/24"  # vision block of the windows: "6/24", the sixth of 24 or as far in; or a number from 0
     attention: str = "cls"  # "cls", or "received" for vision towers without CLS
     windows: int = 4  # along each side of a tile, at least 1
     window: int = (
