@@ -12,7 +12,8 @@ def density_peaks(tokens: Tensor, valid: Tensor, count: Tensor, most: int) -> tu
 
     Distance is that of Euclid over the root of C. Density is exp(- mean squared distance to the ``count`` nearest
     tokens, itself among them); a centre has the largest product of density and distance to the nearest denser token
-    (for the densest: the largest distance there is). Of equal products, and of equal distances, the first is taken.
+    (for the densest: the largest distance there is). Of equally dense tokens, which two that are nearest to each other
+    are where ``count`` is 2, the first is the denser; of equal products and distances the first is taken.
 
     Args:
         tokens: ``(B, N, C)``; padding may hold anything finite.
@@ -28,13 +29,17 @@ def density_peaks(tokens: Tensor, valid: Tensor, count: Tensor, most: int) -> tu
     middle = wide.sum(1, keepdim=True) / valid.sum(1).clamp_min(1)[:, None, None]
     wide = wide - middle  # distances stay, and lose less of their digits
     distance = torch.cdist(wide, wide) / tokens.shape[-1] ** 0.5  # (B, N, N)
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=tokens.device)
+    distance = ((distance + distance.transpose(1, 2)) / 2).masked_fill(itself, 0)  # as rounding may not leave it
     both = valid[:, None] & valid[..., None]
     used = torch.arange(most, device=tokens.device) < count[:, None]  # (B, M)
 
     nearest = distance.masked_fill(~both, torch.inf).topk(most, largest=False).values  # (B, N, M)
     squares = nearest.square().masked_fill(~used[:, None], 0).sum(-1)
     density = (-squares / count.clamp_min(1)[:, None]).exp().masked_fill(~valid, -1)
-    denser = both & (density[:, None] > density[..., None])
+    before = torch.ones_like(itself).tril(-1)
+    other, own = density[:, None], density[..., None]
+    denser = both & ((other > own) | ((other == own) & before))
     farthest = distance.masked_fill(~both, 0).amax((1, 2))[:, None, None]
     lead = distance.where(denser, farthest).amin(2)
     peaks = (lead * density).masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -44,5 +49,4 @@ def density_peaks(tokens: Tensor, valid: Tensor, count: Tensor, most: int) -> tu
     )
     cluster = to_peaks.argmin(1)  # (B, N)
     numbers = torch.arange(most, device=tokens.device).expand_as(peaks)
-    own = cluster.gather(1, peaks)
-    return peaks, cluster.scatter(1, peaks, torch.where(used, numbers, own))
+    return peaks, cluster.scatter(1, peaks, torch.where(used, numbers, cluster.gather(1, peaks)))

@@ -24,7 +24,7 @@ between two lists, as shares of the image's tokens: `keep` = 110 of 576 is the l
 | no word above the mean | fails | – | all words behind the image rate |
 | merged tokens stand | behind all that stay (`place=behind`) | there | each at its cluster's centre |
 | positions | anew; kept (`version=plus`) | – | kept; anew by `attach(..., positions="compact")` |
-| density | with noise of 1e-6 | – | none: equal tokens in their order |
+| equally dense tokens | noise of 1e-6 tells them apart | – | the one with the higher score is the denser |
 | mean of a cluster | sum / (count + 1e-6) | – | sum / count |
 | heads (`version=plus`) | 14 | – | 14 / 32 of those there are |
 | layers | behind 2, 6, 15 of 32 | the same | the same share of the depth; in front of others (`layers=[3,7,16]`) |
