@@ -168,7 +168,7 @@ def test_raters_are_chosen_once_on_a_model(deep_llava, version):
         assert run.layers.tolist() == [[36, *(int(step) for step in steps)]] * 3
     with attach(deep_llava.vlm, pruner, keep=4, positions="compact") as attached:
         assert deep_llava.vlm(**batch).logits.isfinite().all()
-    assert attached.stats.after[:3] == [stay for stay in run.layers[:, -1].tolist()]
+    assert attached.stats.after[:3] == run.layers[:, -1].tolist()
 
 
 def test_density_peaks_find_what_lies_together():
