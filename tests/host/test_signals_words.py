@@ -55,6 +55,12 @@ def test_rotation_is_what_a_query_of_ones_gives_a_key_of_ones(deep_llava, batch)
         assert not found[row][:, ~real].any() and expected.min() < 0.9
 
 
+@torch.no_grad()
+def test_a_batch_without_images_has_none(deep_llava):
+    needs = ("word_behind", "word_match", "word_rotation")
+    assert not encode(deep_llava.vlm, deep_llava.batch([NONE], [[]]), needs).inputs.signals
+
+
 def test_rotation_without_rotation_is_refused():
     with pytest.raises(PruneZooError, match="'word_rotation\\+norope': \\+norope is for"):
         parse_signal("word_rotation+norope")

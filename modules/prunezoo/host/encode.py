@@ -96,14 +96,13 @@ def encode(
     if joint and inputs.signals:  # there are images
         signals = {**inputs.signals, "image_features": encode_images(joint, inputs.signal("vision_states"))}
         inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
-    named = {"word_behind": words_behind, "word_match": words_matched}
-    beside = {name: make(encoded, inputs) for name, make in named.items() if name in needs}
-    behind, beside = words_behind(columns[encoded.sample], real[encoded.sample], encoded.slots), {}
-    if "word_behind" in needs:
-        beside["word_behind"] = behind.float()
-    if "word_match" in needs:
-        beside["word_match"] = match_words(inputs.features, inputs.valid, text, behind)
-    inputs = replace(inputs, signals={**inputs.signals, **beside})
+    wanted = {"word_behind", "word_match"}.intersection(needs)
+    if wanted and len(encoded.sample):
+        behind = words_behind(columns[encoded.sample], real[encoded.sample], encoded.slots)
+        beside = {"word_behind": behind.float()}
+        if "word_match" in wanted:
+            beside["word_match"] = match_words(inputs.features, inputs.valid, text, behind)
+        inputs = replace(inputs, signals={**inputs.signals, **{name: beside[name] for name in wanted}})
     return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
 
 
