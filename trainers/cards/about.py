@@ -9,6 +9,7 @@ import textwrap
 import tokenize
 from dataclasses import dataclass, is_dataclass
 
+from prunezoo.core.contract import Pruner
 from prunezoo.core.hub import Pretrained
 
 
@@ -45,6 +46,11 @@ def about(method: type[Pretrained]) -> About:
     else:
         evidence = "after a paper, in part ours" if re.search(r"\bours\b", " ".join(said)) else "paper"
     return About(paragraphs[0], "\n\n".join(paragraphs), papers, evidence)
+
+
+def stage_of(method: type[Pruner]) -> str:
+    """Where a method acts: vision, prompt, layer, or several of them."""
+    return method.stage if method.parts is Pruner.parts else "several"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped
 from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
 from trainers.evaluation.tables import percent
 
-from .about import About, about
+from .about import About, about, stage_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def entries(zoo: Zoo) -> list[Entry]:
     found = []
     for method in sorted(list_pruners(), key=lambda name: (not has_weights(name), name)):
         cls = pruner_class(method)
-        stage = "several" if method == "combined" else cls.stage
+        stage = stage_of(cls)
         if not has_weights(method):
             names = [name for name in zoo.rivals if name.partition("?")[0] == method] or [method]
             lines = {name: zoo.rivals.get(name) for name in sorted(names)}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from prunezoo.core.registry import pruner_class
-from trainers.cli.names import ROOT
+from trainers.cards.about import about, stage_of
+from trainers.cli.names import ROOT, methods_shipped
 
 from .answers import join_answers
 from .record import MEAN, Row, read_record, select
@@ -24,6 +25,7 @@ FOLDER = ROOT / "hub_cards" / "league"
 BUDGETS = ("1/2", "1/3", "2/9", "1/9", "1/18")
 FLOORS = ("random", "uniform", "pool", "resize")
 """What no published method should be below."""
+PUBLISHED = "training-free"
 
 Record = Mapping[str, Any]
 
@@ -47,9 +49,14 @@ class Place:
     below: tuple[str, ...]
 
     @property
-    def learned(self) -> bool:
-        """Whether it has weights."""
-        return "/" in self.name
+    def kind(self) -> str:
+        """What it is: learned, a floor, or training-free, ours or published."""
+        if "/" in self.name:
+            return "learned"
+        if self.name in FLOORS:
+            return "floor"
+        ours = about(pruner_class(self.name.partition("?")[0])).evidence == "ours"
+        return "training-free, ours" if ours else PUBLISHED
 
 
 def read_league() -> list[Record]:
@@ -92,12 +99,11 @@ def tables() -> str:
         lines += ["| | method | kind | stage | tokens | retention, % | behind the best learned, points |"]
         lines += ["|---:|---|---|---|---:|---:|---:|"]
         for rank, place in enumerate(places, 1):
-            kind = "learned" if place.learned else "floor" if place.name in FLOORS else "training-free"
-            behind = f"{place.behind:.1f} ({place.ci[0]:.1f} to {place.ci[1]:.1f})" if place.behind or rank > 1 else "–"
-            lines.append(
-                f"| {rank} | `{display_name(place.name)}` | {kind} | {_stage(place.name)} | {place.row['tokens']:.1f} "
-                f"| {percent(place.row['retention'])} ({span(place.row)}) | {behind} |"
-            )
+            row, ci = place.row, place.ci
+            behind = "–" if ci == (0, 0) else f"{_points(place.behind)} ({_points(ci[0])} to {_points(ci[1])})"
+            cells = [rank, f"`{display_name(place.name)}`", place.kind, _stage(place.name), f"{row['tokens']:.1f}"]
+            cells += [f"{percent(row['retention'])} ({span(row)})", behind]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     full = _mean(first, FULL, ALL_TOKENS)
     assert full is not None
@@ -117,7 +123,7 @@ def floors() -> str:
     """Who is below random, uniform, pooling or a smaller picture."""
     lines = ["| budget | " + " | ".join(f"below `{floor}`" for floor in FLOORS) + " |", "|---|" + "---|" * len(FLOORS)]
     for keep, places in league().items():
-        published = [place for place in places if not place.learned and place.name not in FLOORS]
+        published = [place for place in places if place.kind == PUBLISHED]
         cells = []
         for floor in FLOORS:
             names = [f"`{place.name}`" for place in published if floor in place.below]
@@ -132,7 +138,7 @@ def groups() -> str:
     names = records[0]["groups"]
     means = {}
     for keep, places in league().items():
-        published = {place.name for place in places if not place.learned and place.name not in FLOORS}
+        published = {place.name for place in places if place.kind == PUBLISHED}
         found = [
             row for record in records for row in record["rows"] if row["pruner"] in published and row["keep"] == keep
         ]
@@ -154,14 +160,15 @@ def places_kept() -> str:
     return "\n".join([*lines, ""])
 
 
-def _stage(name: str) -> str:
-    """Of a method or of a trained one."""
-    if "/" in name:
-        from prunezoo.core.registry import load_pruner
+def _points(value: float) -> str:
+    """With a digit behind the point, and no sign in front of 0.0."""
+    return f"{round(value, 1) + 0.0:.1f}"
 
-        pruner = load_pruner(str(ROOT / name))
-        return "several" if pruner.name == "combined" else pruner.stage
-    return pruner_class(name.partition("?")[0]).stage
+
+def _stage(name: str) -> str:
+    """Of a method, or of one that is shipped."""
+    method = name.partition("?")[0]
+    return stage_of(pruner_class(methods_shipped()[display_name(method)] if "/" in method else method))
 
 
 def _mean(record: Record, name: str, keep: str) -> Row | None:

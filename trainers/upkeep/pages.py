@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import list_pruners, pruner_class
-from trainers.cards.about import About, about, docstring, options
+from trainers.cards.about import About, about, docstring, options, stage_of
 from trainers.cards.markdown import bibtex
 from trainers.cli.errors import command, whole_file
 from trainers.cli.names import ROOT, has_weights, methods_shipped
@@ -52,7 +52,8 @@ def page(method: str) -> str:
 
 
 def _stage(method: str) -> str:
-    return "several stages" if method == "combined" else f"{pruner_class(method).stage} stage"
+    stage = stage_of(pruner_class(method))
+    return "several stages" if stage == "several" else f"{stage} stage"
 
 
 def _cite(said: About) -> str:
