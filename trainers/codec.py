@@ -26,7 +26,7 @@ from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
 from trainers.cli.names import find_pruner
 from trainers.cli.options import add_option, check_at_least_one
-from trainers.compression.card import read_json, write_card
+from trainers.compression.card import read_measurement, write_card
 from trainers.compression.figures import draw_curves, draw_pictures
 from trainers.compression.measure import shown_lengths
 from trainers.compression.quality import METRICS
@@ -157,10 +157,10 @@ def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def card(args: argparse.Namespace, words: Sequence[str]) -> None:
     """The model card. What is not given stays as it is in the folder's own metrics."""
-    measured = {name: read_json(path) for name in ("quality", "speed") if (path := getattr(args, name))}
+    measured = {name: read_measurement(path) for name in ("quality", "speed") if (path := getattr(args, name))}
     given = {**measured, **({"photographs": args.photographs} if args.photographs else {})}
     own = args.folder / METRICS_FILE
-    metrics = {**(read_json(own) if own.is_file() else {}), **given}
+    metrics = {**(read_measurement(own) if own.is_file() else {}), **given}
     for name in ("quality", "speed", "photographs"):
         if name not in metrics:
             raise PruneZooError(f"{own}: there is no '{name}' in it: give --{name}")

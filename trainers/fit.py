@@ -13,7 +13,6 @@ from textwrap import fill
 from typing import Any, Literal
 
 import lightning as L
-import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -24,7 +23,7 @@ from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
 from trainers.cli.moved import moved
 from trainers.cli.names import CONFIGS, expand_configs
-from trainers.cli.recipes import FLAG, bound_recipes
+from trainers.cli.recipes import FLAG, bound_recipes, load_yaml
 from trainers.training.callbacks import (
     Checkpoints,
     ExportPruner,
@@ -45,7 +44,7 @@ class SaveRecipe(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Into the log."""
-        recipe = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        recipe = load_yaml(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             logger.log_hyperparams(recipe)
 

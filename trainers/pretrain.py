@@ -4,16 +4,23 @@ Two phases (see trainers/pretraining/): the vision tower under dense supervision
 checkpoints below `work` and goes on from the newest when the command is given again; the finished model goes to `out`.
 """
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError, auto_cli
 
+from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import command
+from trainers.cli.recipes import bound_recipes
+from trainers.fit import root_message
 from trainers.pretraining.train import train
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
-    auto_cli(train, args=argv, as_positional=False)
+    bound_recipes()
+    try:
+        auto_cli(train, args=argv, as_positional=False, exit_on_error=False)
+    except ArgumentError as error:
+        raise PruneZooError(root_message(error)) from error
 
 
 if __name__ == "__main__":

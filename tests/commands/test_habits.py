@@ -173,7 +173,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
         (demo.main, "--limit 0", "--limit 0: at least 1"),
         (demo.main, "--out FOLDER/config.json/demo", "FOLDER/config.json is no folder"),
         (policy_record.main, "checkpoints/policy-tiny --updates 0", "--updates 0: at least 1"),
-        (policy_record.main, "FOLDER", "FOLDER/run.json: no record of a training; name the folder of a trained policy"),
+        (policy_record.main, "FOLDER", "FOLDER/run.json: not readable JSON"),
         (unpickle.main, "FOLDER/run.json x --yes", "FOLDER/run.json: refused by torch's weights-only loader"),
         (evaluate.main, "--vlm FOLDER --pruner uniform --suite scenes", "--vlm FOLDER: not a loadable image-text-to"),
         (stop_curve.main, "--vlm FOLDER --pruner tail_drop --suite scenes --limit 7 --cache FOLDER/c", "from 'FOLDER'"),

@@ -93,7 +93,7 @@ def test_records_that_cannot_be_read_are_named(measured, tmp_path, capsys):
     words[words.index("--speed") + 1] = str(tmp_path / "nowhere.json")
     with pytest.raises(SystemExit):
         codec.main(words)
-    assert "nowhere.json: not a measurement" in capsys.readouterr().err
+    assert "nowhere.json: No such file or directory; measure again" in capsys.readouterr().err
 
 
 def test_verdicts_and_falls_are_read_off_the_figures():

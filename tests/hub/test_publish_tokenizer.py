@@ -121,7 +121,7 @@ def spoil_tensor(folder: Path) -> None:
     [
         (lambda folder: (folder / "metrics.json").unlink(), "metrics.json is missing; write it with `python -m"),
         (lambda folder: (folder / "curves.png").unlink(), "curves.png is missing"),
-        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json: not a measurement"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json: not readable JSON"),
         (lambda folder: (folder / "metrics.json").write_text("{}"), "not what a card rests on (KeyError: 'quality')"),
         (lambda folder: (folder / "run.json").write_text('{"a": 1}'), "not the record of a training, it lacks"),
         (spoil_weights, "measured with other weights"),

@@ -50,9 +50,9 @@ def test_deep_nesting_is_one_line_with_its_place(tmp_path):
     (tmp_path / "a.json").write_text(deep)
     (tmp_path / "a.jsonl").write_text("{}\n" + deep)
     for name, words_ in (("a.json", "JSON "), ("a.jsonl", "JSON, line 2 ")):
-        with pytest.raises(PruneZooError, match=f"{name}: not readable as {words_}.nested too deeply"):
+        with pytest.raises(PruneZooError, match=f"{name}: not readable as {words_}.more than 32 levels deep"):
             LlavaJson(tmp_path / name, tmp_path)
-    with pytest.raises(PruneZooError, match=r"a\.tar: sample '0': its \.json is nested too deeply"):
+    with pytest.raises(PruneZooError, match=r"a\.tar: sample '0': its \.json is not readable .more than 32 levels"):
         write_shard(tmp_path / "a.tar", [deep.encode()])
 
 

@@ -97,7 +97,9 @@ def test_two_killed_processes_and_one_that_goes_on_write_what_one_writes(tmp_pat
         "from pathlib import Path; from test_shards import *; "
         f"fill(make(Path({str(folder)!r})), Roots(0.3, Path({str(diary)!r}), processes=2), 2, print)"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": paths},

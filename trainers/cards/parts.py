@@ -1,7 +1,6 @@
 """What a model card says, part by part: tables made from measured records, and the files that these lie in."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from prunezoo.core.budgets import AUTO
+from prunezoo.core.files import read_object
 from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import COLUMNS, ratio, settings_of
 from trainers.data.suite import list_suites
@@ -51,8 +51,9 @@ def datasets_of(run: Mapping[str, Any] | None) -> list[str] | None:
 
 def speed_of(folder: Path, method: str) -> dict[str, Any] | None:
     """What `trainers.benchmark` measured: of this pruner, in its folder, or else of its method, in `hub_cards/`."""
-    path = folder / SPEED_FILE if (folder / SPEED_FILE).is_file() else CARDS / SPEED_FILE
-    record = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / SPEED_FILE if (folder / SPEED_FILE).exists() else CARDS / SPEED_FILE
+    remedy = "write it with `python -m trainers.benchmark … --json`"
+    record = read_object(path, "rows", what="a measurement of speed", remedy=remedy)
     lines = []
     for (batch, length), cases in settings_of(record["rows"]):
         for (name, keep), parts in cases.items():
@@ -68,9 +69,10 @@ def speed_of(folder: Path, method: str) -> dict[str, Any] | None:
 def stop_rule_of(folder: Path) -> dict[str, Any] | None:
     """What `upkeep.stop_curve` measured of these weights; None where nothing was measured, or of other weights."""
     path = folder / STOP_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "write it with `python -m trainers.upkeep.stop_curve`"
+    record = read_object(path, "weights", "rows", "paired", what="a measurement of a stop rule", remedy=remedy)
     if record["weights"] != weights_digest(folder):
         return None
     rows = {row["keep"]: row for row in record["rows"] if row["kind"] == "stop rule"}
@@ -152,7 +154,10 @@ def histogram_tables(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 def policy_of(folder: Path) -> dict[str, Any] | None:
     """What `trainers.upkeep.policy_record` wrote of a policy that learned by its rewards."""
     path = folder / POLICY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.exists():
+        return None
+    remedy = "write it with `python -m trainers.upkeep.policy_record`"
+    return read_object(path, "figures", "cost", what="the record of a policy", remedy=remedy)
 
 
 def rival_table(metrics: Mapping[str, Any], diagnostics: bool) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The whole zoo as lines of a table: every method and every shipped pruner, with the results of the shipped records."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prunezoo.core.files import read_object
+from prunezoo.core.hub import CONFIG_FILE
 from prunezoo.core.registry import list_pruners, pruner_class
 from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped
 from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
@@ -49,7 +50,7 @@ def entries(zoo: Zoo) -> list[Entry]:
             continue
         folders = [folder for folder, of in shipped.items() if of == method]
         for folder in folders:
-            stored = json.loads((CHECKPOINTS / folder / "config.json").read_text(encoding="utf-8"))
+            stored = read_object(CHECKPOINTS / folder / CONFIG_FILE, what="a config", remedy="save it again")
             model = stored.get("base_model", {}).get("name", "not noted").rpartition("/")[2]
             found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
         if not folders:

@@ -4,11 +4,11 @@ Commands take a short name wherever they take a path of what ships; a path that 
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from prunezoo.core.hub import CONFIG_FILE
 from prunezoo.core.registry import list_pruners, pruner_class
 
@@ -22,7 +22,7 @@ def methods_shipped() -> dict[str, str]:
     """The pruners and tokenizers in `checkpoints/`: folder name to method, sorted."""
     found = {}
     for path in sorted(CHECKPOINTS.glob(f"*/{CONFIG_FILE}")):
-        method = json.loads(path.read_text(encoding="utf-8")).get("method")
+        method = read_object(path, what="a config", remedy="save it again").get("method")
         if method is not None:
             found[path.parent.name] = str(method)
     return found

@@ -1,6 +1,5 @@
 """The card of a tokenizer, from what `trainers.codec` measured and from the record of its training."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards.about import about
 from trainers.cards.cards import templates
@@ -58,12 +58,9 @@ def write_card(folder: Path, quality: Mapping[str, Any], speed: Mapping[str, Any
     return [folder / file for file in (CARD_FILE, METRICS_FILE, CURVES, PICTURES)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `trainers.codec measure` or `speed`, or :func:`write_card`, wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruneZooError(f"{path}: not a measurement that can be read ({error})") from None
+def read_measurement(path: Path) -> dict[str, Any]:
+    """What `trainers.codec measure` or `speed`, or :func:`write_card`, wrote; PruneZooError if it is none."""
+    return read_object(path, what="a measurement", remedy="measure again with `python -m trainers.codec`")
 
 
 def measured_weights(metrics: Mapping[str, Any]) -> set[str]:

@@ -10,7 +10,6 @@ Data card
     smoke test, no instrument for pruners that read the question.
 """
 
-import json
 from collections import Counter
 from functools import cache
 from importlib.resources import files
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from prunezoo.core.bounds import parse_json
 from prunezoo.core.errors import PruneZooError
 
 from .pictures import decode_picture
@@ -33,7 +33,7 @@ def _questions(folder: str) -> list[tuple[str, str, int]]:
     if find_spec("easy_vqa") is None:
         raise PruneZooError("suite easy-vqa: its data are not installed; do: pip install easy-vqa")
     text = files("easy_vqa").joinpath("data", folder, "questions.json").read_text("utf-8")
-    return [(question, answer, picture) for question, answer, picture in json.loads(text)]
+    return [(question, answer, picture) for question, answer, picture in parse_json(text)]
 
 
 def _group(answer: str) -> str:

@@ -5,17 +5,20 @@ An entry is ``{"id": …, "image": "coco/train2017/1.jpg", "conversations": [{"f
 several are left out too, and counted.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image
 
+from prunezoo.core.bounds import parse_json, read_bytes
 from prunezoo.core.errors import PruneZooError
 
 from .pictures import open_picture
 from .talks import PLACEHOLDER, Entry, Talks, read_turns, tell_skipped, whole_text
+
+MOST_BYTES = 1 << 34
+"""Of the annotations; LLaVA's own have 1 GB."""
 
 
 class LlavaJson(Talks):
@@ -51,9 +54,12 @@ class LlavaJson(Talks):
 
     def _read(self) -> list[Any]:
         try:
-            text = self.annotations.read_text(encoding="utf-8-sig")  # the sig is what some editors put in front
+            # the sig is what some editors put in front
+            text = read_bytes(self.annotations, MOST_BYTES).decode("utf-8-sig")
         except FileNotFoundError:
             raise PruneZooError(f"{self.annotations}: no such file; set data.json to a LLaVA-format JSON") from None
+        except PruneZooError:
+            raise
         except (OSError, ValueError) as error:
             raise PruneZooError(f"{self.annotations}: not readable as JSON ({error})") from error
         if self.annotations.suffix == ".jsonl":
@@ -67,9 +73,7 @@ class LlavaJson(Talks):
 
     def _parse(self, text: str, where: str = "") -> Any:
         try:
-            return json.loads(text)
-        except RecursionError:
-            raise PruneZooError(f"{self.annotations}: not readable as JSON{where} (nested too deeply)") from None
+            return parse_json(text)
         except ValueError as error:
             raise PruneZooError(f"{self.annotations}: not readable as JSON{where} ({error})") from error
 

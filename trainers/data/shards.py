@@ -24,7 +24,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from prunezoo.core.bounds import MOST_RECORD_BYTES, parse_json
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_json
 from trainers.cli.errors import check_output, whole_file
 
 from .loading import leave_with_parent
@@ -80,7 +82,7 @@ class ShardedCache:
         if items < 1 or shard_items < 1:
             raise PruneZooError(f"{folder}: items={items} and shard_items={shard_items} must be at least 1")
         self.folder, self.remedy, self.items, self.shard_items = Path(folder), remedy, items, shard_items
-        self.facts = json.loads(json.dumps({**facts, "shard_items": shard_items}))
+        self.facts = parse_json(json.dumps({**facts, "shard_items": shard_items}))
         self.shards: dict[str, Shard] = {}
         self.verified: set[str] = set()
         check_output("cache", self.folder, folder=True)
@@ -96,11 +98,11 @@ class ShardedCache:
         if not path.exists():
             return
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path, MOST_RECORD_BYTES)
             there, shards = known["facts"], known["shards"]
             others = sorted(name for name in {*there, *self.facts} if there.get(name) != self.facts.get(name))
             self.shards = {} if others else {name: Shard.read(shard) for name, shard in shards.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PruneZooError(
                 f"{path}: not a manifest ({error!r:.200}); delete {self.folder} and {self.remedy}"
             ) from error

@@ -18,7 +18,9 @@ from typing import Any
 import fsspec
 from PIL import Image
 
+from prunezoo.core.bounds import MOST_RECORD_BYTES, parse_json
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_json
 
 from .pictures import BrokenImage, check_bytes, decode_picture
 from .shards import write_whole
@@ -49,9 +51,7 @@ class WebShards(Talks):
             for key, (start, size), text in self._samples(url, index):
                 wrong = wrong_sample(url, key)
                 try:
-                    said = json.loads(text)
-                except RecursionError:
-                    raise wrong("its .json is nested too deeply") from None
+                    said = parse_json(text)
                 except ValueError as error:
                     raise wrong(f"its .json is not readable ({error})") from error
                 turns, place = read_turns(said.get("conversations") if isinstance(said, dict) else None, wrong)
@@ -96,13 +96,13 @@ class WebShards(Talks):
 def read_index(path: Path, size: int) -> list[Any] | None:
     """What was found in a shard of so many bytes; None where nothing is kept, or it is of another shard or damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path, MOST_RECORD_BYTES)
         return (
             [(key, (int(start), int(many)), str(text)) for key, (start, many), text in kept["samples"]]
             if (kept["bytes"] == size)
             else None
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

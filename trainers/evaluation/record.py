@@ -12,6 +12,7 @@ import numpy as np
 
 from prunezoo.core.budgets import AUTO
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from trainers.cli.errors import whole_file
 
 from .answers import answers_of
@@ -222,15 +223,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         PruneZooError: no such file, no JSON, or not what `evaluate` writes.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PruneZooError(f"{path}: {error.strerror}; write it with `python -m trainers.evaluate … --json`") from None
-    except ValueError as error:
-        raise PruneZooError(f"{path}: not JSON ({error})") from None
-    missing = [key for key in ("vlm", "suite", "split", "n", "rows") if key not in record] if record else ["rows"]
-    if missing or not record["rows"]:
-        raise PruneZooError(f"{path}: not an evaluation, it lacks {', '.join(missing) or 'rows'}")
+    remedy = "write it with `python -m trainers.evaluate … --json`"
+    record = read_object(Path(path), "vlm", "suite", "split", "n", "rows", what="an evaluation", remedy=remedy)
+    if not record["rows"]:
+        raise PruneZooError(f"{path}: not an evaluation, it lacks rows; {remedy}")
     return record
 
 

@@ -6,7 +6,6 @@ machine is answered with 4xx and one line, and the next request is answered as e
 
 import asyncio
 import base64
-import json
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from prunezoo.core.bounds import parse_json
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import one_line
 from trainers.data.pictures import BrokenImage, decode_picture
@@ -127,7 +127,7 @@ def application(page: Page, hosts: Sequence[str] = ()) -> Starlette:
 
     async def answer(request: Request) -> Response:
         try:
-            asked = json.loads(await asyncio.wait_for(read_body(request), MOST_SECONDS))
+            asked = parse_json((await asyncio.wait_for(read_body(request), MOST_SECONDS)).decode())
             async with turn:
                 return reply(200, await run_in_threadpool(page.answer, asked))
         except HTTPException as error:
@@ -136,8 +136,6 @@ def application(page: Page, hosts: Sequence[str] = ()) -> Starlette:
             return reply(408, {"error": f"the question took more than {MOST_SECONDS:g} seconds to arrive"})
         except (PruneZooError, ValueError) as error:
             return reply(400, {"error": one_line(error)})
-        except RecursionError:
-            return reply(400, {"error": "a question has no lists within lists"})
         except ClientDisconnect:
             return reply(400, {"error": "the question broke off"})
 

@@ -69,7 +69,7 @@ PRUNER = Kind(
 )
 TOKENIZER = Kind(
     OneDPiece.from_pretrained,
-    tokenizer_card.read_json,
+    tokenizer_card.read_measurement,
     tokenizer_card.measured_weights,
     tokenizer_card.render_card,
     (METRICS_FILE, tokenizer_card.CURVES, tokenizer_card.PICTURES),

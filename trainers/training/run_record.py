@@ -9,8 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from prunezoo.core.errors import PruneZooError
-from prunezoo.core.files import read_json
+from prunezoo.core.files import read_object
 from trainers.cli.errors import whole_file
 
 from .callbacks import trained
@@ -24,11 +23,8 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         PruneZooError: It cannot be read, or is none.
     """
-    run = read_json(path)
-    missing = {"command", "data", "steps", "recipe"} - run.keys() if isinstance(run, dict) else {"command"}
-    if missing:
-        raise PruneZooError(f"{path}: not the record of a training, it lacks {', '.join(sorted(missing))}; train again")
-    return run
+    remedy = "name the folder of what was trained"
+    return read_object(path, "command", "data", "steps", "recipe", what="the record of a training", remedy=remedy)
 
 
 class RunRecord(L.Callback):

@@ -38,6 +38,7 @@ from trainers.caches.arms import earn
 from trainers.cards.parts import POLICY_FILE
 from trainers.cli.errors import command
 from trainers.cli.options import check_at_least_one
+from trainers.cli.recipes import load_yaml
 from trainers.data.conversation import ConversationCollator
 from trainers.data.modules import EARNED
 from trainers.evaluation.loading import default_device
@@ -45,7 +46,7 @@ from trainers.training.budget_policy import BudgetModule
 from trainers.training.distill import DistillModule
 from trainers.training.frozen import FrozenModule
 from trainers.training.policy_gradient import PolicyModule, Rollout
-from trainers.training.run_record import RUN_FILE
+from trainers.training.run_record import RUN_FILE, read_run
 
 M = TypeVar("M", bound=FrozenModule)
 
@@ -217,6 +218,19 @@ def read_figures(folder: Path) -> dict[str, list[float]]:
     return figures
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of a training, from the record of its run.
+
+    Raises:
+        PruneZooError: There is none.
+    """
+    path = folder / RUN_FILE
+    try:
+        return load_yaml(read_run(path)["recipe"])
+    except yaml.YAMLError as error:
+        raise PruneZooError(f"{path}: no recipe ({error}); name the folder of a trained policy") from None
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the record."""
@@ -228,11 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--updates", type=int, default=10, help="how many are timed")
     args = p.parse_args(argv)
     check_at_least_one(args, "updates")
-    try:
-        recipe = yaml.safe_load(json.loads((args.folder / RUN_FILE).read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:  # not there, no JSON, no run record
-        reason = error.strerror if isinstance(error, OSError) else "no record of a training"
-        raise PruneZooError(f"{args.folder / RUN_FILE}: {reason}; name the folder of a trained policy") from None
+    recipe = read_recipe(args.folder)
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.ERROR)  # what it says of each trainer that times something is of no use here

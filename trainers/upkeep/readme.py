@@ -10,12 +10,12 @@ records beside the shipped modules, in hub_cards/league/ and in hub_cards/measur
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from trainers.benchmarking.tables import speed_section
 from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
@@ -85,10 +85,7 @@ def rendered(text: str, page: Path = README) -> str:
 
 
 def _read(path: Path, target: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PruneZooError(f"{path.name}: {error.strerror}; `make {target}` writes it") from None
+    return read_object(path, what="a record", remedy=f"`make {target}` writes it")
 
 
 @command

@@ -1,7 +1,9 @@
 """How much of a stranger's file is believed: sizes, counts and depths are bounded here before anything is allocated."""
 
 import json
+import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from .errors import PruneZooError
 
 MOST_JSON_BYTES = 1 << 20
+MOST_RECORD_BYTES = 1 << 26
+"""Of what the commands write themselves: measurements, manifests, indices."""
 MOST_DEPTH = 32
 """Of what lies inside of what, in JSON and in recipes."""
 MOST_ENTRIES = 256
@@ -35,8 +39,9 @@ def read_bytes(path: Path, most: int) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):
         raise PruneZooError(f"{path}: not a plain file; download it again")
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, most) + 1)  # which is allocated at once
+    if max(size, len(data)) > most:
         raise PruneZooError(f"{path}: larger than any such file, more than {most:,} bytes; download it again")
     return data
 
@@ -61,9 +66,12 @@ def parse_json(text: str) -> Any:
     """JSON of bounded depth that says each key once.
 
     Raises:
-        ValueError, RecursionError: It is none, or not such.
+        ValueError: It is none, or not such.
     """
-    value = json.loads(text, object_pairs_hook=_once)
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"more than {MOST_DEPTH} levels deep") from None
     level, depth = [value], 0
     while level := [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]:
         depth += 1
@@ -75,8 +83,8 @@ def parse_json(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' is there twice")
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key '{twice:.100}' is there twice")
     return found
 
 

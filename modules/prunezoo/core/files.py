@@ -12,7 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .bounds import MOST_HEADER_BYTES, MOST_JSON_BYTES, MOST_TENSORS, MOST_WEIGHT, parse_json, read_bytes
+from .bounds import (
+    MOST_HEADER_BYTES,
+    MOST_JSON_BYTES,
+    MOST_RECORD_BYTES,
+    MOST_TENSORS,
+    MOST_WEIGHT,
+    parse_json,
+    read_bytes,
+)
 from .errors import PruneZooError
 
 METADATA = "__metadata__"  # what the header of a safetensors file has beside its tensors
@@ -29,7 +37,7 @@ def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]
     """A safetensors file, of the same bytes whenever it holds the same: the library writes metadata in any order."""
     data = save(state, metadata)
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
+    header = parse_json(data[8:end].decode())
     header[METADATA] = dict(sorted(header[METADATA].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
@@ -79,7 +87,7 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except PruneZooError:
         raise
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise PruneZooError(f"{path}: not a readable safetensors file ({error}); save or download it again") from error
 
 
@@ -97,14 +105,36 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"{tensors:,} tensors, more than {MOST_TENSORS}")
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
-    """A JSON file of at most so many bytes; PruneZooError if it is none."""
+def read_json(path: Path, most: int = MOST_JSON_BYTES, remedy: str = "save or download it again") -> Any:
+    """A JSON file of at most so many bytes; PruneZooError, which ends with the remedy, if it is none."""
     try:
         return parse_json(read_bytes(path, most).decode())
     except PruneZooError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise PruneZooError(f"{path}: not readable JSON ({error}); save or download it again") from error
+    except OSError as error:
+        raise PruneZooError(f"{path}: {error.strerror}; {remedy}") from error
+    except ValueError as error:
+        raise PruneZooError(f"{path}: not readable JSON ({error}); {remedy}") from error
+
+
+def read_object(path: Path, *keys: str, what: str, remedy: str) -> dict[str, Any]:
+    """What we wrote ourselves: a JSON object that has these keys.
+
+    Args:
+        path: The file.
+        keys: That it must have.
+        what: It is, for the message: "the record of a training".
+        remedy: What to do where it is none.
+
+    Raises:
+        PruneZooError: It is none.
+    """
+    record = read_json(path, MOST_RECORD_BYTES, remedy)
+    if not isinstance(record, dict):
+        raise PruneZooError(f"{path}: not {what}; {remedy}")
+    if missing := [key for key in keys if key not in record]:
+        raise PruneZooError(f"{path}: not {what}, it lacks {', '.join(missing)}; {remedy}")
+    return record
 
 
 def digest(path: Path) -> str:

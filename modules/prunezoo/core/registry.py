@@ -5,7 +5,6 @@ which registers what it holds.
 """
 
 import importlib
-import json
 import logging
 import pkgutil
 import re
@@ -20,6 +19,7 @@ from urllib.parse import parse_qsl
 import torch
 
 from .base_model import check_base_model
+from .bounds import parse_json
 from .config import PrunerConfig
 from .contract import Pruner
 from .errors import PruneZooError
@@ -156,7 +156,7 @@ def split_options(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
     changes: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         try:
-            changes[key] = json.loads(value)
+            changes[key] = parse_json(value)
         except ValueError:
             changes[key] = value
     return name, changes
