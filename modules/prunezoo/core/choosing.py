@@ -4,10 +4,13 @@ Both belong to an instance, beside its config and weights: any scorer takes them
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from .checks import require
 from .errors import PruneZooError
 from .gates import topk_mask
 from .hub import Pretrained
@@ -18,6 +21,7 @@ from .select import Select, mmr_mask, tile_mask
 class Choosing(Pretrained):
     """What is set up of a pruner after its training, and saved with it."""
 
+    exact: ClassVar[bool] = True  # see the base class of pruners
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
     _select = Select()
@@ -62,6 +66,19 @@ class Choosing(Pretrained):
         if self._select.kind == "tile":
             return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
         return topk_mask(scores, inputs.valid, keep)
+
+    def asked_of(self, inputs: Any, keep: Tensor) -> Any:
+        """The inputs of `reduce`, whose numbers of the host are those of ``keep (B,)``.
+
+        They are, unless a subclass hands on another ``keep``. One that decides alone may, which costs a look at the
+        device; one that is exact may not ask for more, of which the widest image would lose the last.
+        """
+        if not self.exact:
+            return replace(inputs, asked=tuple(torch.minimum(keep, inputs.valid.sum(1)).tolist()))
+        asked = inputs.asked
+        words = f"pruner '{self.name}' chose %s tokens where {list(asked)} were asked for: hand `keep` on as it is"
+        require((keep > inputs.most_asked).any(), lambda: words % keep.tolist())
+        return inputs
 
     def check_gates(self) -> None:
         """Refuse to train where tokens are not chosen as gates are."""

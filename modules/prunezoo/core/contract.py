@@ -223,9 +223,9 @@ class Pruner(Staging, Choosing):
         """
         scores = self._checked_scores(inputs)
         self.check_gates()
+        inputs = self.asked_of(inputs, keep)
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
-        chosen = self.choose(scores.detach(), inputs, keep)
-        index, valid = mask_to_index(chosen, inputs.most_asked)
+        index, valid = mask_to_index(self.choose(scores.detach(), inputs, keep), inputs.most_asked)
         carry = {"scores": scores.masked_fill(~inputs.valid, 0)}
         return PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
 
