@@ -23,7 +23,7 @@ from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
 from trainers.cli.moved import moved
 from trainers.cli.names import CONFIGS, expand_configs
-from trainers.cli.recipes import FLAG, bound_recipes, load_yaml
+from trainers.cli.recipes import FLAG, bound_recipes, load_yaml, nearest_key
 from trainers.training.callbacks import (
     Checkpoints,
     ExportPruner,
@@ -37,6 +37,10 @@ from trainers.training.resume import SameData, find_checkpoint, train
 from trainers.training.run_record import RunRecord
 
 Log = Literal["csv", "tensorboard", "wandb"]
+
+
+SECTIONS = {"trainer": L.Trainer, "checkpoint": Checkpoints, "export": ExportPruner, "seeds": SeedSteps}
+"""What a recipe sets beside its model and its data."""
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -184,7 +188,7 @@ def plain(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     said = " ".join(line for line in lines if not line.startswith((*noise, *whole))).replace(": - ", ": ")
     unknown = "is not accepted" in said or "unrecognized arguments" in said
-    return f"{said}; --print_config shows every key" if unknown else said
+    return f"{said}{nearest_key(said, SECTIONS)}; --print_config shows every key" if unknown else said
 
 
 def check(config: Any) -> None:

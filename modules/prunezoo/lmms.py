@@ -6,6 +6,7 @@ lmms-eval finds it by its entry point once prunezoo is installed beside it (`pip
 against lmms-eval 0.7.
 """
 
+import inspect
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from .core.errors import PruneZooError
+from .core.near import near
 from .core.registry import load_pruner
 from .host import attach
 from .host.parts.loading import default_device, default_dtype, load_vlm
@@ -82,7 +84,8 @@ class PruneZooModel(lmms):
     ) -> None:
         super().__init__()
         if unknown:
-            raise PruneZooError(f"--model_args: unknown {', '.join(sorted(unknown))}")
+            name, known = min(unknown), inspect.signature(type(self)).parameters.keys() - {"unknown"}
+            raise PruneZooError(f"--model_args: '{name}' is unknown{near(name, known)}")
         device = device or default_device()
         self.vlm, self.processor = load_vlm(pretrained, device, dtype or default_dtype(device))
         self.pruner = load_pruner(pruner, revision, vlm=self.vlm)

@@ -58,7 +58,7 @@ def test_a_question_in_the_terminal(tmp_path, capsys, monkeypatch, model):
         (["README.md"], "README.md: what is the question?"),
         (["scenes:999999999"], "the suite has items 0 to"),
         (["scenes:x"], "scenes:x: an item of a suite is written scenes:3"),
-        (["scene:3"], "scene:3: no suite is called 'scene'; there are: easy-vqa"),
+        (["scene:3"], "scene:3: no suite is called 'scene'; did you mean 'scenes'"),
         (["scenes:1", "--keep", "0"], "--keep 0: a budget is at least 1 token"),
         (["scenes:1", "--pruner", "pmm"], "did you mean 'ppm'?"),
     ],

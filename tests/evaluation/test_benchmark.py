@@ -244,7 +244,7 @@ def test_the_command_writes_rows(tiny_llava_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--vlm", "random:llava-8b"], "--vlm random:llava-8b: no such size; known: random:llava-120m"),
+        (["--vlm", "random:llava-8b"], "--vlm random:llava-8b: no such size; did you mean 'random:llava-7b'"),
         (["--vlm", "no/where/at/all"], "--vlm no/where/at/all: not a loadable image-text-to-text model"),
         (["--keep", "0"], "--keep 0: a budget is at least 1 token"),
         (["--repeats", "0"], "--repeats 0: at least 1"),

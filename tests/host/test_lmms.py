@@ -60,7 +60,7 @@ def test_what_cannot_be_asked_of_it():
             parse_keep(text)
     assert [parse_keep(text) for text in ("64", 64, "1/9", "0.25", 0.25, "1.0")] == [64, 64, 1 / 9, 0.25, 0.25, 1.0]
     assert isinstance(parse_keep(64), int) and isinstance(parse_keep("1.0"), float)
-    with pytest.raises(PruneZooError, match="unknown kepe"):
+    with pytest.raises(PruneZooError, match="'kepe' is unknown; did you mean 'keep'"):
         PruneZooModel(VLM, kepe=4)
     with pytest.raises(PruneZooError, match="keep=0 is out of range"):
         PruneZooModel(VLM, pruner="divprune", keep=0, device="cpu")

@@ -84,5 +84,5 @@ def test_feather_keeps_what_the_authors_code_keeps():
 
 
 def test_what_the_softmax_runs_over_is_one_of_two():
-    with pytest.raises(ValueError, match=r"softmax='rows' of feather is unknown: images, all"):
+    with pytest.raises(ValueError, match=r"softmax='rows' of feather is unknown; there are: all, images"):
         build_pruner("feather", softmax="rows")

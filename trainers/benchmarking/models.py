@@ -1,7 +1,7 @@
 """What is measured: a model from disk or Hub, or one of a given size made up here, and requests of a given length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from prunezoo.core.config import fit_width
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.registry import build_pruner, list_pruners, load_pruner, pruner_class
+from prunezoo.core.near import near
+from prunezoo.core.registry import build_pruner, list_pruners, load_pruner
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.evaluation.loading import DTYPES, check_device, default_device, default_dtype, load_vlm
@@ -84,7 +86,7 @@ def load_model(source: str, device: str | None, dtype: str | None) -> tuple[Any,
         return load_vlm(source, device, dtype)
     name = source.removeprefix(RANDOM)
     if name not in SIZES:
-        raise PruneZooError(f"--vlm {source}: no such size; known: {', '.join(RANDOM + known for known in SIZES)}")
+        raise PruneZooError(f"--vlm {source}: no such size{near(source, (RANDOM + known for known in SIZES))}")
     device = device or default_device()
     check_device(device)
     return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), new_processor(SIDE, PATCH)
@@ -98,8 +100,7 @@ def load_for_timing(source: str, width: int) -> Pruner:
     """
     if source not in list_pruners():
         return load_pruner(source)
-    has_width = "width" in {field.name for field in fields(pruner_class(source).config_class)}
-    return build_pruner(source, **({"width": width} if has_width else {})).eval()
+    return fit_width(build_pruner(source), width).eval()
 
 
 class Request:

@@ -3,13 +3,13 @@
 Commands take a short name wherever they take a path of what ships; a path that is there, or a Hub id, stays as it is.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
 from prunezoo.core.hub import CONFIG_FILE
+from prunezoo.core.near import near
 from prunezoo.core.registry import list_pruners, pruner_class
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,10 +121,3 @@ def has_weights(method: str) -> bool:
 def shown(path: Path) -> str:
     """A path of the repository as people write it where they stand, from its root if they stand there."""
     return str(path.relative_to(ROOT)) if Path.cwd() == ROOT else str(path)
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'ppm'?`, or what there is."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known)}"

@@ -4,7 +4,11 @@ A recipe is code: what it names as a class is imported and built. So it names cl
 we train with; others only where the command line says `--allow-code`.
 """
 
-from typing import Any
+import inspect
+import re
+from collections.abc import Mapping
+from pydoc import locate
+from typing import Any, cast
 
 import yaml
 from jsonargparse import set_loader, set_parsing_settings
@@ -13,6 +17,7 @@ from jsonargparse import set_loader, set_parsing_settings
 from jsonargparse._loaders_dumpers import yaml_load
 
 from prunezoo.core.bounds import MOST_DEPTH, MOST_JSON_BYTES
+from prunezoo.core.near import near
 
 FLAG = "--allow-code"
 PACKAGES = ["prunezoo", "trainers", "lightning", "torch"]
@@ -41,6 +46,26 @@ def load_yaml(text: str) -> Any:
             raise yaml.YAMLError(f"more than {MOST_DEPTH} levels deep")
     count_values(yaml.compose(text, yaml.SafeLoader), {})
     return yaml_load(text)
+
+
+def nearest_key(message: str, sections: Mapping[str, type]) -> str:
+    """What jsonargparse's message about an unknown key does not say: ``; did you mean 'batch_size'?``.
+
+    Args:
+        message: Its message.
+        sections: What is set by keys of one part, as ``trainer.max_steps``.
+    """
+    inside = re.search(r".*class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message)
+    beside = re.search(r"unrecognized arguments: --(\w+)\.(\w+)", message)
+    if inside:
+        kind, name = cast(type, locate(inside[1])), inside[2]
+    elif beside and beside[1] in sections:
+        kind, name = sections[beside[1]], beside[2]
+    else:
+        return ""
+    # classes that hand on **options say them in their base classes
+    known = {key for base in cast(Any, kind).__mro__ for key in inspect.signature(base.__init__).parameters}
+    return near(name, known - {"self", "args", "kwargs"})
 
 
 def count_values(node: yaml.Node | None, known: dict[int, int]) -> int:

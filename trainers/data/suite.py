@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.near import near
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -138,13 +139,12 @@ def load_suite(name: str, split: str = "test", limit: int | None = None, **optio
     """
     _import_suites()
     if name not in _SUITES:
-        raise PruneZooError(f"suite {name!r} is unknown; there are: {', '.join(sorted(_SUITES))}")
+        raise PruneZooError(f"suite {name!r} is unknown{near(name, _SUITES)}")
     build = cast(Callable[..., Suite], _SUITES[name])
     known = [option for option in inspect.signature(build).parameters if option not in ("split", "limit")]
     for option in options:
         if option not in known:
-            there = f"; it takes: {', '.join(known)}" if known else ", it takes none"
-            raise PruneZooError(f"suite {name}: option {option!r} is unknown{there}")
+            raise PruneZooError(f"suite {name}: option {option!r} is unknown{near(option, known)}")
     return build(split=split, limit=limit, **options)
 
 

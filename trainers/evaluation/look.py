@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.near import near
 from trainers.data.pictures import BrokenImage, open_picture
 from trainers.data.suite import Item, list_suites, load_suite
 
@@ -40,7 +41,7 @@ def read_item(picture: str, question: str | None) -> Item:
         item = items[int(number)]
         return item if question is None else replace(item, turns=((question, ""),), relevant=None)
     if question is None and number.isdigit():
-        raise PruneZooError(f"{picture}: no suite is called '{suite}'; there are: {', '.join(list_suites())}")
+        raise PruneZooError(f"{picture}: no suite is called '{suite}'{near(suite, list_suites())}")
     if question is None:
         raise PruneZooError(f'{picture}: what is the question? python -m trainers.show {picture} "what is it?"')
     if not Path(picture).exists():

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prunezoo.core.bounds import parse_json
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.near import near
 from trainers.cli.errors import one_line
 from trainers.data.pictures import BrokenImage, decode_picture
 from trainers.data.suite import Item, load_suite
@@ -87,7 +88,7 @@ class Page:
             if len(asked[key]) > most:
                 raise PruneZooError(f"{key}: {len(asked[key]):,} letters, more than {most:,}")
         if asked["pruner"] not in self.methods:
-            raise PruneZooError(f"no pruner '{asked['pruner']}' here; there are: {', '.join(self.methods)}")
+            raise PruneZooError(f"no pruner '{asked['pruner']}' here{near(asked['pruner'], self.methods)}")
         if not asked["question"].strip():
             raise PruneZooError("what is the question?")
         method = self.methods[asked["pruner"]]

@@ -82,6 +82,7 @@ class BudgetModule(FrozenModule):
         measure: tuple[float | str, ...] = ("auto", 1 / 9),
     ) -> None:
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
+        pruner = self.pruner  # of the model's width
         arms = pruner.config.arms
         if draws < 2:
             raise PruneZooError(f"draws={draws} must be at least 2: they are compared")

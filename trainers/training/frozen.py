@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunezoo.core.base_model import BaseModel
+from prunezoo.core.config import fit_width
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host import encode, full_forward
@@ -67,8 +68,9 @@ class FrozenModule(L.LightningModule):
         # not a submodule: so the frozen model is in no checkpoint, no optimizer and no call of train()
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
         self.shared_out = self.free_text = False
-        self.pruner = pruner
-        self.pruner.base_model = BaseModel.describe(self.vlm)
+        model = BaseModel.describe(self.vlm)
+        self.pruner = fit_width(pruner, model.width)
+        self.pruner.base_model = model
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
 
     def setup(self, stage: str) -> None:

@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bare = Bare(vlm, batch)
     with tempfile.TemporaryDirectory() as folder:
         vlm.save_pretrained(folder)
-        pruner = build_pruner("ppm", width=vlm.config.get_text_config().hidden_size, hidden=args.hidden)
+        pruner = build_pruner("ppm", vlm, hidden=args.hidden)
         dtype = str(vlm.dtype).removeprefix("torch.")
         module = DistillModule(folder, pruner, vlm_dtype=dtype, guide_share=0.0, guide_weight=0.0)  # type: ignore[arg-type]
     module.__dict__["vlm"] = vlm  # one model is enough

@@ -1,16 +1,16 @@
 """Configs: flat, frozen, JSON values only; and the modules that are built from one. Nothing here knows a file."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from .base_model import BaseModel
 from .bounds import MOST_ENTRIES
 from .errors import PruneZooError
+from .near import near
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class PrunerConfig:
         hints = get_type_hints(cls)
         for key, value in values.items():
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known) or 'none'}"
-                raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}; {hint}")
+                raise PruneZooError(f"{where}unknown config key '{key}' of {cls.__name__}{near(key, known)}")
             if not _fits(value, hints[key]):
                 kind = getattr(hints[key], "__name__", hints[key]) if get_origin(hints[key]) is None else hints[key]
                 long = f" of at most {MOST_ENTRIES} entries" if "tuple" in str(hints[key]) else ""
@@ -38,6 +36,14 @@ class PrunerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
+
+    def for_tokens(self, width: int) -> Self:
+        """The same for tokens of this width, where the config does not say its own: where `width` is the default.
+
+        A config that holds others hands it on to them.
+        """
+        default = {one.name: one.default for one in fields(self)}.get("width")
+        return self if default is None or self.width != default else replace(self, width=width)  # type: ignore[attr-defined,call-arg]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -55,6 +61,15 @@ def _fits(value: Any, hint: Any) -> bool:
         kinds = (int,) if hint is int else (int, float)
         return type(value) in kinds and abs(value) < 2**63  # false for NaN
     return hint is Any or isinstance(value, origin or hint)
+
+
+C = TypeVar("C", bound="Configured")
+
+
+def fit_width(module: C, width: int) -> C:
+    """A module that has not been trained, for tokens of this width; itself where its config says one."""
+    config = module.config.for_tokens(width)
+    return module if config == module.config else type(module)(config)
 
 
 class Configured(nn.Module):

@@ -28,6 +28,7 @@ from .base_model import BaseModel
 from .config import Configured
 from .errors import PruneZooError
 from .files import digest, read_header, read_json, read_metadata, read_tensors, write_tensors, wrong_weight
+from .near import near
 from .source import Source
 
 CONFIG_FILE = "config.json"
@@ -180,7 +181,7 @@ def load(cls: type[P], source: Source) -> P:
     if stored["method"] != cls.name:
         raise PruneZooError(f"{path}: method is '{stored['method']}', not '{cls.name}'; use AutoPruner.from_pretrained")
     if stored["dtype"] not in DTYPES:
-        raise PruneZooError(f"{path}: unknown dtype '{stored['dtype']}'; known: {', '.join(DTYPES)}")
+        raise PruneZooError(f"{path}: unknown dtype '{stored['dtype']}'{near(stored['dtype'], DTYPES)}")
     config = cls.config_class.from_dict(stored["config"], where=f"{path}: ")
     weights = source.file(WEIGHTS_FILE)
     header = read_header(weights)
@@ -268,7 +269,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in sorted(CONFIG_KEYS - keys):
         raise PruneZooError(f"{path}: key '{key}' is missing; not written by save_pretrained of prunezoo")
     for key in sorted(keys - CONFIG_KEYS - OPTIONAL_KEYS):
-        raise PruneZooError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(CONFIG_KEYS | OPTIONAL_KEYS))}")
+        raise PruneZooError(f"{path}: unknown key '{key}'{near(key, CONFIG_KEYS | OPTIONAL_KEYS)}")
     for key in sorted(CONFIG_KEYS - {"config"}):
         if not isinstance(stored[key], str):
             raise PruneZooError(f"{path}: key '{key}' must be a string, got {stored[key]!r:.60}")

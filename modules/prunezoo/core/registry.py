@@ -18,12 +18,13 @@ from urllib.parse import parse_qsl
 
 import torch
 
-from .base_model import check_base_model
+from .base_model import BaseModel, check_base_model
 from .bounds import parse_json
-from .config import PrunerConfig
+from .config import PrunerConfig, fit_width
 from .contract import Pruner
 from .errors import PruneZooError
 from .hub import Pretrained, load, read_method
+from .near import near
 from .signals import parse_signal
 from .source import Source
 
@@ -105,13 +106,17 @@ def pruner_class(name: str) -> type[Pruner]:
         for cls in Pretrained.__subclasses__():
             if cls.name and cls.name == name:
                 raise PruneZooError(f"'{name}' is no pruner: load it with {cls.__name__}.from_pretrained")
-        raise PruneZooError(f"unknown pruner '{name}'; known: {', '.join(list_pruners())}")
+        raise PruneZooError(f"unknown pruner '{name}'{near(name, list_pruners())}")
     return _PRUNERS[name]
 
 
-def build_pruner(name: str, **config: Any) -> Pruner:
-    """A new, untrained instance of the method ``name`` with these config fields."""
-    return pruner_class(name)(**config)
+def build_pruner(name: str, /, vlm: Any = None, **config: Any) -> Pruner:
+    """A new, untrained instance of the method ``name`` with these config fields.
+
+    Where they do not say the width of the tokens, it is that of ``vlm``, if there is one.
+    """
+    pruner = pruner_class(name)(**config)
+    return pruner if vlm is None else fit_width(pruner, BaseModel.describe(vlm).width)
 
 
 def load_pruner(
@@ -172,6 +177,9 @@ def _load_plain(source: str | Path, revision: str | None, **options: Any) -> Pru
         if any(True for _ in pruner.parameters()):
             raise PruneZooError(f"'{source}' is a learned method: give the folder or Hub id of a trained checkpoint")
         return pruner.eval()
+    if isinstance(source, str) and "/" not in source and not Path(source).exists():
+        hint = near(source, list_pruners())
+        raise PruneZooError(f"'{source}' is neither a known pruner, nor a folder, nor a Hub id like 'org/name'{hint}")
     place = Source(source, revision, **options)
     return load(pruner_class(read_method(place)), place)
 

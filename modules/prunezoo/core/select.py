@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .cosines import Cosines
 from .errors import PruneZooError
+from .near import near
 from .plan import picks_mask
 
 SELECTS = ("top", "mmr", "tile")
@@ -44,8 +45,8 @@ class Select:
         match = re.fullmatch(r"([a-z]+)(?::(\d*\.?\d+)(?::(\d{1,6}))?)?", text) if isinstance(text, str) else None
         if match is None or match[1] not in SELECTS or (match[2] and match[1] != "mmr"):
             raise PruneZooError(
-                f"select={text!r} is none: {', '.join(SELECTS)}, or 'mmr:0.7' for another weight, 'mmr:0.7:4' for four "
-                "tokens a step"
+                f"select={text!r} is none; 'mmr:0.7' is with another weight, 'mmr:0.7:4' with four tokens a step"
+                f"{near(text, SELECTS)}"
             )
         weight, step = float(match[2]) if match[2] else WEIGHT, int(match[3] or 1)
         if not 0 <= weight <= 1:

@@ -28,6 +28,7 @@ from functools import cache
 from torch import Tensor
 
 from .errors import PruneZooError
+from .near import near
 from .plan import gather_rows
 
 
@@ -163,7 +164,8 @@ def parse_signal(name: str) -> Signal:
     """
     match = re.fullmatch(r"([a-z_]+)(?:@(-?\d+|\d+/[1-9]\d*|previous|next))?(\+norope)?(\+images)?", name)
     if match is None or match[1] not in SIGNALS:
-        raise PruneZooError(f"unknown signal '{name}'; known: {', '.join(SIGNALS)}, as 'kind', 'kind@where'")
+        hint = near(re.split("[@+]", name)[0], SIGNALS)
+        raise PruneZooError(f"unknown signal '{name}', which is written 'kind' or 'kind@where'{hint}")
     kind, where, norope, images = match.groups()
     at = where if where in (None, PREVIOUS, NEXT) else Fraction(where) if "/" in where else int(where)
     if norope and kind not in ROTATED:

@@ -13,8 +13,8 @@ Letters: B images, N image tokens, E hidden width, A arms, M rows of the table.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,12 @@ class BudgetConfig(PrunerConfig):
         object.__setattr__(self, "inner_config", inner.to_dict())
         reader = PPMConfig.from_dict(self.reader_config, "budget: reader_config: ")
         object.__setattr__(self, "reader_config", reader.to_dict())
+
+    def for_tokens(self, width: int) -> Self:
+        """See the base class."""
+        inner = pruner_class(self.inner).config_class.from_dict(self.inner_config).for_tokens(width)
+        reader = PPMConfig.from_dict(self.reader_config).for_tokens(width)
+        return replace(self, inner_config=inner.to_dict(), reader_config=reader.to_dict())
 
 
 @register_pruner("budget")

@@ -5,8 +5,8 @@ the model has made of them so far, and may drop what has been read. Ours; CoViPA
 (arXiv 2412.00447) are each used alone by their papers.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ class CombinedConfig(PrunerConfig):
         pairs = zip(self.methods, self.configs, strict=True)
         full = tuple(pruner_class(name).config_class.from_dict(values, f"combined: {name}: ") for name, values in pairs)
         object.__setattr__(self, "configs", tuple(config.to_dict() for config in full))
+
+    def for_tokens(self, width: int) -> Self:
+        """See the base class."""
+        pairs = zip(self.methods, self.configs, strict=True)
+        full = [pruner_class(name).config_class.from_dict(values).for_tokens(width) for name, values in pairs]
+        return replace(self, configs=tuple(config.to_dict() for config in full))
 
 
 @register_pruner("combined")

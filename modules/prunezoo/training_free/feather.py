@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
+from ..core.near import near
 from ..core.registry import register_pruner
 
 HALVINGS = 60  # of [0, 1]; more than the bits of a double
@@ -44,7 +45,7 @@ class FeatherConfig(PrunerConfig):
         if self.stride < 1:
             raise PruneZooError(f"stride={self.stride} must be at least 1")
         if self.softmax not in ATTENTION:
-            raise PruneZooError(f"softmax='{self.softmax}' of feather is unknown: {', '.join(ATTENTION)}")
+            raise PruneZooError(f"softmax='{self.softmax}' of feather is unknown{near(self.softmax, ATTENTION)}")
 
 
 @register_pruner("feather")

@@ -21,6 +21,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
+from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
 
@@ -40,7 +41,7 @@ class LVLMCSPConfig(PrunerConfig):
         if not 0 < self.share <= 1:
             raise PruneZooError(f"share={self.share} of lvlm_csp is out of range: it is a share in (0, 1]")
         if self.states not in ("raw", "last"):
-            raise PruneZooError(f"states='{self.states}' of lvlm_csp is unknown: raw, last")
+            raise PruneZooError(f"states='{self.states}' of lvlm_csp is unknown{near(self.states, ('raw', 'last'))}")
 
 
 @register_pruner("lvlm_csp")

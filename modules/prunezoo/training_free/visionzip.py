@@ -25,6 +25,7 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
+from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -45,9 +46,11 @@ class VisionZipConfig(PrunerConfig):
         if not 0 <= self.contextual < 1:
             raise PruneZooError(f"contextual={self.contextual} of visionzip is out of range: it is a share in [0, 1)")
         if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of visionzip is unknown: {', '.join(ATTENTION)}")
+            raise PruneZooError(
+                f"attention='{self.attention}' of visionzip is unknown{near(self.attention, ATTENTION)}"
+            )
         if self.merge not in MERGES:
-            raise PruneZooError(f"merge='{self.merge}' of visionzip is unknown: {', '.join(MERGES)}")
+            raise PruneZooError(f"merge='{self.merge}' of visionzip is unknown{near(self.merge, MERGES)}")
 
 
 @register_pruner("visionzip")

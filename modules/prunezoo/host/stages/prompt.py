@@ -6,13 +6,14 @@ V words, D width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
+from ...core.near import near
 from ...core.plan import KeepPlan
 from ..encoded import Encoded, put
 from ..families import find_family, require_float_mask
@@ -138,8 +139,8 @@ def shorten_prompt(
 
 def check_positions(positions: str) -> None:
     """Raise PruneZooError unless ``positions`` is "original" or "compact"."""
-    if positions not in ("original", "compact"):
-        raise PruneZooError(f"positions='{positions}' is unknown: choose 'original' or 'compact'")
+    if positions not in get_args(Positions):
+        raise PruneZooError(f"positions='{positions}' is unknown{near(positions, get_args(Positions))}")
 
 
 def _call(vlm: VLM, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
