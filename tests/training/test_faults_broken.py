@@ -251,3 +251,82 @@ def test_a_training_on_long_answers_prints_no_nan_and_keeps_the_nearest(tmp_path
     written = load_file(out / "model.safetensors")
     is_last = all(torch.equal(last[f"pruner.{name}"], value) for name, value in written.items())
     assert is_last == (min(kl, key=kl.get) == max(kl))
+
+
+class Choosy(Exception):
+    """Of somebody's own."""
+
+
+def choosy(processor, refuses):
+    """A processor that raises an error of its own at some pictures, whatever their shape."""
+    kind = type(processor)
+
+    class Picky(kind):
+        def __call__(self, text=None, images=None, **options):
+            if any(refuses(image) for row in images for image in row):
+                raise Choosy("not\nthis one")
+            return super().__call__(text=text, images=images, **options)
+
+    processor.__class__ = Picky
+    return processor
+
+
+def is_white(image):
+    return image.getextrema()[0][0] > 250
+
+
+@pytest.fixture
+def some_white(tmp_path):
+    entries = [{"id": str(n), "image": f"{n}.png", "conversations": TALK} for n in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    for number in range(12):
+        Image.new("RGB", (48, 48), "white" if number in (3, 4, 8) else "grey").save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def module_of(folder, vlm, refuses, share, workers=0):
+    data = LlavaJsonDataModule(
+        str(vlm), folder / "data.json", folder, batch_size=2, workers=workers, broken_share=share, validation_share=0.3
+    )
+    data.collate.processor = choosy(data.collate.processor, refuses)
+    data.setup()
+    return data
+
+
+def read(data):
+    return [*data.train_dataloader(), *data.val_dataloader()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_a_processor_raises_at_one_picture_counts_as_broken(workers, some_white, tiny_llava_folder):
+    data = module_of(some_white, tiny_llava_folder, is_white, 0.25, workers)
+    for _ in range(2):  # a second epoch counts none of them twice
+        batches = read(data)
+        ids = [name for batch in batches for name in batch["ids"]]
+        assert len(ids) >= 10 and not {"3/0", "4/0", "8/0"} & set(ids)
+        assert all(len(batch["input_ids"]) == len(batch["ids"]) for batch in batches)
+    assert data.train_set.tally.broken == 3
+
+
+def test_such_pictures_are_named_and_bounded(some_white, tiny_llava_folder):
+    with pytest.raises(PruneZooError, match=r"3 of 12 items have broken images.*refuses its picture of 48 x 48 pixels"):
+        read(module_of(some_white, tiny_llava_folder, is_white, 0.2))
+    with pytest.raises(BrokenImage, match=r"^[348]/0: \w+ refuses its picture of 48 x 48 pixels \(not this one\)"):
+        read(module_of(some_white, tiny_llava_folder, is_white, 0.0))
+
+
+def test_an_error_that_is_not_of_one_picture_stays_what_it_is(some_white, tiny_llava_folder, monkeypatch):
+    """The processor refuses every picture, or our own code fails: no picture is to blame."""
+    data = module_of(some_white, tiny_llava_folder, lambda _: True, 0.9)
+    with pytest.raises(Choosy):
+        list(data.train_dataloader())
+    assert data.train_set.tally.broken == 0
+
+    def broken(*_):
+        raise KeyError("a mistake of ours")
+
+    data = module_of(some_white, tiny_llava_folder, lambda _: False, 0.9)
+    monkeypatch.setattr(ConversationCollator, "_labels", broken)
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        list(data.train_dataloader())
+    assert data.train_set.tally.broken == 0

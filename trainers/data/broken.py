@@ -2,11 +2,12 @@
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 
+from .conversation import RefusedImage
 from .pictures import BrokenImage
 from .suite import Item, Items
 from .talks import Talks
@@ -99,6 +100,8 @@ class SkipBroken(Items):
         """
         for step in range(len(self)):
             number = (index + step) % len(self)
+            if self.tally.known[self.first + number]:
+                continue
             try:
                 item = self.items[number]
                 if self.try_out and odd(*item.image.size):
@@ -107,6 +110,40 @@ class SkipBroken(Items):
             except BrokenImage as error:
                 self.tally.note(self.first + number, error)
         raise PruneZooError(f"{self.items.source}: all {len(self)} items of a split have broken images")
+
+    def instead(self, refused: RefusedImage) -> Item:
+        """The next item in place of one whose picture was refused when its batch was made.
+
+        Raises:
+            PruneZooError: There are too many of them.
+        """
+        assert refused.item is not None  # its collator has said so
+        names = (number for number in range(len(self)) if self.id_of(number) == refused.item.id)
+        number = next(number for number in names if not self.tally.known[self.first + number])
+        self.tally.note(self.first + number, refused)
+        return self.item(number + 1)
+
+
+class SkipRefused:
+    """A collator that takes another item for each whose picture the processor refuses.
+
+    Args:
+        collate: Makes the batches.
+        items: What they are made of.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Item]], dict[str, Any]], items: SkipBroken) -> None:
+        self.collate, self.items = collate, items
+
+    def __call__(self, batch: Sequence[Item]) -> dict[str, Any]:
+        """A batch of as many items."""
+        items = list(batch)
+        while True:
+            try:
+                return self.collate(items)
+            except RefusedImage as error:
+                (place,) = (number for number, item in enumerate(items) if item is error.item)
+                items[place] = self.items.instead(error)
 
 
 def odd(width: int, height: int) -> bool:

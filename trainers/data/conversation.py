@@ -16,6 +16,20 @@ from prunezoo.core.errors import PruneZooError
 from .pictures import BrokenImage
 from .suite import Item
 
+
+class RefusedImage(BrokenImage):
+    """A picture that can be read, and that a model's processor refuses.
+
+    Args:
+        message: What to say.
+        item: Whose picture it is.
+    """
+
+    def __init__(self, message: object, item: Item | None = None) -> None:
+        super().__init__(message)
+        self.item = item
+
+
 IGNORED = -100
 """The label of a token that no loss looks at."""
 
@@ -104,10 +118,12 @@ class ConversationCollator:
         )
 
     def _blame(self, items: Sequence[Item], texts: Sequence[str]) -> None:
-        """Find the item whose picture the processor refuses, where it would take another picture.
+        """Find the item whose picture the processor refuses, alone and with another picture not, whatever it raises.
+
+        So a mistake in the processor, or in what it is asked, is none of a picture's: it would refuse any.
 
         Raises:
-            BrokenImage: There is one.
+            RefusedImage: There is one.
         """
         for item, text in zip(items, texts, strict=True):
             try:
@@ -117,9 +133,10 @@ class ConversationCollator:
                     self._ask([text], [Image.new("RGB", (256, 256))])
                 except Exception:  # no fault of this picture
                     return
-                raise BrokenImage(
+                raise RefusedImage(
                     f"{item.id}: {type(self.processor).__name__} refuses its picture of {item.image.width} x "
-                    f"{item.image.height} pixels ({' '.join(str(error).split()):.200}); replace it or drop the entry"
+                    f"{item.image.height} pixels ({' '.join(str(error).split()):.200}); replace it or drop the entry",
+                    item,
                 ) from error
 
     def _render(self, turns: Sequence[tuple[str, str]], place: int, answered: bool) -> str:

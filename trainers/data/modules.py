@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host.parts.loading import load_processor
 
-from .broken import SkipBroken, skip_broken
+from .broken import SkipBroken, SkipRefused, skip_broken
 from .conversation import ConversationCollator
 from .hub_dataset import HubDataset
 from .llava_json import LlavaJson
@@ -89,8 +89,12 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Open processor and data, and check them."""
         if self.train_set is None:
-            self.train_collate: Callable[..., dict[str, Any]] = self.collate
             self.train_set, self.validation_set = self.items("train"), self.items("validation")
+            self.train_collate = self.collate_of(self.train_set)
+
+    def collate_of(self, items: Sequence[Item]) -> Callable[[Sequence[Item]], dict[str, Any]]:
+        """What makes batches of these items."""
+        return SkipRefused(self.collate, items) if isinstance(items, SkipBroken) else self.collate
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, endless over epochs, resumable in mid-epoch."""
@@ -124,7 +128,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
         return TellingLoader(
             self.validation_set,  # type: ignore[arg-type]
             self.batch_size,
-            collate_fn=self.collate,
+            collate_fn=self.collate_of(self.validation_set),
             num_workers=self.workers,
             worker_init_fn=begin_worker,
         )

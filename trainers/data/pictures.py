@@ -33,7 +33,7 @@ TURNS = {
 
 
 class BrokenImage(PruneZooError):
-    """A picture that cannot be read, or that a model's processor refuses."""
+    """A picture that cannot be read."""
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
