@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from trainers import evaluate
+from trainers.data.scenes import Scenes
+from trainers.data.suite import load_suite
 from trainers.evaluation.journal import Journal
+from trainers.evaluation.run import journal_of
 from trainers.evaluation.scores import ItemScores
 
 
@@ -73,3 +78,46 @@ def test_a_journal_that_cannot_be_taken_is_said_in_one_line_and_fills_nothing_in
     assert said.startswith(f"{journal.path}: ") and said.endswith("; everything is measured anew\n")
     assert said.count("\n") == 1 and len(said) < 500
     assert groups == [""] * 6 and not any(values.any() for of in scores.values() for values in vars(of).values())
+
+
+def changed(folder, how):
+    if how == "another picture":
+        Image.new("RGB", (40, 40), "red").save(folder / "class0" / "0.png")
+    elif how == "one more":
+        for number in range(100, 160):  # a tenth of them falls into each split
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "class1" / f"{number}.png")
+    else:
+        (folder / "class0").rename(folder / "class9")
+
+
+@pytest.mark.parametrize("how", ["another picture", "one more", "another name"])
+def test_a_journal_is_of_the_pictures_that_were_measured(how, tmp_path):
+    """A folder of the same name with other pictures in it has answers of its own."""
+    for number in range(5):
+        (tmp_path / f"class{number}").mkdir()
+        for place in range(40):
+            Image.new("RGB", (40, 40), (number, place, 0)).save(tmp_path / f"class{number}" / f"{place}.png")
+
+    def fingerprint():
+        return load_suite("photo-grid", "train", root=str(tmp_path), classes=3).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before
+    changed(tmp_path, how)
+    assert fingerprint() != before
+
+
+def test_the_journal_asks_for_the_pictures(tmp_path):
+    """By the command itself: what differs is the suite's fingerprint alone."""
+    suite = load_suite("scenes", "test", 4)
+    assert suite.fingerprint() == load_suite("scenes", "test", 4).fingerprint()
+    args = evaluate.parser().parse_args(["--vlm", "v", "--pruner", "p", "--suite", "s", "--json", str(tmp_path / "e")])
+    one, two = (journal_of(args, suite, [], [], {}) for suite in (suite, Other("test", 4)))
+    assert one.fingerprint != two.fingerprint and one.path == two.path
+
+
+class Other(Scenes):
+    """The same, from other pictures."""
+
+    def fingerprint(self):
+        return "other"

@@ -120,6 +120,10 @@ class PhotoGrid(Suite):
         """Number of items in the split."""
         return _SIZES[self.split]
 
+    def pictures(self) -> list[Path]:
+        """See Suite: those of the split."""
+        return [path for paths in (*self._known.values(), self._clutter) for path in paths]
+
     def item(self, index: int) -> Item:
         """Item ``index``: the group goes round, everything else is drawn from (split, index)."""
         group = self.groups[index % len(self.groups)]

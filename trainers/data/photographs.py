@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prunezoo.core.errors import PruneZooError
 
-from .loading import ResumableLoader, TellingLoader
+from .loading import ResumableLoader, TellingLoader, begin_worker
 from .pictures import BrokenImage, decode_picture, open_picture, read_picture
 from .suite import SPLITS
 
@@ -107,7 +107,9 @@ class PhotographDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
-        return TellingLoader(self.validation_set, self.batch_size, num_workers=self.workers)
+        return TellingLoader(
+            self.validation_set, self.batch_size, num_workers=self.workers, worker_init_fn=begin_worker
+        )
 
 
 def photographs(folder: str | Path, split: str) -> list[Path]:

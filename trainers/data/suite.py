@@ -1,11 +1,13 @@
 """What a suite is: a deterministic sequence of questions about pictures, with groups that are reported apart."""
 
+import hashlib
 import importlib
 import inspect
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast, get_args, overload
 
 import numpy as np
@@ -98,6 +100,19 @@ class Suite(Items):
     @abstractmethod
     def size(self) -> int:
         """Number of items in the whole split."""
+
+    def pictures(self) -> Sequence[Path]:
+        """Files on this machine that the items are made from, where they are; by default none is."""
+        return ()
+
+    def fingerprint(self) -> str:
+        """Another one whenever a file of :meth:`pictures` is added, taken away, renamed or changed."""
+        digest = hashlib.sha256()
+        for path in self.pictures():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.parent.name}/{path.name} {content}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.size() if self.limit is None else min(self.limit, self.size())

@@ -102,14 +102,21 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def journal_of(
-    args: argparse.Namespace, facts: Sequence[Any], methods: Sequence[Method], weights: Mapping[str, str | None]
+    args: argparse.Namespace,
+    suite: Suite,
+    facts: Sequence[Any],
+    methods: Sequence[Method],
+    weights: Mapping[str, str | None],
 ) -> Journal | None:
     """Where an interrupted run goes on from, beside the JSON; None where none is asked for."""
     if not args.json:
         return None
     names = [args.vlm, args.suite, args.split, *args.suite_option, *(method.name for method in methods)]
     options = [args.seed, args.batch_size, args.equal_tokens, weights_digest(args.vlm), weights]
-    return Journal(args.json.with_name(f"{args.json.name}.partial.npz"), json.dumps([*facts, *options, *names]))
+    return Journal(
+        args.json.with_name(f"{args.json.name}.partial.npz"),
+        json.dumps([len(suite), suite.fingerprint(), *facts, *options, *names]),
+    )
 
 
 def measure_with_progress(
@@ -149,7 +156,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
             check_base_model(method.name, method.pruners[0].base_model, vlm)
     missing = leave_out(vlm, processor, suite, methods, budgets, args.pruner)
     weights = {method.name: weights_digest(method.name.partition("?")[0]) for method in methods}
-    journal = journal_of(args, [len(suite), str(vlm.dtype), [b.label for b in budgets]], methods, weights)
+    journal = journal_of(args, suite, [str(vlm.dtype), [b.label for b in budgets]], methods, weights)
     measurement = measure_with_progress(vlm, processor, suite, methods, budgets, args.batch_size, journal, console)
     header = {
         "vlm": args.vlm,
