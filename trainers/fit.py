@@ -104,6 +104,16 @@ class FitCLI(LightningCLI):
         )
 
 
+class HoldingCLI(FitCLI):
+    """Takes the folder that is written to before the model is loaded: a second run is told so at once."""
+
+    def instantiate_classes(self) -> None:
+        """Check, lock, build."""
+        check(self.config)
+        hold("--out", Path(self.config.out), folder=True)
+        super().instantiate_classes()
+
+
 def open_logger(kind: Log, out: str) -> Logger:
     """A log below `--out`.
 
@@ -244,9 +254,7 @@ def main(args: list[str] | None = None) -> None:
         return
     if "--help-all" in words:
         args = ["--help"]
-    cli = build(args)
-    check(cli.config)
-    hold("--out", Path(cli.config.out), folder=True)
+    cli = build(args, HoldingCLI)
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(cli.config.checkpoint.dirpath))
     train(cli.trainer, cli.model, checkpoint, datamodule=cli.datamodule)
 

@@ -12,12 +12,16 @@ import pytest
 import torch
 import yaml
 from launch import Holder, Run
-from trainings import checkpoints, one_line_error, short
+from PIL import Image
+from trainings import checkpoints, one_line_error, short, words
 
 from prunezoo import PruneZooError
 from trainers import benchmark, codec, evaluate, fit
 from trainers.cli.errors import command
 from trainers.cli.lock import held, hold
+from trainers.data.loading import begin_worker
+from trainers.data.modules import SuiteDataModule
+from trainers.data.photographs import PhotographDataModule
 from trainers.pretraining.build import Sizes
 from trainers.pretraining.train import Machine, Phase, train
 
@@ -228,3 +232,26 @@ def test_a_log_that_needs_a_package_says_which(world, tiny_llava_folder, tmp_pat
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     message = one_line_error(capsys, monkeypatch, short(world, tiny_llava_folder, tmp_path, "--logger=wandb"))
     assert message == "error: --logger=wandb needs another package: pip install wandb"
+
+
+def test_a_second_run_is_told_before_a_model_is_loaded(world, tiny_llava_folder, tmp_path, capsys, monkeypatch):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("trainers.training.frozen.load_frozen", load)
+    (tmp_path / "out").mkdir()
+    with Holder(tmp_path / "out", True):
+        said = one_line_error(capsys, monkeypatch, words(world, tiny_llava_folder, tmp_path / "out"))
+    assert "a run is writing there" in said
+
+
+@pytest.mark.parametrize("name", ["photographs", "items"])
+def test_workers_of_validation_leave_signals_to_the_training(name, tmp_path, tiny_llava_folder):
+    for number in range(40):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    data = {
+        "photographs": lambda: PhotographDataModule(str(tmp_path), size=32, batch_size=2),
+        "items": lambda: SuiteDataModule(str(tiny_llava_folder)),
+    }[name]()
+    data.setup()
+    assert data.val_dataloader().worker_init_fn is begin_worker
