@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llava import make_llava
 
 from prunezoo import PruneZooError, build_pruner, load_pruner
+from prunezoo.core.base_model import BaseModel
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -104,3 +106,22 @@ def test_a_digest_that_is_none(tmp_path, value):
     (folder / "config.json").write_text(json.dumps({**stored, "sha256": value}))
     with pytest.raises(PruneZooError, match=r"config\.json: "):
         load_pruner(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("org/llava", "org/llava"),
+        ("checkpoints/tiny-llava", "checkpoints/tiny-llava"),
+        ("/home/me/secret/llava", "llava"),
+        ("../secret/llava", "llava"),
+        ("./llava/", "llava"),
+        ("~/secret/llava", "llava"),
+        ("me/secret/llava", "llava"),
+        ("C:\\me\\secret\\llava", "llava"),
+    ],
+)
+def test_where_a_model_lay_is_not_saved(name, public):
+    vlm = make_llava()
+    vlm.name_or_path = name
+    assert BaseModel.describe(vlm).name == public

@@ -242,3 +242,16 @@ def test_a_pruner_of_another_model_is_refused_unless_told(tmp_path):
         with pytest.raises(PruneZooError, match=words):
             AutoPruner.from_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("name", ["/home/me/secret/llava", "../secret/llava", "C:\\me\\llava"])
+def test_a_model_named_by_its_folder_is_refused(published, name):
+    """Pruners saved before such names were shortened, or edited since."""
+    folder, base = published, BaseModel("x", "llava", 32, 2, "clip_vision_model", 24)
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model"] = {**base.to_dict(), "name": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        PruneZooError, match=r"config\.json: base_model\.name .* is a folder of a machine; write 'llava'"
+    ):
+        check(folder, "org/name")

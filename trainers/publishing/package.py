@@ -11,9 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
+from prunezoo.core.base_model import public_name
 from prunezoo.core.bounds import file_inside
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.hub import Pretrained, file_names, read_method
+from prunezoo.core.hub import CONFIG_FILE, Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
 from prunezoo.tokenizers.one_d_piece import OneDPiece
@@ -120,6 +121,11 @@ def check(folder: Path, repo: str) -> Package:
     for name in (*kind.required, *kind.optional):
         if (folder / name).exists():
             file_inside(folder, name)  # before any of them is read
+    if module.base_model and module.base_model.name != public_name(module.base_model.name):
+        raise PruneZooError(
+            f"{folder / CONFIG_FILE}: base_model.name {module.base_model.name!r} is a folder of a machine; write "
+            f"{public_name(module.base_model.name)!r}, or the model's Hub id"
+        )
     metrics = kind.read(folder / METRICS_FILE)
     try:
         if kind.measured(metrics) != {weights_digest(folder)}:

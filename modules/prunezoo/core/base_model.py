@@ -4,6 +4,7 @@ A pruner reads tokens of one width, made by one tower, on their way into one fam
 differ (a fine-tuned model is still of the same build), so the name is for people and is not compared.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,9 +28,8 @@ class BaseModel:
     def describe(cls, vlm: Any) -> Self:
         """Of a `transformers` model, perhaps inside wrappers that hand on its ``config``."""
         text, vision = vlm.config.get_text_config(), vlm.config.vision_config
-        path = Path(vlm.name_or_path)
         return cls(
-            name=path.name if path.is_absolute() else vlm.name_or_path,  # where it lay on a disk is nobody's business
+            name=public_name(vlm.name_or_path),
             family=vlm.config.model_type,
             width=text.hidden_size,
             depth=text.num_hidden_layers,
@@ -66,6 +66,13 @@ class BaseModel:
             for key, word in words.items()
             if getattr(self, key) != getattr(other, key)
         ]
+
+
+def public_name(name: str) -> str:
+    """The name of a model without the folders of a machine, which are nobody's business; a Hub id as it is."""
+    path = Path(name)
+    local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or "\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
 
 
 def check_base_model(method: str, trained_for: BaseModel | None, vlm: Any) -> None:
