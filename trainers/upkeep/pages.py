@@ -7,11 +7,11 @@ Nothing in them is typed: they are made from the docstrings and configs of `modu
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from prunezoo.core.registry import list_pruners, pruner_class
 from trainers.cards.about import About, about, docstring, options, stage_of
 from trainers.cards.markdown import bibtex
@@ -95,7 +95,7 @@ def _options(cls: type[Pruner]) -> str:
 
 
 def _families(method: str) -> str:
-    outcomes = json.loads(OUTCOMES.read_text(encoding="utf-8"))["outcomes"]
+    outcomes = read_object(OUTCOMES, "outcomes", what="a record", remedy="`make support` writes it")["outcomes"]
     own = {name.split("-")[0]: outcome for name, outcome in outcomes.items() if name.split("-")[1] == method}
     if not own:
         return "Not in the matrix of [families](../families.md)."
