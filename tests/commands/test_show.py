@@ -92,7 +92,7 @@ def test_the_server_answers_and_refuses(served, tmp_path):
     for change, message in (
         ({"picture": "data:image/png;base64,AAAA"}, "not a picture"),
         ({"picture": "?"}, "not a picture"),
-        ({"pruner": "x"}, "no pruner 'x' here; there are: ppm-tiny, pool"),
+        ({"pruner": "x"}, "no pruner 'x' here; there are: pool, ppm-tiny"),
         ({"keep": "0"}, "at least 1 token"),
         ({"question": " "}, "what is the question?"),
         ({"question": None}, "a question has picture, question, pruner, keep, all texts"),

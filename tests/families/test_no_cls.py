@@ -25,11 +25,13 @@ def test_there_are_some():
 @pytest.mark.parametrize("name", OPTIONAL)
 @torch.no_grad()
 def test_a_method_of_cls_names_what_works_without_it(name):
-    tiny = tiny_family("llava_siglip")
+    tiny, fields = tiny_family("llava_siglip"), pruner_class(name).config_class.__dataclass_fields__
+    others = {"block": "projected"} if "block" in fields else {}  # the one behind it is not there either
     with pytest.raises(PruneZooError, match=r"no CLS token: .*option attention=received$"):
-        prefill(tiny, name)
-    logits, stats = prefill(tiny, name, attention="received")
-    assert logits.isfinite().all() and stats.after == [4] != stats.before
+        prefill(tiny, name, **others)
+    logits, stats = prefill(tiny, name, attention="received", **others)
+    # of several stages `keep` is the mean
+    assert logits.isfinite().all() and stats.after <= [4] and stats.after != stats.before
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def find_raters(inputs: PruneInputs) -> Tensor:
     """``(B, T)`` bool: the words that rate; all behind the image where none is above the mean."""
     assert inputs.text_valid is not None  # the layer stage gives words
     behind = inputs.text_valid & (inputs.signal("word_behind") > 0)
-    match = inputs.signal("word_match").masked_fill(~behind, 0)
+    match = inputs.signal("word_match").float().masked_fill(~behind, 0)
     above = behind & (match > match.sum(1, keepdim=True) / behind.sum(1, keepdim=True).clamp_min(1))
     return torch.where(above.any(1, keepdim=True), above, behind)
 
