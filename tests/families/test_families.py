@@ -6,7 +6,7 @@ of support is made.
 
 import pytest
 import torch
-from families import CLIPS, FAMILIES, LARGE, MIXED, ONE_EACH, SMALL, TALL, Sample, tiny_family
+from families import ALL, CLIPS, LARGE, MIXED, NEWER, ONE_EACH, SMALL, TALL, Sample, tiny_family
 from prompt_oracle import CLOSE, blind, choose, drops, write
 
 from prunezoo import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
@@ -77,15 +77,21 @@ def right_padding(tiny):
 
 
 # Where TAKES_FEATURES is not, the bare model itself gives the tiles and images of a prompt to the wrong beams.
-BEAMS = MIXED if TAKES_FEATURES else [Sample((SMALL,), words) for words in (5, 3, 6, 4)]
+ONE_IMAGE = [Sample((SMALL,), words) for words in (5, 3, 6, 4)]
+BEAMS = MIXED if TAKES_FEATURES else ONE_IMAGE
+
+
+MISDEALT = {NEWER[name] for name in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "granite4_vision") if name in NEWER}
+"""The bare model gives two images of a prompt to the wrong beams; see test_families_newer.py."""
 
 
 def beams(tiny):
-    equals_oracle(tiny, BEAMS, num_beams=2)
+    equals_oracle(tiny, ONE_IMAGE if tiny in MISDEALT else BEAMS, num_beams=2)
 
 
 def two_sequences(tiny):
-    equals_oracle(tiny, BEAMS, keep=torch.tensor([3, 1, 5, 7]), num_beams=2, num_return_sequences=2)
+    samples = ONE_IMAGE if tiny in MISDEALT else BEAMS
+    equals_oracle(tiny, samples, keep=torch.tensor([3, 1, 5, 7]), num_beams=2, num_return_sequences=2)
 
 
 def detach(tiny):
@@ -124,7 +130,8 @@ def video(tiny):
             assert torch.equal(tiny.vlm(**batch).logits, bare)
             assert torch.equal(write(tiny.vlm, batch).sequences, written.sequences)
         equals_oracle(tiny, CLIPS)
-        equals_oracle(tiny, CLIPS, keep=torch.tensor([2, 5, 3, 4]), num_beams=2)
+        if tiny is not NEWER.get("video_llama_3"):  # whose bare model has no beams then; see test_families_newer.py
+            equals_oracle(tiny, CLIPS, keep=torch.tensor([2, 5, 3, 4]), num_beams=2)
     else:
         encode(tiny.vlm, {**tiny.batch([Sample()]), "pixel_values_videos": torch.zeros(1, 2, 3, 24, 24)})
 
@@ -133,8 +140,13 @@ CHECKS = [
     keep_all, half, one_sample, ragged_counts, two_images, none_one_two, right_padding, beams, two_sequences, detach,
     gates, video,
 ]  # fmt: skip
-REFUSED = {(name, "video"): "pass a clip's frames as images" for name, tiny in FAMILIES.items() if not tiny.videos}
-CELLS = [pytest.param(name, check, id=f"prompt-{name}-{check.__name__}") for name in FAMILIES for check in CHECKS]
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl")
+REFUSED = {(name, "video"): "pass a clip's frames as images" for name, tiny in ALL.items() if not tiny.videos}
+FEW = {"deepseek_ocr2": [one_sample], "llama4": [check for check in CHECKS if check not in (beams, two_sequences)]}
+"""The first reads pictures of a million pixels; the second has no beams, see test_families_newer.py."""
+CELLS = [
+    pytest.param(name, check, id=f"prompt-{name}-{check.__name__}") for name in ALL for check in FEW.get(name, CHECKS)
+]
 
 
 @pytest.mark.parametrize(("name", "check"), CELLS)
@@ -147,7 +159,9 @@ def test_matrix(name, check, record_property):
     except PruneZooError as error:
         outcome = f"refused: {error}"
     record_property("outcome", outcome)
-    if (name, check.__name__) in REFUSED:
+    if check is gates and name in RECURRENT:
+        assert "with recurrent layers, from which no mask hides tokens" in outcome
+    elif (name, check.__name__) in REFUSED:
         assert REFUSED[name, check.__name__] in outcome
     else:  # older releases may refuse more
         assert outcome == "yes" or (not TAKES_FEATURES and "transformers 5.19 or later" in outcome)

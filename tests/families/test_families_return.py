@@ -6,9 +6,9 @@ written in front of the layer where it does, in the state that an earlier call o
 
 import pytest
 import torch
-from families import MIXED, tiny_family
+from families import MIXED, NEWER, tiny_family
 from layer_oracle import Watch, masked
-from layer_runs import CLOSE, NOW, PAST, Scattered, last_logits
+from layer_runs import CLOSE, NOW, PAST, Scattered, last_logits, stages
 from prompt_oracle import write
 from return_oracle import away_by_layer
 
@@ -42,13 +42,16 @@ def states(vlm, batch, gone, layer):
     return seen[0]
 
 
-@pytest.mark.parametrize("mode", ["raw", "last"])
-@pytest.mark.parametrize("name", NOW)
+CASES = [(name, mode) for name in NOW for mode in ("raw", "last")]
+CASES += [(name, "last") for name in ("qwen3_5", "gemma4_shared", "kimi_k25") if name in NEWER]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
 @torch.no_grad()
 def test_what_comes_back_equals_the_oracle(name, mode):
     tiny = tiny_family(name)
     vlm, batch = tiny.vlm, tiny.batch(MIXED)
-    few, all_ = layers = PAST.get(name, (1, 2))
+    few, all_ = layers = stages(name, vlm)
     pruner = FewAll(*layers)
     pruner.comes_back = mode
     if name in PAST and mode == "raw":
@@ -72,11 +75,11 @@ def test_what_comes_back_equals_the_oracle(name, mode):
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **CLOSE)
 
 
-@pytest.mark.parametrize("name", NOW)
+@pytest.mark.parametrize("name", [*NOW, *(name for name in ("qwen3_5", "lfm2_vl", "kimi_k25") if name in NEWER)])
 @torch.no_grad()
 def test_without_any_token_behind_a_layer(name):
     tiny = tiny_family(name)
-    vlm, batch, layer = tiny.vlm, tiny.batch(MIXED), PAST.get(name, (1, 2))[0]
+    vlm, batch, layer = tiny.vlm, tiny.batch(MIXED), stages(name, tiny.vlm)[0]
     pruner = build_pruner("withdraw", layer=layer)
     with Watch(pruner) as watch, attach(vlm, pruner, keep=1.0) as run:
         again = write(vlm, batch)

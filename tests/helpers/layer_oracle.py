@@ -6,6 +6,7 @@ Hooks on the decoder's layers change masks alone, over whole caches; nothing her
 from contextlib import contextmanager
 
 import torch
+from recurrent_oracle import layers_of, past_length, run_on_what_stays
 from torch.nn.functional import pad
 
 
@@ -62,7 +63,7 @@ def masked(vlm, gone, made=None, compact=False):
     def hook(layer):
         first = max((k for k in gone if k <= layer), default=None)
 
-        def change(_, args, kwargs):
+        def change(module, args, kwargs):
             if first is None:
                 return None
             hidden, cache = args[0], kwargs.get("past_key_values")
@@ -70,7 +71,9 @@ def masked(vlm, gone, made=None, compact=False):
                 if hidden.shape[1] >= gone[first].shape[1]:
                     hidden = hidden.clone()
                     hidden[sample, columns] = features.to(hidden.dtype)
-            past = cache.get_seq_length(layer) if cache is not None else 0
+            if not hasattr(module, "self_attn"):
+                return (hidden, *args[1:]), kwargs
+            past = past_length(module, cache, hidden.shape[1], gone[first].shape[1])
             total = past + hidden.shape[1]
             mask = kwargs["attention_mask"]
             if mask is None:
@@ -88,8 +91,11 @@ def masked(vlm, gone, made=None, compact=False):
         return change
 
     handles = [
-        module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer, module in enumerate(decoder.layers)
+        module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer, module in enumerate(layers_of(vlm))
     ]
+    for layer, module in enumerate(layers_of(vlm)):
+        first = max((k for k in gone if k <= layer), default=None)
+        handles += run_on_what_stays(module, gone[first]) if first is not None else []
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from families import IMAGE, VIDEO
+from recurrent_oracle import layers_of, past_length, run_on_what_stays
 from torch.nn.functional import pad
 
 from prunezoo import build_pruner, encode
@@ -17,16 +18,17 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 def blind(vlm, dropped):
     """The oracle: within the block the bare model, called as ever, looks at no ``dropped (B, L)`` column.
 
-    Its own masks, of whatever shape they are at a layer and a step, lose these columns; nothing else is touched, and
-    nothing of this comes from the code under test.
+    Its own masks, of whatever shape they are at a layer and a step, lose these columns; layers with a state run without
+    them; nothing else is touched, and nothing of this comes from the code under test.
     """
 
     def hide(layer, args, kwargs):
         hidden, mask = args[0], kwargs["attention_mask"]
-        rows, length = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
+        if not hasattr(layer, "self_attn"):
+            return None
+        rows, length = hidden.shape[-3:-1]  # Gemma 3n has streams in front of them
         if mask is None:  # causal, as the kernel reads it
-            total = length + (0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx))
+            total = length + past_length(layer, kwargs.get("past_key_values"), length, dropped.shape[1])
             mask = torch.ones(rows, 1, length, total, dtype=torch.bool).tril(total - length)
         away = pad(dropped, (0, mask.shape[-1] - dropped.shape[1])).repeat_interleave(rows // len(dropped), 0)
         hidden_columns = away[:, None, None]
@@ -34,7 +36,8 @@ def blind(vlm, dropped):
         mask = mask & ~hidden_columns if mask.dtype == torch.bool else mask.masked_fill(hidden_columns, worst)
         return args, {**kwargs, "attention_mask": mask}
 
-    handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in vlm.get_decoder().layers]
+    handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers_of(vlm)]
+    handles += [handle for layer in layers_of(vlm) for handle in run_on_what_stays(layer, dropped)]
     try:
         yield
     finally:

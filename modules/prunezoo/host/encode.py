@@ -227,7 +227,7 @@ def _lay_out(
         host_cells=cells.numpy(),
     )
     rows = tuple(row for row, _, _ in placed)
-    levels = [visual.deep for _, _, visual in placed]
+    levels = zip(*(visual.deep for _, _, visual in placed), strict=True)
     return Encoded(
         inputs,
         batch,
@@ -239,7 +239,7 @@ def _lay_out(
         kinds=tuple(visual.kind for _, _, visual in placed),
         real=tuple(host.real.sum(1).tolist()),
         newlines=_newlines(placed) if parted else None,
-        deep=tuple(_pad(list(level), empty, 0) for level in zip(*levels, strict=True)),
+        deep=tuple(_pad(pick(list(level)), empty, 0) for level in levels),
     )
 
 
@@ -284,7 +284,7 @@ def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines:
         newline = _where(visual.cells[:, 2] < 0)
         row, patch = visual.cells[newline, None, :2], visual.cells[None, _where(visual.cells[:, 2] >= 0), :2]
         same = ((row == patch) | (row == -1)).all(-1)  # (M, N)
-        none = torch.ones_like(same[:1])  # found where no newline is
+        none = same.new_ones(1, same.shape[1])  # found where no newline is
         ends.append(torch.cat([same, none]).int().argmax(0).masked_fill(~same.any(0), width))
         features.append(visual.features[newline.to(device)])
         slots.append(columns[newline])

@@ -92,9 +92,13 @@ def kv_bytes_saved(cache: Any, dropped: Sequence[int]) -> int | None:
     Args:
         cache: A cache of `transformers`.
         dropped: Columns that each layer was spared.
+
+    A layer that keeps a state of one size, or reuses another's keys, saves nothing.
     """
     saved = 0
     for number, (layer, gone) in enumerate(zip(cache.layers, dropped, strict=True)):
+        if getattr(layer, "keys", None) is None and not hasattr(layer, "_quantized_keys"):
+            continue
         if not isinstance(layer.keys, torch.Tensor) or layer.keys.dim() != 4 or hasattr(layer, "_quantized_keys"):
             return None  # quantized, in a form that is the backend's own
         held = int(cache.get_seq_length(number))

@@ -70,6 +70,7 @@ class Family:
 
     side = 4  # tokens along a tile
     videos = False
+    dtype = torch.float32  # double precision where rounding alone is more than the tests allow
 
     def config(self) -> Any:
         vision = CLIPVisionConfig(**VISION, patch_size=6, projection_dim=16)
@@ -83,14 +84,18 @@ class Family:
     def build(self, seed: int = 0) -> Any:
         """A model of one's own."""
         torch.manual_seed(seed)
-        vlm = AutoModelForImageTextToText.from_config(self.config()).eval()
+        vlm = self.create().eval()
         for parameter in vlm.parameters():
             if parameter.dim() > 1:  # far from zero, so that what changes inside shows at the logits
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         vlm.generation_config.eos_token_id = None  # it always writes as many tokens as it is asked for
         vlm.generation_config.pad_token_id = PAD
         vlm.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a model that was trained never writes them
-        return vlm.requires_grad_(False)
+        return vlm.to(self.dtype).requires_grad_(False)
+
+    def create(self) -> Any:
+        """A model as `transformers` makes it."""
+        return AutoModelForImageTextToText.from_config(self.config())
 
     @property
     def vlm(self) -> Any:
@@ -151,4 +156,5 @@ class Family:
         batch |= self.token_types(ids, ~answer if labels else torch.ones_like(answer))
         if labels:
             batch["labels"] = ids.masked_fill(~answer, -100)
-        return {key: value.to(device) for key, value in batch.items()}
+        floats = {key: value.to(self.dtype) for key, value in batch.items() if value.is_floating_point()}
+        return {key: value.to(device) for key, value in {**batch, **floats}.items()}

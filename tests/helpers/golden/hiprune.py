@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from prunezoo import PruneInputs, build_pruner
-from prunezoo.host.families.base import grid
+from prunezoo.host.families.cells import grid
 
 INPUTS = ("seed", "T", "alpha")
 

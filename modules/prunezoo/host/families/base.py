@@ -4,7 +4,6 @@ Letters: B rows of the batch, L prompt tokens, n tokens of one image or clip, D 
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -215,6 +213,15 @@ class Family:
         causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
         return causal & real[:, None, None]
 
+    def check_gates(self) -> None:
+        """Refuse gates where a mask cannot hide tokens."""
+        decoder = self.decoder()
+        if any(map(decoder.recurrent, range(decoder.depth))):
+            raise PruneZooError(
+                "gates cannot be put on a language model with recurrent layers, from which no mask hides tokens: train "
+                "with subsets really pruned, by policy gradient"
+            )
+
     def own_mask(self, mask: Tensor) -> Any:
         """The form in which the model takes a float mask ``(B, 1, L, L)`` in place of its own.
 
@@ -304,39 +311,22 @@ class Family:
     @property
     def first_layer(self) -> int:
         """The first decoder layer in front of which the prompt may get shorter; see ``first_layer_reason``."""
-        return 1
+        return self.decoder().keyed[0] + 1
 
     def tower(self) -> Tower:
-        """The vision tower."""
-        raise NotImplementedError
+        """The vision tower.
+
+        Raises:
+            PruneZooError: It is not of a make that is known.
+        """
+        raise PruneZooError(
+            "this vision tower is not of a make whose blocks can be read or shortened: use a pruner of the prompt or "
+            "layer stage that needs no signals of the tower"
+        )
 
     def decoder(self) -> Decoder:
         """The language model."""
         return Decoder(self.vlm)
-
-
-def grid(rows: int, columns: int, tile: int = 0) -> Tensor:
-    """``(rows, columns, 3)`` long: the cells of one tile."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.full_like(row, tile), row, column], dim=-1)
-
-
-def tiles(count: int, side: int) -> Tensor:
-    """``(count * side * side, 3)`` long: the cells of square tiles, one after the other."""
-    return torch.cat([grid(side, side, tile).flatten(0, 1) for tile in range(count)])
-
-
-def blocks(values: Tensor, factor: int) -> Tensor:
-    """The ``factor`` by ``factor`` patches of squares ``(R, N, C)``: ``(R * N / factor ** 2, factor ** 2, C)``."""
-    side = math.isqrt(values.shape[1]) // factor
-    return values.unflatten(1, (side, factor, side, factor)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def runs(mask: Tensor) -> list[tuple[int, int, int]]:
-    """The unbroken runs of a mask ``(B, L)`` on the host: row, first column and length of each, in reading order."""
-    edges = pad(mask.long(), (1, 1)).diff(dim=1)
-    start, end = ((edges == edge).numpy().nonzero() for edge in (1, -1))
-    return [(int(row), int(first), int(last - first)) for row, first, last in zip(*start, end[1], strict=True)]
 
 
 def _first(values: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -11,7 +11,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from ...core.errors import PruneZooError
 from ..parts.tower import Tower
-from .base import Family, Kind, Order, grid
+from .base import Family, Kind, Order
+from .cells import grid
 
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # what leaves the patches and only these
 

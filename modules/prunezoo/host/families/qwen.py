@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any resolution, positions in time, height and width, clips."""
+"""Qwen2-VL to Qwen3.5, and Qwen2.5-Omni's thinker: any resolution, positions in time, height and width, clips."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from ...core.errors import PruneZooError
 from ..parts.tower import QwenTower, Tower
-from .base import Family, Kind, Order, grid
+from .base import Family, Kind, Order
+from .cells import grid
 
 TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # of tokens, in mm_token_type_ids
 
@@ -22,7 +24,7 @@ class QwenVLFamily(Family):
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
-    position_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    position_keys: ClassVar[tuple[str, ...]] = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
     def cells(self, kind: Kind, batch: Mapping[str, Any]) -> list[Tensor]:
         """One tile for each step of time."""
@@ -87,3 +89,52 @@ class Qwen3VLFamily(QwenVLFamily):
     def first_layer(self) -> int:
         """Behind the last layer that deepstack is added to."""
         return max(super().first_layer, len(self.config.vision_config.deepstack_visual_indexes))
+
+
+class Qwen3VLMoeFamily(Qwen3VLFamily):
+    """Qwen3-VL with experts."""
+
+    title = "Qwen3-VL-MoE"
+
+
+class Qwen35Family(QwenVLFamily):
+    """Qwen3.5: three of four layers keep a state instead of keys. No deepstack."""
+
+    title = "Qwen3.5"
+    first_layer_reason = "the cache of its first attention layer tells the model how long the conversation is"
+
+
+class Qwen35MoeFamily(Qwen35Family):
+    """Qwen3.5 with experts."""
+
+    title = "Qwen3.5-MoE"
+
+
+class Qwen25OmniFamily(QwenVLFamily):
+    """The thinker of Qwen2.5-Omni: as Qwen2.5-VL; sound passes by untouched, but not the sound of a clip."""
+
+    title = "Qwen2.5-Omni"
+    position_keys = ("image_grid_thw", "video_grid_thw", "video_second_per_grid")
+
+    def kinds(self, batch: Mapping[str, Any]) -> list[Kind]:
+        """Without sound, whose lengths the positions would need."""
+        for key in ("input_features", "feature_attention_mask", "use_audio_in_video"):
+            if batch.get(key) is not None and batch[key] is not False:
+                raise PruneZooError(f"{self.title} is pruned without sound: leave '{key}' out")
+        return super().kinds(batch)
+
+    def tower(self) -> Tower:
+        """Its queries, keys and values are apart, which no reader knows."""
+        return Family.tower(self)
+
+    def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
+        """Counted by the outer class, from ids, for text too."""
+        place = Family.positions(self, batch, real, generating)
+        if batch.get("position_ids") is not None:
+            return place
+        grids = {key: batch[key] for key in self.position_keys[:2] if batch.get(key) is not None}
+        seconds = batch.get("video_second_per_grid")
+        spatial, _ = self.vlm.get_rope_index(
+            batch["input_ids"], attention_mask=real.long(), second_per_grids=seconds, **grids
+        )
+        return torch.cat([place[None], spatial]) if generating else spatial

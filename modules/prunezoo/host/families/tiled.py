@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...core.errors import PruneZooError
 from ..parts.tower import InternVLTower, Tower
-from .base import Family, Kind, Order, blocks, runs, tiles
+from .base import Family, Kind, Order
+from .cells import blocks, runs, tiles
 
 
 class InternVLFamily(Family):
@@ -39,6 +40,16 @@ class InternVLFamily(Family):
         """InternVL's own."""
         joined = "InternVL joins neighbouring patches behind it by a pixel shuffle"
         return InternVLTower(self.vlm.model.vision_tower, self.config.vision_feature_layer, joined=joined)
+
+
+class QianfanOcrFamily(InternVLFamily):
+    """Qianfan-OCR: as InternVL, over Qwen3."""
+
+    title = "Qianfan-OCR"
+
+    def tower(self) -> Tower:
+        """Of another make."""
+        return Family.tower(self)
 
 
 class Idefics3Family(Family):

@@ -14,7 +14,8 @@ from ...core.errors import PruneZooError
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, ``(B, L, d)`` each, as the decoder hands them to its layers; with M-RoPE older releases of
-transformers leave ``(3, B, L, d)`` to the layers to join. B may be 1 for all rows."""
+transformers leave ``(3, B, L, d)`` to the layers to join. B may be 1 for all rows. (Llama 4 has one tensor of complex
+numbers, ``(B, L, d / 2)``.)"""
 
 KINDS = (
     "llama",
@@ -29,11 +30,30 @@ KINDS = (
     "gemma3_text",
 )
 """Decoders whose attention rows are known to be those of the model."""
-MULTIMODAL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+MULTIMODAL = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen2_5_omni_text",
+    "glm4v_text",
+    "glm4v_moe_text",
+    "glm_ocr_text",
+    "paddleocr_vl_text",
+    "ernie4_5_vl_moe_text",
+)
+RECURRENT = ("linear_attention", "conv", "mamba")
+"""Layers that keep a state of what they have read, and no keys."""
+SCALED_BY_POSITION = ("ministral3",)
+"""Decoders whose attention reads the position ids, besides the rotary embedding."""
 
 
 def take_columns(rotary: Rotary, columns: Tensor) -> Rotary:
     """Cosines and sines of columns ``(B, S)``."""
+    if isinstance(rotary, Tensor):
+        return take_tokens(rotary, columns)
     cos, sin = (
         t.expand(*t.shape[:-3], len(columns), -1, -1).gather(
             -2, columns[..., None].expand(*t.shape[:-3], *columns.shape, t.shape[-1])
@@ -43,12 +63,20 @@ def take_columns(rotary: Rotary, columns: Tensor) -> Rotary:
     return cos, sin
 
 
+def take_tokens(values: Tensor, columns: Tensor) -> Tensor:
+    """``(B, S, ...)``: what ``values (B or 1, L, ...)`` have in columns ``(B, S)``."""
+    return values.expand(len(columns), *values.shape[1:]).take_along_dim(
+        columns.view(*columns.shape, *[1] * (values.dim() - 2)), 1
+    )
+
+
 class Decoder:
     """The language model of a vision-language model."""
 
     def __init__(self, vlm: PreTrainedModel) -> None:
         """Find it."""
-        self.model: Any = vlm.get_decoder()
+        model: Any = vlm.get_decoder()
+        self.model: Any = model if hasattr(model, "layers") else model.model  # Llama 4 gives a whole causal model
         self.layers: Any = self.model.layers
         self.config: Any = self.model.config
 
@@ -76,6 +104,34 @@ class Decoder:
         """What the config calls a layer: layers of one type share masks and rotary embedding."""
         types = getattr(self.config, "layer_types", None)
         return types[layer] if types else "full_attention"
+
+    def recurrent(self, layer: int) -> bool:
+        """Whether a layer keeps a state instead of keys: no mask can hide from it what is in its input."""
+        return self.layer_type(layer) in RECURRENT
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys a layer attends to: its own, or the last of its type in front that lends them."""
+        modes = getattr(self.config, "kv_sharing_modes", None)
+        if not modes or modes[layer] != "reuse":
+            return layer
+        kind = self.layer_type(layer)
+        return max(i for i, mode in enumerate(modes) if mode == "store" and self.layer_type(i) == kind)
+
+    @property
+    def keyed(self) -> list[int]:
+        """The layers that have keys of their own in a cache."""
+        return [layer for layer in range(self.depth) if not self.recurrent(layer) and self.source(layer) == layer]
+
+    @property
+    def last_to_cut(self) -> int:
+        """The last layer in front of which a prompt may get shorter: the first whose keys later layers attend to."""
+        borrowed = (self.source(layer) for layer in range(self.depth) if self.source(layer) != layer)
+        return min(borrowed, default=self.depth - 1)
+
+    @property
+    def scales_by_position(self) -> bool:
+        """Whether its layers read position ids, which must be those of the columns that are left."""
+        return self.config.model_type in SCALED_BY_POSITION
 
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer sees, itself included; None: all."""

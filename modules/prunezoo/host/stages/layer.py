@@ -116,7 +116,7 @@ class LayerStage:
         past, self._running = self.pasts.get(cache), None
         if past is not None:
             self._running = Step(self.plan, past, cache, mask)
-        elif len({int(cache.get_seq_length(layer)) for layer in range(self.plan.decoder.depth)}) > 1:
+        elif len({int(cache.get_seq_length(layer)) for layer in self.plan.decoder.keyed}) > 1:
             raise PruneZooError("this cache was pruned elsewhere: go on inside the `with attach(...)` that filled it")
 
     def check_assisted(self) -> None:
@@ -133,11 +133,17 @@ class LayerStage:
 
     @torch.compiler.disable
     def _before_layer(
-        self, layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
     ) -> tuple[Any, Any] | None:
         """The hook of a layer."""
         if self._running is None:
             return None
-        kwargs = {**dict(zip(("hidden_states",), args, strict=False)), **kwargs}
+        names = argument_names(type(module)) if len(args) > 1 else ("hidden_states",)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden, kwargs = self._running.layer(layer, kwargs.pop("hidden_states"), kwargs)
         return (hidden,), kwargs
+
+
+def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What a layer of that class calls its arguments: some decoders pass more than the hidden states by position."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]

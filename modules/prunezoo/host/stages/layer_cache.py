@@ -55,23 +55,27 @@ class Step:
         if self.before < past.length:
             raise PruneZooError("this cache was cropped into its pruned prompt: pass the whole conversation again")
         self.memo: dict[Any, Keywords] = {}
+        self.steps: int | None = None  # columns of the forward; later layers may be given the last of them only
 
     def layer(self, layer: int, hidden: Tensor, kwargs: Keywords) -> tuple[Tensor, Keywords]:
         """As :meth:`layer_prompt.Prompt.layer`."""
         segment = self.past.at(layer)
-        if segment is None:
+        self.steps = hidden.shape[1] if self.steps is None else self.steps
+        if segment is None or self.decoder.recurrent(layer):  # a state has lost nothing that a mask could mend
             return hidden, kwargs
-        key = segment.first, self.decoder.layer_type(layer)
+        key = segment.first, self.decoder.layer_type(layer), hidden.shape[1]
         if key not in self.memo:
             self.memo[key] = self.replacements(segment, layer, hidden, kwargs)
         return hidden, {**kwargs, **self.memo[key]}
 
     def replacements(self, segment: Segment, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """The mask that fits the layer's cache; and the positions where they are numbered anew."""
-        rows, steps, length = len(hidden), hidden.shape[1], self.past.length
+        rows, length, source = len(hidden), self.past.length, self.decoder.source(layer)
+        steps = self.steps or hidden.shape[1]
         total = self.before + steps
         expected = segment.columns.shape[1] + self.before - length
-        if rows != len(segment.columns) or self.cache.get_seq_length(layer) != expected:
+        lent = steps if source != layer else 0  # its keys are those of a layer that has read these columns already
+        if rows != len(segment.columns) or self.cache.get_seq_length(source) != expected + lent:
             raise PruneZooError("this cache is not as the pruner left it: pass the whole conversation again")
         behind = segment.valid.new_ones(rows, total - length)
         if self.mask is not None:
@@ -79,8 +83,8 @@ class Step:
                 raise PruneZooError("a pruned cache needs the attention_mask of the whole conversation, (B, columns)")
             behind = self.mask[:, length:total].bool()
         columns, seen = segment.extend(length, behind)
-        held = self.cache.get_mask_sizes(steps, layer)[0]  # M; a sliding layer holds the last ones only
-        queries = columns[:, -steps:]
+        held = self.held(source, expected, lent)
+        queries = columns[:, -hidden.shape[1] :]
         full = segment.full and bool(behind.all())
         changed: Keywords = {
             "attention_mask": cut_mask(
@@ -94,6 +98,13 @@ class Step:
                 "position_embeddings": self.decoder.rotary(hidden, positions, layer),
             }
         return changed
+
+    def held(self, source: int, expected: int, lent: int) -> int:
+        """M: the columns whose keys a layer sees; where it slides, the last ones only."""
+        if not lent:
+            return int(self.cache.get_mask_sizes(self.steps, source)[0])
+        own = self.cache.layers[source]
+        return lent + (min(expected, own.sliding_window - 1) if own.is_sliding else expected)
 
 
 def cut_mask(

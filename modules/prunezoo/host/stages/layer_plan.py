@@ -43,6 +43,7 @@ class LayerPlan:
             check_return(family, pruner, begun, leak)
         if leak is not None:
             require_float_mask(vlm)
+            family.check_gates()
         return cls(family, decoder, pruner, keep, positions, leak, begun, stages, plan_readings(pruner, stages))
 
 
@@ -54,10 +55,26 @@ def check_model(family: Family, decoder: Decoder, name: str, stages: tuple[int, 
             "layers that it has, in ascending order"
         )
     first = family.first_layer
+    if first == decoder.depth:
+        raise PruneZooError(
+            f"pruner '{name}' acts between layers of {family.title}, which is not supported: "
+            f"{family.first_layer_reason}; use a pruner of the prompt stage"
+        )
     if stages[0] < first:
         raise PruneZooError(
             f"pruner '{name}' acts in front of layer {stages[0]}, and {family.title} needs all image tokens in front "
             f"of layer {first} ({family.first_layer_reason}): configure layers from {first} on"
+        )
+    if stages[-1] > decoder.last_to_cut:
+        last = decoder.last_to_cut
+        raise PruneZooError(
+            f"pruner '{name}' acts in front of layer {stages[-1]}, and later layers of {family.title} attend to the "
+            f"keys of layer {last}: configure layers up to {last}"
+        )
+    if decoder.flash and decoder.scales_by_position:
+        raise PruneZooError(
+            f"flash attention reads the gaps in the positions of {family.title} as seams: "
+            "use attn_implementation 'sdpa'"
         )
     if decoder.kernel not in ("sdpa", "eager") and not decoder.flash:
         raise PruneZooError(f"attn_implementation '{decoder.kernel}' cannot be cut between layers: use 'sdpa'")

@@ -18,13 +18,16 @@ from ...core.errors import PruneZooError
 from ...core.plan import gather_rows
 from ...core.signals import Signal
 from ..encoded import Encoded, put
-from ..parts.decoder import take_columns
+from ..parts.decoder import take_columns, take_tokens
 from ..signals.entry import Entry
 from ..signals.language import read_layer
 from .cut import Cut, Timer
 from .layer_cache import Keywords, Past, Segment, cut_mask
 from .layer_plan import LayerPlan
 from .prompt import gate_weights
+
+BY_TOKEN = ("per_layer_input", "moe_mm_token_type_ids")
+"""Keywords of layers that have a value for each column, another one in each layer."""
 
 
 class Prompt:
@@ -69,7 +72,8 @@ class Prompt:
 
     def check(self, layer: int, hidden: Tensor, cache: Any) -> None:
         """Refuse what cannot be shortened."""
-        if hidden.shape[1] < self.encoded.mask.shape[1] or (cache is not None and cache.get_seq_length(layer)):
+        filled = cache is not None and not self.decoder.recurrent(layer) and cache.get_seq_length(layer)
+        if hidden.shape[1] < self.encoded.mask.shape[1] or filled:
             raise PruneZooError("the layer stage needs the whole prompt in one forward: leave prefill_chunk_size unset")
         if cache is not None and cache.is_compileable:
             raise PruneZooError("the layer stage shortens the KV cache, a static one cannot be: use a dynamic cache")
@@ -83,7 +87,7 @@ class Prompt:
 
     def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """The keywords as they must be behind the cuts so far; made once for all layers of a type."""
-        key = self.decoder.layer_type(layer)
+        key = self.decoder.layer_type(layer), self.decoder.source(layer) == layer
         if key not in self.memo:
             self.memo[key] = self.replacements(layer, hidden, kwargs)
         return {**kwargs, **self.memo[key]}
@@ -116,9 +120,9 @@ class Prompt:
 
     def _read(self, signals: dict[str, Signal], layer: int, hidden: Tensor, kwargs: Keywords) -> None:
         """Of what enters the layer for one copy of each sample, ``(B, S, D)``."""
-        hidden, mask = self.once(hidden), kwargs["attention_mask"]
-        cos, sin = (self.once(t, dim=-3) for t in kwargs["position_embeddings"])
-        entry = Entry(hidden, (cos, sin), None if mask is None else self.once(mask))
+        hidden, mask, given = self.once(hidden), kwargs["attention_mask"], kwargs["position_embeddings"]
+        rotary: Any = self.once(given) if isinstance(given, Tensor) else tuple(self.once(t, dim=-3) for t in given)
+        entry = Entry(hidden, rotary, None if mask is None else self.once(mask))
         images = self.encoded.sample, self.encoded.slots, self.encoded.inputs.valid
         values = {
             name: read_layer(self.decoder, signal, layer, entry, self.encoded.words, *images)
@@ -166,12 +170,14 @@ class Drop(Prompt):
         super().__init__(plan, encoded)
         self.labels, self.real, self.pasts = labels, encoded.mask, pasts
         self.columns = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)  # (B, S) original
+        self.behind = 0  # columns of the forward behind the prompt
         self.segments: list[Segment] = []
         self.segment: Segment | None = None  # that of the layer we stand at
 
     def cut(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
         """Ask the pruner and drop."""
         output, encoded, copies = self.ask(layer, hidden), self.encoded, len(hidden) // len(self.real)
+        self.behind = hidden.shape[1] - encoded.mask.shape[1]
         if output.features is not None:
             slots = gather_rows(encoded.slots, output.index)
             for copy in range(copies):
@@ -207,34 +213,77 @@ class Drop(Prompt):
         columns, valid, moved = (part.repeat_interleave(copies, 0) for part in (self.columns, valid, moved))
         return Segment(layer, columns, valid, full, moved.masked_fill(~valid, 0))
 
+    def adjust(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
+        """Also what the decoder hands over anew to each layer."""
+        given = {name: kwargs[name] for name in BY_TOKEN if isinstance(kwargs.get(name), Tensor)}
+        changed = super().adjust(layer, hidden, kwargs)
+        if self.segment is not None and given and self.handed(kwargs) == self.real.shape[1] + self.behind:
+            columns, _ = self.left(self.segment, hidden)
+            given = {name: take_tokens(values, columns) for name, values in given.items()}
+        return {**changed, **given}
+
+    def handed(self, kwargs: Keywords) -> int:
+        """How many columns, the last ones, the decoder means: where layers borrow keys, those with a logit."""
+        rotary = kwargs["position_embeddings"]
+        return int((rotary if isinstance(rotary, Tensor) else rotary[0]).shape[-2])
+
+    def left(self, segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the forward that are left, and which of them may be seen."""
+        # Behind the prompt there may be candidates of assisted decoding, or words written without a cache.
+        return segment.extend(self.real.shape[1], segment.valid.new_ones(len(hidden), self.behind))
+
     def replacements(self, layer: int, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """Mask and positions of the columns that are left."""
         segment, mask = self.segment, kwargs["attention_mask"]
         if segment is None:
             return {}
-        # Behind the prompt there may be candidates of assisted decoding, or words written without a cache.
-        behind = segment.valid.new_ones(len(hidden), hidden.shape[1] - segment.columns.shape[1])
-        columns, seen = segment.extend(self.real.shape[1], behind)
+        columns, seen = self.left(segment, hidden)
+        if self.decoder.recurrent(layer):  # it is told of padding only
+            return {"attention_mask": None if segment.full else seen.long()}
+        if self.handed(kwargs) < self.real.shape[1] + self.behind:
+            return self.last_replacements(layer, hidden, kwargs, columns, seen)
         if mask is not None and mask.dim() == 4:
             if self.decoder.flash:
                 raise PruneZooError("flash attention takes no mask of four dimensions: use attn_implementation 'sdpa'")
             mask = mask.expand(len(hidden), -1, -1, -1)
             mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-            mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-            filler = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            mask = mask.masked_fill(~seen[:, None, None], filler)
+            mask = take_keys(mask, columns, seen)
         else:
             mask = cut_mask(self.decoder, layer, hidden, columns, columns, seen, segment.full)
         changed: Keywords = {"attention_mask": mask}
+        if self.plan.positions == "compact" or self.decoder.scales_by_position:
+            positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns)
         if self.plan.positions == "compact":
-            moved = torch.cat([segment.moved, segment.moved[:, -1:].expand_as(behind)], 1)
-            positions = kwargs["position_ids"].expand(len(hidden), -1).gather(1, columns) - moved
+            positions = positions - torch.cat([segment.moved, segment.moved[:, -1:].expand(-1, self.behind)], 1)
             changed["position_embeddings"] = self.decoder.rotary(hidden, positions, layer)
         else:
             changed["position_embeddings"] = take_columns(kwargs["position_embeddings"], columns)
-        # The layers rotate by the embeddings; position ids are only for kernels that look for seams in them.
-        changed["position_ids"] = torch.arange(columns.shape[1], device=columns.device)[None]
+        # Most layers rotate by the embeddings; then position ids are for kernels only that look for seams in them.
+        plain = torch.arange(columns.shape[1], device=columns.device)[None]
+        changed["position_ids"] = positions if self.decoder.scales_by_position else plain
         return changed
+
+    def last_replacements(
+        self, layer: int, hidden: Tensor, kwargs: Keywords, columns: Tensor, seen: Tensor
+    ) -> Keywords:
+        """Of a layer that attends to another's keys, and is given the last columns only: those with a logit."""
+        count, width, mask = self.handed(kwargs), self.real.shape[1] + self.behind, kwargs["attention_mask"]
+        last = torch.arange(width - count, width, device=columns.device)
+        if count > columns.shape[1] or not bool((columns[:, -count:] == last).all()):
+            raise PruneZooError(
+                f"logits of the last {count} columns are asked for, and the layer stage took image tokens out of them: "
+                "leave logits_to_keep, or put words behind the images"
+            )
+        if mask is None:
+            return {"attention_mask": cut_mask(self.decoder, layer, hidden, columns[:, -count:], columns, seen, False)}
+        return {"attention_mask": take_keys(mask.expand(len(hidden), -1, -1, -1), columns, seen)}
+
+
+def take_keys(mask: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+    """A mask ``(B * C, 1, Q, M)``, bool or to add, of keys ``columns (B * C, S)``; what is not ``seen`` is hidden."""
+    mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+    filler = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~seen[:, None, None], filler)
 
 
 class Gate(Prompt):

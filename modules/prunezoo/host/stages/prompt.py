@@ -20,7 +20,8 @@ from ..families import find_family, require_float_mask
 from ..parts.model import VLM
 
 Positions = Literal["original", "compact"]
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs that have a value for each token of the prompt
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Inputs that have a value for each token of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ def gated_forward(vlm: VLM, encoded: Encoded, gates: Tensor, log_eps: float = 1e
     """
     family = find_family(vlm)
     require_float_mask(family.vlm)
+    family.check_gates()
     real, weight = encoded.mask, gate_weights(encoded, gates, log_eps)
     allowed = family.visible(encoded.batch, real)
-    mask = torch.where(allowed, weight.log()[:, None, None], torch.finfo(family.vlm.dtype).min).to(family.vlm.dtype)
+    dtype = family.vlm.dtype
+    mask = torch.where(allowed, weight.log().to(dtype)[:, None, None], torch.finfo(dtype).min)
     batch = encoded.model_inputs(vlm, position_ids=family.positions(encoded.batch, real, generating=False))
     out = _call(vlm, {**batch, "attention_mask": family.own_mask(mask)}, options)
     return HostOutput(out.logits, encoded.labels, out.hidden_states, out.attentions)
