@@ -11,6 +11,7 @@ records beside the shipped modules, in hub_cards/league/ and in hub_cards/measur
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ RIVALS = 10
 """Methods without weights that README's table has; docs/league.md has all."""
 
 
-def support() -> str:
-    """What works on which family."""
-    return support_section(_read(ROOT / "tests" / "families" / "support.json", "support"))
+def support(whole: bool = False) -> str:
+    """What works on which family; in README in groups."""
+    return support_section(_read(ROOT / "tests" / "families" / "support.json", "support"), whole)
 
 
 def methods() -> str:
@@ -55,10 +56,10 @@ SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measur
 """What makes a section, by name."""
 
 
-PAGES = {
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: SECTIONS,
     ROOT / "docs" / "choose.md": {"zoo": markdown},
-    ROOT / "docs" / "families.md": {"methods": methods},
+    ROOT / "docs" / "families.md": {"support": partial(support, whole=True), "methods": methods},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
         "floors": league.floors,

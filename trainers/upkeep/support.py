@@ -58,8 +58,13 @@ def run_matrix(python: str, files: Sequence[str] = MATRIX, test: str = "test_mat
     return {"transformers": release.stdout.strip(), "outcomes": outcomes}
 
 
-def support_section(record: Mapping[str, Any]) -> str:
-    """The table in Markdown: families down, stages across; what is refused stands below it with its remedy."""
+def support_section(record: Mapping[str, Any], whole: bool = True) -> str:
+    """The table in Markdown: families down, stages across; what is refused stands below it with its remedy.
+
+    Args:
+        record: What :func:`run_matrix` gave, by release of transformers.
+        whole: A row for each family; else one for all that have the same in it, where the first of them stands.
+    """
     cells: dict[tuple[str, str], dict[str, dict[str, str]]] = {}  # by family and stage, then release, then check
     for run in record["runs"]:
         for name, outcome in run["outcomes"].items():
@@ -68,9 +73,14 @@ def support_section(record: Mapping[str, Any]) -> str:
     stages = [stage for stage in STAGES if any(stage == own for _, own in cells)]
     notes: dict[str, int] = {}
     lines = [f"| | {' | '.join(STAGES[stage] for stage in stages)} |", f"|---|{'---|' * len(stages)}"]
+    every = [run["transformers"] for run in record["runs"]]
+    groups: dict[tuple[str, ...], list[str]] = {}  # families, by what stands in their rows
     for family in dict.fromkeys(family for family, _ in cells):
-        row = [_cell(cells.get((family, stage), {}), family_title(family), notes) for stage in stages]
-        lines.append(f"| {' | '.join([family_title(family), *row])} |")
+        title = family_title(family)
+        row = tuple(_cell(cells.get((family, stage), {}), title, notes, every) for stage in stages)
+        groups.setdefault(row if not whole else (*row, family), []).append(title)
+    for row, titles in groups.items():
+        lines.append(f"| {' | '.join([', '.join(dict.fromkeys(titles)), *row[: len(stages)]])} |")
     checks = {name.split("-")[2] for run in record["runs"] for name in run["outcomes"]}
     releases = " and ".join(run["transformers"] for run in record["runs"])
     lines += ["", *(f"[{number}] {note}  " for note, number in notes.items())]
@@ -78,13 +88,14 @@ def support_section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(runs: Mapping[str, Mapping[str, str]], title: str, notes: dict[str, int]) -> str:
+def _cell(runs: Mapping[str, Mapping[str, str]], title: str, notes: dict[str, int], every: Sequence[str]) -> str:
     """`yes`, with the numbers of the notes on what is refused; `no` where nothing works; a dash where nothing was run.
 
     Args:
         runs: By release of transformers, the outcome of each check.
         title: Of the family; left out of the notes, as is the pruner that a test used, so that families share them.
         notes: Their numbers; new ones are entered.
+        every: The releases that others were run with.
     """
     if not runs:
         return "–"
@@ -100,6 +111,10 @@ def _cell(runs: Mapping[str, Mapping[str, str]], title: str, notes: dict[str, in
         for reason, names in checks.items():
             where = ", ".join(names) if works[release] else f"transformers {release}" if any(works.values()) else ""
             note = f"{where}: {reason}" if where else reason
+            marks[f"[{notes.setdefault(note, len(notes) + 1)}]"] = None
+    for release in every:
+        if release not in runs:
+            note = f"not with transformers {release}"
             marks[f"[{notes.setdefault(note, len(notes) + 1)}]"] = None
     return " ".join(["yes" if any(works.values()) else "no", *marks])
 
