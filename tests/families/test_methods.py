@@ -50,6 +50,9 @@ def deep(name):
         if isinstance(value, list) and len(value) == given.num_hidden_layers
     }
     text = {key: value for key, value in given.to_dict().items() if key not in lists | {"per_layer_config"}}
+    if isinstance(given.to_dict().get("mlp_layer_types"), list):  # which not every config makes of the depth
+        kinds = given.mlp_layer_types
+        text["mlp_layer_types"] = [*kinds, *kinds[-1:] * (DEPTH - len(kinds))]
     shallow.text_config = type(given)(**{**text, "num_hidden_layers": DEPTH})
     family.config = lambda: shallow
     return family
