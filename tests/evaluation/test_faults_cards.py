@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -9,8 +10,11 @@ from huggingface_hub import ModelCard
 from measurements import ESCAPE, HEADER, measured
 from records import publish_it, record_of
 
-from prunezoo import build_pruner
+from prunezoo import build_pruner, list_pruners
+from prunezoo.core.registry import pruner_class
+from prunezoo.tokenizers.one_d_piece import OneDPiece
 from trainers.cards import __main__ as cards
+from trainers.cards.about import Reference, about
 from trainers.cards.cards import render_card, render_frozen_card, write_card
 from trainers.cards.markdown import bibtex, code, fence, inline
 from trainers.cards.parts import datasets_of, weights_digest
@@ -154,11 +158,55 @@ def test_what_was_left_out_stands_in_the_card(folder):
     assert "Left out, since this model cannot have them: fastervlm (this vision tower has no CLS token)." in text
 
 
-def test_bibtex_is_well_formed():
-    text = bibtex(["2405.17430", "1711.00937"])
-    entries = re.findall(r"@misc\{([\w:.]+),\n((?:  \w+ = \{[^{}]*\},?\n)+)\}", text)
-    assert [key for key, _ in entries] == ["arXiv:2405.17430", "arXiv:1711.00937"]
-    fields = dict(re.findall(r"(\w+) = \{(.*)\}", entries[1][1]))
-    assert fields == {"archiveprefix": "arXiv", "eprint": "1711.00937", "year": "2017",
-                      "url": "https://arxiv.org/abs/1711.00937"}  # fmt: skip
-    assert text.count("{") == text.count("}")
+# BibTeX
+
+FIELD = r"  (\w+) = \{\{?([^{}]*)\}?\}"
+
+
+def entries(text):
+    """Kind, key and fields of each entry, which holds nothing else."""
+    found = re.findall(rf"@(\w+)\{{([\w:.]+),\n((?:{FIELD},\n)*{FIELD})\n\}}", text)
+    assert len(found) == text.count("@") and text.count("{") == text.count("}")
+    return [(kind, key, dict(re.findall(FIELD, body))) for kind, key, body, *_ in found]
+
+
+@pytest.mark.parametrize("method", [*map(pruner_class, list_pruners()), OneDPiece], ids=lambda method: method.name)
+def test_every_paper_can_be_cited(method):
+    """What a file names by a number, it or another file names in full."""
+    numbers = set(re.findall(r"\b\d{4}\.\d{5}\b", sys.modules[method.__module__].__doc__))
+    cited = entries(bibtex(about(method).references))
+    assert {fields["eprint"] for _, _, fields in cited} == numbers
+    for kind, key, fields in cited:
+        assert key == f"arXiv:{fields['eprint']}" and fields["url"].endswith(fields["eprint"])
+        assert fields["title"] and re.search(r"\w and \w+$", fields["author"]) and "et al" not in fields["author"]
+        assert 0 <= int(fields["year"]) - 2000 - int(fields["eprint"][:2]) <= 2, fields
+        assert {"inproceedings": "booktitle", "article": "journal"}.get(kind, "url") in fields
+
+
+def test_what_the_headers_say():
+    said = {name: entries(bibtex(about(pruner_class(name)).references)) for name in ("hiprune", "vscan", "lvlm_csp")}
+    hiprune, vscan, csp = (found[0] for found in said.values())
+    assert hiprune[2] == {
+        "title": "HiPrune: Hierarchical Attention for Efficient Token Pruning in Vision-Language Models",
+        "author": "Liu and others", "booktitle": "Findings of ACL", "year": "2026", "archiveprefix": "arXiv",
+        "eprint": "2508.00553", "url": "https://arxiv.org/abs/2508.00553"}  # fmt: skip
+    assert (vscan[0], vscan[2]["journal"]) == ("article", "TMLR")
+    assert csp[0] == "misc" and csp[2]["title"].startswith(r"LVLM\_CSP: ")
+    assert csp[2]["title"].endswith("via Clustering, Scattering, and Pruning for Reasoning Segmentation")
+    (tomesd,) = entries(bibtex(about(pruner_class("tome_unmerge")).references))
+    assert tomesd[2]["author"] == "Bolya and Hoffman" and tomesd[2]["booktitle"] == "CVPR workshops"
+    both = {name: about(pruner_class(name)).references[0] for name in ("fastervlm", "vispruner")}
+    assert both["fastervlm"].number == both["vispruner"].number  # each file calls it as it was called then
+    assert both["fastervlm"].title != both["vispruner"].title
+
+
+def test_of_a_number_alone_only_the_number_is_said():
+    ((kind, _, fields),) = entries(bibtex([Reference("1711.00937", "2017")]))
+    assert kind == "misc" and fields == {
+        "year": "2017", "archiveprefix": "arXiv", "eprint": "1711.00937", "url": "https://arxiv.org/abs/1711.00937"
+    }  # fmt: skip
+
+
+def test_no_title_ends_an_entry():
+    ((_, _, fields),) = entries(bibtex([Reference("1711.00937", "2017", "a} % b\\ & {c_d", "A & B", "$ #")]))
+    assert fields["title"] == r"a \% b \& c\_d" and fields["author"] == r"A \& B" and fields["booktitle"] == r"\$ \#"

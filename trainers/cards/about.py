@@ -8,9 +8,35 @@ import sys
 import textwrap
 import tokenize
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.hub import Pretrained
+from prunezoo.core.registry import list_pruners, pruner_class
+
+# "Title, Authors, Venue Year, https://arxiv.org/abs/NNNN.NNNNN" begins a paragraph; a title may have commas
+REFERENCE = re.compile(
+    r"(?P<title>.+), (?P<authors>[^,]+), (?:(?P<venue>[^,]+) )?(?P<year>\d{4}), "
+    r"https://arxiv\.org/abs/(?P<number>\d{4}\.\d{5})"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A paper; of one that is named by its number alone, title, authors and venue are not known.
+
+    Attributes:
+        number: of arXiv.
+        year: of the venue, else of the number.
+        authors: `Liu et al.`, or `Bolya and Hoffman`.
+        venue: where it came out, without the year; None: on arXiv alone.
+    """
+
+    number: str
+    year: str
+    title: str | None = None
+    authors: str | None = None
+    venue: str | None = None
 
 
 @dataclass(frozen=True)
@@ -20,32 +46,56 @@ class About:
     Attributes:
         title: the first sentence of its file, or the paper's title there.
         text: its first paragraphs, Markdown.
-        papers: arXiv numbers that it names.
+        references: papers that it names, by number.
         evidence: how far it follows a paper, by what its file says: "paper", "paper, in part reconstructed", "after a
             paper, in part ours", or "ours".
     """
 
     title: str
     text: str
-    papers: tuple[str, ...]
+    references: tuple[Reference, ...]
     evidence: str
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """Their arXiv numbers."""
+        return tuple(one.number for one in self.references)
 
 
 def about(method: type[Pretrained]) -> About:
     """Read the docstring of the file that a method stands in."""
-    text = inspect.getdoc(sys.modules[method.__module__]) or ""
+    text = _text(method)
     whole = [part for part in text.split("\n\n") if not part.startswith("Letters")]
     # A table stays as it is, and what stands in it says nothing about the rest.
     paragraphs = [part if part.startswith("|") else " ".join(part.split()) for part in whole]
     said = [part for part in paragraphs if not part.startswith("|")]
-    papers = tuple(sorted(set(re.findall(r"\b\d{4}\.\d{5}\b", text))))
+    papers = sorted(set(re.findall(r"\b\d{4}\.\d{5}\b", text)))
     if re.search(r"\bReconstructed\b", " ".join(said)):
         evidence = "paper, in part reconstructed"
     elif not papers or re.search(r"(^|[.:] )Ours\b", " ".join(said)):
         evidence = "ours"
     else:
         evidence = "after a paper, in part ours" if re.search(r"\bours\b", " ".join(said)) else "paper"
-    return About(paragraphs[0], "\n\n".join(paragraphs), papers, evidence)
+    known = {**_references(), **_headers(text)}  # what its own file calls a paper goes first
+    references = tuple(known.get(paper) or Reference(paper, f"20{paper[:2]}") for paper in papers)
+    return About(paragraphs[0], "\n\n".join(paragraphs), references, evidence)
+
+
+def _text(method: type[Pretrained]) -> str:
+    return inspect.getdoc(sys.modules[method.__module__]) or ""
+
+
+def _headers(text: str) -> dict[str, Reference]:
+    """The papers that a docstring names in full, by number."""
+    found = [REFERENCE.match(" ".join(part.split())) for part in text.split("\n\n")]
+    return {match["number"]: Reference(**match.groupdict()) for match in found if match}
+
+
+@cache
+def _references() -> dict[str, Reference]:
+    """Those of all methods: a file may name by its number what another one follows."""
+    texts = [_text(pruner_class(name)) for name in list_pruners()]
+    return {number: one for text in texts for number, one in _headers(text).items()}
 
 
 def stage_of(method: type[Pruner]) -> str:
@@ -91,5 +141,4 @@ def _options(cls: type) -> list[Option]:
 
 def docstring(method: type[Pretrained]) -> str:
     """The docstring of the file that a method stands in, as Markdown, without what its shapes' letters mean."""
-    text = inspect.getdoc(sys.modules[method.__module__]) or ""
-    return "\n\n".join(part for part in text.split("\n\n") if not part.startswith("Letters"))
+    return "\n\n".join(part for part in _text(method).split("\n\n") if not part.startswith("Letters"))

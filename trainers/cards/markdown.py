@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 from trainers.cli.text import visible, without_folders
 
+from .about import Reference
+
 LONGEST = 300
 """Of a text within a line."""
+VENUES = {None: ("misc", "note"), "TMLR": ("article", "journal")}
+"""What is no conference: kind of its entry, and the field that names it."""
 
 
 def inline(text: object) -> str:
@@ -38,14 +42,29 @@ def quoted(text: str) -> str:
     return json.dumps(visible(text), ensure_ascii=False)
 
 
-def bibtex(papers: Sequence[str]) -> str:
-    """An entry for each arXiv number, with what the number says."""
-    entries = [
-        f"@misc{{arXiv:{paper},\n  archiveprefix = {{arXiv}},\n  eprint = {{{paper}}},\n  year = {{20{paper[:2]}}},\n"
-        f"  url = {{https://arxiv.org/abs/{paper}}}\n}}"
-        for paper in papers
-    ]
-    return "\n\n".join(entries)
+def bibtex(papers: Sequence[Reference]) -> str:
+    """An entry for each paper, with what is known of it."""
+    return "\n\n".join(map(_entry, papers))
+
+
+def _entry(paper: Reference) -> str:
+    kind, where = VENUES.get(paper.venue, ("inproceedings", "booktitle"))
+    fields = {
+        "title": f"{{{_tex(paper.title)}}}" if paper.title else None,  # as it is, capitals too
+        "author": _tex(re.sub(r" et al\.$", " and others", paper.authors)) if paper.authors else None,
+        where: _tex(paper.venue) if paper.venue else None,
+        "year": paper.year,
+        "archiveprefix": "arXiv",
+        "eprint": paper.number,
+        "url": f"https://arxiv.org/abs/{paper.number}",
+    }
+    lines = [f"  {name} = {{{value}}}" for name, value in fields.items() if value]
+    return f"@{kind}{{arXiv:{paper.number},\n" + ",\n".join(lines) + "\n}"
+
+
+def _tex(text: str) -> str:
+    """A text letter by letter, but for braces and backslashes, which BibTeX cannot have alone."""
+    return re.sub(r"([&%$#_])", r"\\\1", re.sub(r"[{}\\]", "", text))
 
 
 def _one_line(text: object) -> str:

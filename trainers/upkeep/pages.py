@@ -13,8 +13,8 @@ from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
 from prunezoo.core.registry import list_pruners, pruner_class
-from trainers.cards.about import About, about, docstring, options, stage_of
-from trainers.cards.markdown import bibtex
+from trainers.cards.about import about, docstring, options, stage_of
+from trainers.cards.markdown import bibtex, fence
 from trainers.cli.errors import command, whole_file
 from trainers.cli.names import ROOT, has_weights, methods_shipped
 from trainers.evaluation.league import BUDGETS, Place, league
@@ -46,18 +46,14 @@ def page(method: str) -> str:
         "## Measured",
         _measured(method),
     ]
-    if said.papers:
-        parts += ["## Cite", f"```bibtex\n{_cite(said)}\n```"]
+    if said.references:
+        parts += ["## Cite", fence(bibtex(said.references), "bibtex")]
     return "\n\n".join(parts) + "\n"
 
 
 def _stage(method: str) -> str:
     stage = stage_of(pruner_class(method))
     return "several stages" if stage == "several" else f"{stage} stage"
-
-
-def _cite(said: About) -> str:
-    return bibtex(said.papers)
 
 
 def _file(cls: type[Pruner]) -> str:

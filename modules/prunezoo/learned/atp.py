@@ -1,5 +1,7 @@
-"""ATP-LLaVA: Adaptive Token Pruning for Large Vision Language Models (arXiv 2412.00447, CVPR 2025),
-https://arxiv.org/abs/2412.00447
+"""ATP: between the layers of the language model, small heads decide which image tokens go on.
+
+ATP-LLaVA: Adaptive Token Pruning for Large Vision Language Models, Ye et al., CVPR 2025,
+https://arxiv.org/abs/2412.00447.
 
 From the paper: between decoder layers, small heads decide which visual tokens go on, for each instance and layer anew.
 A token's redundancy score is the mean of the attention that it receives from visual tokens (self) and from the prompt

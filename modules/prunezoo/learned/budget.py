@@ -1,9 +1,12 @@
 """A policy that sets the budget: how many tokens of this image does this prompt need?
 
+AVG-LLaVA: A Large Multimodal Model with Adaptive Visual Granularity, Lan et al., 2024,
+https://arxiv.org/abs/2410.02745.
+
 A contextual bandit over a few budgets of another pruner, its arms: M3's scales, the prefixes of a tail-drop tokenizer,
-PPM's token counts. Nobody has published one for frozen models that we know of; the nearest is the router of AVG-LLaVA
-(arXiv 2410.02745), which learns from the losses of all scales under the frozen model. As there, every arm's reward can
-be enumerated and cached, so that the gradient is exact. Ours altogether.
+PPM's token counts. Nobody has published one for frozen models that we know of; the nearest is the router of
+AVG-LLaVA, which learns from the losses of all scales under the frozen model. As there, every arm's reward can be
+enumerated and cached, so that the gradient is exact. Ours altogether.
 
 A PPM reads image and prompt; what it finds says how much each arm is worth, and the policy is
 ``softmax((value - price * share) / temperature)``. Since the price enters so, one checkpoint serves every mean budget:

@@ -1,5 +1,7 @@
-"""The explainability-map CNN of: Task-Related Token Compression in Multimodal Large Language Models from an
-Explainability Perspective (arXiv 2506.01097, ICLR 2026), https://arxiv.org/abs/2506.01097
+"""Explainability maps: a small CNN tells from the first layer's attention which image tokens the answer will rest on.
+
+Task-Related Token Compression in Multimodal Large Language Models from an Explainability Perspective, Lei et al.,
+ICLR 2026, https://arxiv.org/abs/2506.01097.
 
 From the paper: a few depthwise-separable 1-D convolutions turn the attention that the prompt pays to the image tokens
 in the first layer of the language model into a map of their relevance to the answer, which otherwise takes the whole

@@ -1,4 +1,6 @@
-"""M3, Matryoshka Multimodal Models (Cai et al., ICLR 2025), https://arxiv.org/abs/2405.17430
+"""M3: means over parts of the picture at whatever scale is asked for, adapted so that one model reads them all.
+
+Matryoshka Multimodal Models, Cai et al., ICLR 2025, https://arxiv.org/abs/2405.17430.
 
 From the paper: the grid of projected tokens is averaged over nested squares, so that an image can be read at any of
 several scales (24×24, 12×12, 6×6, 3×3 or 1 token), and one model is trained to answer at all of them.

@@ -1,7 +1,10 @@
 """A policy that keeps tokens: PPM's scorer, read as a distribution over subsets, and trained by what the model answers.
 
-After the pruning head of TwigVLM++ (arXiv 2503.14075 v3, its code), which is trained by group-relative policy gradient
-on a frozen model: subsets are drawn without replacement, each is really pruned and read, and the reward is the
+Growing a Multi-head Twig via Distillation and Reinforcement Learning to Accelerate Large Vision-Language Models,
+Shao et al., 2025, https://arxiv.org/abs/2503.14075, code https://github.com/MILVLG/twigvlm (branch twigvlm++).
+
+After the pruning head of TwigVLM++ there (v3, and its code), which is trained by group-relative policy gradient on a
+frozen model: subsets are drawn without replacement, each is really pruned and read, and the reward is the
 log-likelihood of the reference answer. Here no twig grows on the model: the scorer is PPM's body (see ``ppm.py``),
 warm-started from a distilled checkpoint. Reconstructed where the two differ.
 

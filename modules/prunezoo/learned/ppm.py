@@ -1,5 +1,7 @@
-"""PPM, the plug-and-play pruning module of CoViPAL: Layer-wise Contextualized Visual Token Pruning for Large
-Vision-Language Models (arXiv 2508.17243, EMNLP 2025 Findings), https://arxiv.org/abs/2508.17243
+"""PPM: a small classifier that can be plugged in reads image and prompt, and scores the image tokens.
+
+CoViPAL: Layer-wise Contextualized Visual Token Pruning for Large Vision-Language Models, Tang et al.,
+Findings of EMNLP 2025, https://arxiv.org/abs/2508.17243.
 
 From the paper: one small classifier between projector and language model reads visual and prompt tokens and scores the
 visual ones; the language model gets the best K, so that its prefill and cache shrink in every layer; first it learns a

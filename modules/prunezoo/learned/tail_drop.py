@@ -1,5 +1,7 @@
-"""Tail-drop latents: the rule of One-D-Piece (Miwa et al., 2025, arXiv 2501.10064) for the tokens of a frozen
-vision-language model.
+"""Tail-drop latents: the rule of One-D-Piece for the tokens of a frozen vision-language model.
+
+One-D-Piece: Image Tokenizer Meets Quality-Controllable Compression, Miwa et al., 2025,
+https://arxiv.org/abs/2501.10064.
 
 From the paper, where it is about coding pictures: learned queries make an ordered row of tokens, and in training the
 row is cut at a random length, so that its head carries most. Here the row is what the language model reads in place of

@@ -1,5 +1,10 @@
-"""One-D-Piece: Image Tokenizer Meets Quality-Controllable Compression (Miwa et al., 2025, arXiv 2501.10064),
-https://arxiv.org/abs/2501.10064, built on TiTok (Yu et al., 2024, arXiv 2406.07550).
+"""One-D-Piece: a picture as an ordered row of codes, any prefix of which is a picture too.
+
+One-D-Piece: Image Tokenizer Meets Quality-Controllable Compression, Miwa et al., 2025,
+https://arxiv.org/abs/2501.10064. It is built on TiTok:
+
+An Image is Worth 32 Tokens for Reconstruction and Generation, Yu et al., NeurIPS 2024,
+https://arxiv.org/abs/2406.07550.
 
 From the paper: a ViT reads patches and learned queries; what becomes of the queries is quantised into an ordered row of
 codes; a second ViT paints the picture from the codes and mask tokens. In training the row is cut at a random length in

@@ -1,7 +1,10 @@
 """Changed: of a stream of pictures, keep what is not as it was when the language model last saw it.
 
-Ours, for calls one after another. The rule is that of Efficient Video Sampling (NVIDIA, arXiv 2510.14624), which drops
-what is like the same cell one frame before, by cosine of the projected tokens, inside of one clip. Two things differ.
+Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference, Bagrov et al., 2025,
+https://arxiv.org/abs/2510.14624.
+
+Ours, for calls one after another. The rule is that of Efficient Video Sampling, which drops what is like the same cell
+one frame before, by cosine of the projected tokens, inside of one clip. Two things differ.
 
 * A cell is compared with what was last **kept** of it, not with the frame before: so a slow drift adds up until it is
   seen, where frame by frame it would be lost.

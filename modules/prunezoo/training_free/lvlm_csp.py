@@ -1,7 +1,8 @@
 """LVLM_CSP: few image tokens in the first layers of the language model, all in the middle, few of them at the end.
 
 LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for Reasoning Segmentation,
-2025, https://arxiv.org/abs/2504.10854. No code is published; this is reconstructed from a description of the phases:
+Chen et al., 2025, https://arxiv.org/abs/2504.10854. No code is published; this is reconstructed from a description of
+the phases:
 
 * Clustering: every n-th token, the paper's uniform variant, `share` of them and never fewer than `keep`.
 * Scattering: all are there again, by default as they entered the language model.

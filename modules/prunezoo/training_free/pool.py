@@ -1,9 +1,9 @@
 """Average pooling: K means over parts of equal area instead of K tokens picked out. Every patch has its say.
 
-A baseline of many token-reduction papers; Matryoshka Multimodal Models (Cai et al., 2024,
-https://arxiv.org/abs/2405.17430) trains a model with it. There K is a square that divides the grid; here the grid is
-cut into K parts of as equal an area as whole cells allow, so every K is met exactly, and where K divides the grid
-squarely it is plain average pooling. Each mean takes the position of the patch nearest to the middle of its part.
+A baseline of many token-reduction papers; M3 (arXiv 2405.17430) trains a model with it. There K is a square that
+divides the grid; here the grid is cut into K parts of as equal an area as whole cells allow, so every K is met exactly,
+and where K divides the grid squarely it is plain average pooling. Each mean takes the position of the patch nearest to
+the middle of its part.
 """
 
 from torch import Tensor

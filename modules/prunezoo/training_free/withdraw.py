@@ -1,7 +1,7 @@
 """Withdraw: all image tokens leave in front of one deep layer of the language model.
 
-Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference (VTW), Lin et al.,
-AAAI 2025, https://arxiv.org/abs/2405.05803, code https://github.com/lzhxmu/VTW. Written from the description.
+Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference, Lin et al., AAAI 2025,
+https://arxiv.org/abs/2405.05803, code https://github.com/lzhxmu/VTW. Written from the description.
 
 Layers in front see every token, the others none; what the words have taken from the image stays with them. The paper
 looks for the first layer at which a few calibration questions get nearly the same answers, which is half the depth for
