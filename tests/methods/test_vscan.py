@@ -138,9 +138,9 @@ def test_a_tower_without_cls_has_what_is_received():
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"attention": "rows"}, "attention='rows' of vscan is unknown: cls, received"),
+        ({"attention": "rows"}, "attention='rows' of vscan is unknown; "),
         ({"shallow": "a"}, "shallow='a' of vscan is no block: write '6/24', or a number"),
-        ({"count": "most"}, "count='most' of vscan is unknown: exact, floor"),
+        ({"count": "most"}, "count='most' of vscan is unknown; "),
         ({"windows": 0}, "windows=0"),
         ({"window": -1}, "window=-1 of vscan"),
         ({"first": 0.5}, "first=0.5 of vscan must be at least 1"),

@@ -34,6 +34,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.cosines import Cosines
 from ..core.errors import PruneZooError
+from ..core.near import near
 from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
 from ._question import question
@@ -57,7 +58,9 @@ class CDPrunerConfig(PrunerConfig):
         """Check the ranges."""
         for field, known in CHOICES.items():
             if getattr(self, field) not in known:
-                raise PruneZooError(f"{field}='{getattr(self, field)}' of cdpruner is unknown: {', '.join(known)}")
+                raise PruneZooError(
+                    f"{field}='{getattr(self, field)}' of cdpruner is unknown{near(getattr(self, field), known)}"
+                )
         if not 0 <= self.weight <= 1:
             raise PruneZooError(f"weight={self.weight} of cdpruner is out of range: it must lie in [0, 1]")
 

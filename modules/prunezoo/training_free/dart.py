@@ -29,6 +29,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
+from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -57,7 +58,9 @@ class DartConfig(PrunerConfig):
                 raise PruneZooError(f"{name}={getattr(self, name)} of dart must be at least {least}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise PruneZooError(f"{name}='{getattr(self, name)}' of dart is unknown: {', '.join(known)}")
+                raise PruneZooError(
+                    f"{name}='{getattr(self, name)}' of dart is unknown{near(getattr(self, name), known)}"
+                )
 
 
 @register_pruner("dart")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
+from ..core.near import near
 from ..core.registry import register_pruner
 
 ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
@@ -36,7 +37,9 @@ class FasterVLMConfig(PrunerConfig):
     def __post_init__(self) -> None:
         """Check the range."""
         if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of fastervlm is unknown: {', '.join(ATTENTION)}")
+            raise PruneZooError(
+                f"attention='{self.attention}' of fastervlm is unknown{near(self.attention, ATTENTION)}"
+            )
 
 
 @register_pruner("fastervlm")

@@ -34,6 +34,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
+from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
 from ..core.roles import Role
@@ -65,7 +66,9 @@ class HiPruneConfig(PrunerConfig):
             raise PruneZooError(f"block='{self.block}' of hiprune is none: a number, or how far in, as '9/24'")
         for name, known in (("neighbours", NEIGHBOURS), ("text_of", TEXT_OF), ("words", WORDS)):
             if getattr(self, name) not in known:
-                raise PruneZooError(f"{name}='{getattr(self, name)}' of hiprune is unknown: {', '.join(known)}")
+                raise PruneZooError(
+                    f"{name}='{getattr(self, name)}' of hiprune is unknown{near(getattr(self, name), known)}"
+                )
 
 
 @register_pruner("hiprune")

@@ -42,6 +42,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
+from ..core.near import near
 from ..core.plan import group_sum, mask_to_index
 from ..core.registry import register_pruner
 
@@ -73,7 +74,9 @@ class HoloVConfig(PrunerConfig):
             raise PruneZooError(f"crops={self.crops} of holov is none: a number, at least 1, or 'auto'")
         for name, known in KNOWN.items():
             if getattr(self, name) not in known:
-                raise PruneZooError(f"{name}='{getattr(self, name)}' of holov is unknown: {', '.join(known)}")
+                raise PruneZooError(
+                    f"{name}='{getattr(self, name)}' of holov is unknown{near(getattr(self, name), known)}"
+                )
         for name, most in (("factor", 10), ("power", 8)):
             if not 0 <= getattr(self, name) <= most:
                 raise PruneZooError(f"{name}={getattr(self, name)} of holov is out of range: in [0, {most}]")

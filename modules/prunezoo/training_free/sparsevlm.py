@@ -44,6 +44,7 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
+from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -72,7 +73,9 @@ class SparseVLMConfig(PrunerConfig):
         """Check the ranges."""
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise PruneZooError(f"{name}='{getattr(self, name)}' of sparsevlm is unknown: {', '.join(known)}")
+                raise PruneZooError(
+                    f"{name}='{getattr(self, name)}' of sparsevlm is unknown{near(getattr(self, name), known)}"
+                )
         if self.layers is not None and (len(self.layers) != 3 or self.layers[0] < 1):
             raise PruneZooError(f"layers={list(self.layers)} of sparsevlm: name three layers, from 1 on")
 

@@ -36,6 +36,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
+from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
 
@@ -55,7 +56,9 @@ class VisPrunerConfig(PrunerConfig):
         if not 0 <= self.important <= 1:
             raise PruneZooError(f"important={self.important} of vispruner is out of range: it is a share in [0, 1]")
         if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of vispruner is unknown: {', '.join(ATTENTION)}")
+            raise PruneZooError(
+                f"attention='{self.attention}' of vispruner is unknown{near(self.attention, ATTENTION)}"
+            )
         if self.at_once < 1:
             raise PruneZooError(f"at_once={self.at_once} of vispruner is out of range: at least 1")
 

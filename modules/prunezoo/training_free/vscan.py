@@ -41,6 +41,7 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
+from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 from ..core.signals import parse_signal
@@ -68,13 +69,13 @@ class VScanConfig(PrunerConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of vscan is unknown: {', '.join(ATTENTION)}")
+            raise PruneZooError(f"attention='{self.attention}' of vscan is unknown{near(self.attention, ATTENTION)}")
         try:
             parse_signal(self.early)
         except PruneZooError:
             raise PruneZooError(f"shallow='{self.shallow}' of vscan is no block: write '6/24', or a number") from None
         if self.count not in COUNTS:
-            raise PruneZooError(f"count='{self.count}' of vscan is unknown: {', '.join(COUNTS)}")
+            raise PruneZooError(f"count='{self.count}' of vscan is unknown{near(self.count, COUNTS)}")
         if self.windows < 1 or self.window < 0:
             raise PruneZooError(f"windows={self.windows}, window={self.window} of vscan: at least 1 window, 0 tokens")
         if self.first < 1:
