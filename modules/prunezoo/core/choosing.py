@@ -16,6 +16,10 @@ from .gates import topk_mask
 from .hub import Pretrained
 from .mass import Mass
 from .select import Select, mmr_mask, tile_mask
+from .signals import DECODER_SIGNALS, parse_signal
+
+FROM_PROMPT = (*DECODER_SIGNALS, "relevance", "text_features")
+"""Kinds of signals that another question changes."""
 
 
 class Choosing(Pretrained):
@@ -23,8 +27,18 @@ class Choosing(Pretrained):
 
     exact: ClassVar[bool] = True  # see the base class of pruners
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
+    needs: ClassVar[tuple[str, ...]]  # of :class:`contract.Pruner`
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
     _select = Select()
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether another question may keep other tokens of the same image, at the same ``keep``.
+
+        By default where it `needs` a signal that comes from the prompt; a method that reads `PruneInputs.text` says so
+        itself. Who serves or caches what is kept of an image may do so for all questions where it is False.
+        """
+        return any(parse_signal(name).kind in FROM_PROMPT for name in self.needs)
 
     @property
     def select(self) -> str:

@@ -100,6 +100,11 @@ class BudgetPolicy(Pruner):
         """What the inner pruner needs."""
         return tuple(self.inner.needs)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """The inner pruner does; `choose_budget` always."""
+        return self.inner.reads_prompt
+
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
         """See the base class."""

@@ -90,6 +90,11 @@ class Combined(Pruner):
         """Signals of all members."""
         return tuple(dict.fromkeys(name for member in self._ordered() for name in member.needs))
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Any member does."""
+        return any(member.reads_prompt for member in self._ordered())
+
     def stages(self, depth: int) -> tuple[int, ...]:
         """Those of the last member."""
         return self._ordered()[-1].stages(depth)

@@ -84,6 +84,11 @@ class PPM(Pruner):
         """Scores (B, N) float32 of what :meth:`read` gave."""
         return self.head(self.norm(x)).squeeze(-1).float()
 
+    @property
+    def reads_prompt(self) -> bool:
+        """As configured."""
+        return self.config.query_aware
+
     def read(self, inputs: PruneInputs) -> Tensor:
         """Visual tokens (B, N, E) that know what they show, where they are, what is around them and what is asked."""
         c, dtype = self.config, self.head.weight.dtype

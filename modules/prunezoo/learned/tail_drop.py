@@ -107,6 +107,11 @@ class TailDrop(Pruner):
         """See the base class."""
         return {**PPM.tiny_config(feature_dim, text_dim), "latents": 20}
 
+    @property
+    def reads_prompt(self) -> bool:
+        """As configured."""
+        return self.config.query_aware
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """A prefix of ``keep`` latents of each image, in the order of their slots."""
         features, valid = inputs.features, inputs.valid

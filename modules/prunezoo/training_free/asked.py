@@ -21,6 +21,11 @@ from ..core.roles import Role
 class Asked(Pruner):
     """Top tokens by the largest cosine to a word of the question; all alike where there is none."""
 
+    @property
+    def reads_prompt(self) -> bool:
+        """The words are all that it asks."""
+        return True
+
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` in [-1, 1]."""
         if inputs.text is None or inputs.text_valid is None:

@@ -35,6 +35,11 @@ class RandomPruner(Pruner):
     config_class = RandomConfig
     config: RandomConfig
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Its words are part of the seed."""
+        return True
+
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` float32 in [0, 1)."""
         scores = torch.zeros(inputs.valid.shape)
