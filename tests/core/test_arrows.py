@@ -23,6 +23,7 @@ FLOORS = (
     "prunezoo.training_free",
     "prunezoo.learned",
     "prunezoo.tokenizers",
+    "prunezoo.serve",
     "prunezoo",
 )
 """From the lowest up; a file is of the longest name that it begins with. Files of one floor may import one another."""
@@ -72,6 +73,15 @@ def test_only_families_and_parts_know_transformers(name):
     assert "trainers" not in tops
     if not name.startswith(("prunezoo.host.families", "prunezoo.host.parts")):
         assert "transformers" not in tops, "its classes are for host/families and host/parts"
+    if not name.startswith("prunezoo.serve."):
+        assert "vllm" not in tops, "it is served in serve/ alone"
+
+
+def test_vllm_is_imported_when_it_asks():
+    """What a client of `prunezoo.serve` imports names nothing of it."""
+    served = {name for name in GRAPH if name.startswith("prunezoo.serve")}
+    with_vllm = {name for name in served if any(base.split(".")[0] == "vllm" for base, _ in imports(name))}
+    assert with_vllm == {f"prunezoo.serve.{name}" for name in ("config", "model", "processor")}
 
 
 def test_the_contract_knows_no_file():

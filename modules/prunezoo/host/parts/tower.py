@@ -80,6 +80,22 @@ class VisionAttention:
         yield seen[QUERY], seen[KEY], seen[CONTEXT].get("attention_mask")
 
 
+class FusedAttention(VisionAttention):
+    """The same with one projection for all three, as a server joins them; of its own share of the heads, where several
+    processes divide them.
+    """
+
+    def watch(self, parts: Collection[str], seen: Seen) -> list[Any]:
+        """As above."""
+
+        def write(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            seen[QUERY], seen[KEY], seen[VALUE] = output.unflatten(-1, (3, -1, self.module.head_dim)).unbind(-3)
+
+        made = {QUERY, KEY, VALUE} & set(parts)
+        handles = [self.module.qkv_proj.register_forward_hook(write)] if made else []
+        return handles + self.watch_ends(parts, seen)
+
+
 class NormedAttention(VisionAttention):
     """InternVL's: queries and keys may have norms of their own."""
 
@@ -213,7 +229,8 @@ class Tower:
 
     def attention(self, index: int) -> VisionAttention:
         """The attention of a block."""
-        return VisionAttention(self.blocks[index].self_attn)
+        module = self.blocks[index].self_attn
+        return FusedAttention(module) if hasattr(module, "qkv_proj") else VisionAttention(module)
 
 
 class InternVLTower(Tower):
