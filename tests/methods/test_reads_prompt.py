@@ -13,6 +13,7 @@ from prunezoo.core.signals import parse_signal
 VARIANTS = [
     *((name, {}) for name in ALL),
     *((name, {"query_aware": False}) for name in ("ppm", "policy", "tail_drop")),
+    ("hiprune", {"text": 0.5}),
     ("budget", {"inner": "uniform", "inner_config": {}}),
 ]
 

@@ -14,8 +14,8 @@ from prunezoo.serve.settings import Settings, check_served
 from trainers import serve
 
 SERVED = {
-    "asked", "budget", "divprune", "fastervlm", "m3", "policy", "pool", "ppm", "random", "resize", "tail_drop",
-    "uniform", "visionzip",
+    "asked", "budget", "cdpruner", "divprune", "fastervlm", "hiprune", "holov", "m3", "mmtok", "policy", "pool", "ppm",
+    "prumerge", "prumerge_plus", "random", "resize", "scope", "tail_drop", "uniform", "visionzip", "vispruner",
 }  # fmt: skip
 REFUSED = [
     ("fastv", 64, "'fastv' cannot be served: it acts in the layer stage"),

@@ -77,6 +77,11 @@ class CDPruner(Pruner):
         """What CLIP says, if it is asked."""
         return ("image_features", "text_features") if self.config.relevance == "clip" else ()
 
+    @property
+    def reads_prompt(self) -> bool:
+        """The question is what relevance is to."""
+        return True
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose in all images at once."""
         valid, most = inputs.valid, inputs.most_asked

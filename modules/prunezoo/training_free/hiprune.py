@@ -85,6 +85,11 @@ class HiPrune(Pruner):
         more = ("text_features", "vision_states") if by_encoder else ()
         return (f"received_attention@{self.config.block}", "received_attention", *more)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """With `text`, the ++ of the paper."""
+        return self.config.text > 0
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Anchors, buffers, registers, and what the question asks for."""
         object_block, last_block = map(inputs.signal, self.needs[:2])

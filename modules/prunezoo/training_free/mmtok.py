@@ -69,6 +69,11 @@ class MMTok(Pruner):
         """Output of the block that is projected; pixels, to find padding."""
         return ("vision_states",) if self.config.padding else ("vision_states", "pixels")
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Its words are to be covered."""
+        return True
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose in all images at once."""
         valid, states = inputs.valid, inputs.signal("vision_states")
