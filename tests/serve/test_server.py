@@ -20,7 +20,7 @@ from serving import ENVIRONMENT, NEW, ROOT, VLM, expect, questions
 
 pytest.importorskip("vllm", reason="`make test-serve` installs vLLM in an environment of its own")
 
-PRUNER, COUNT, KEEPS = "checkpoints/ppm-tiny", 64, (16, 9, 4)
+PRUNER, COUNT, KEEPS = "divprune", 64, (16, 9, 4)
 """The server keeps the first of these, and requests ask for any."""
 
 
