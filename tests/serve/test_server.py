@@ -20,7 +20,7 @@ from serving import ENVIRONMENT, NEW, ROOT, VLM, expect, questions
 
 pytest.importorskip("vllm", reason="`make test-serve` installs vLLM in an environment of its own")
 
-PRUNER, COUNT, KEEPS = "divprune", 64, (16, 9, 4)
+PRUNER, COUNT, KEEPS = "checkpoints/ppm-tiny", 64, (16, 4, 1)
 """The server keeps the first of these, and requests ask for any."""
 
 
@@ -136,4 +136,4 @@ def test_eight_clients_with_keeps_of_their_own_and_others_who_go_wrong(server, e
 
 
 def test_keeps_are_told_apart(expected):
-    assert expected[16] != expected[9] != expected[4]
+    assert expected[16] != expected[4] != expected[1]
