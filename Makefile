@@ -56,7 +56,7 @@ demo: $(STAMP)
 	@$(PY) -m trainers.demo
 
 test: $(STAMP)
-	@$(PY) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 $(STAMP_MIN): pyproject.toml constraints/min.txt
 	$(need-python)

@@ -85,7 +85,10 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = open_logger(self.config_init["logger"], self.config_init["out"])
         if config["enable_progress_bar"] in (None, True):
             kwargs["callbacks"].append(Progress())
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        # It leaves from within a batch's end, which all others must have had: averages of weights would miss a step.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, GracefulStop))  # type: ignore[attr-defined]
+        return trainer
 
     def run_record(self) -> RunRecord:
         """What is written down beside the pruner, for its card."""

@@ -1,5 +1,6 @@
 """The large recipes of One-D-Piece train as its authors' configs say: AdamW, schedule, averaged weights."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_tokenizer import TINY, save_photographs, tiny
 
 from prunezoo import PruneZooError
+from trainers.cli import recipes
 from trainers.fit import main as fit
 from trainers.training.tokenizer import TokenizerModule
 
@@ -35,14 +37,15 @@ def test_the_rate_rises_over_ten_thousand_steps_and_falls_to_a_tenth(size):
     assert 1e-4 * rate(steps) == pytest.approx(1e-5) and rate(steps // 2) == pytest.approx(0.55, abs=0.01)
 
 
-def test_what_is_written_is_the_average_of_the_weights(tmp_path, monkeypatch):
-    """By the recipe's own callback; a checkpoint holds both, the average and what is trained on."""
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A run of twelve steps of a tiny tokenizer under the recipe's own callback of averages."""
     callbacks = recipe("s")["trainer"]["callbacks"]
     callbacks[0]["init_args"]["decay"] = 0.9  # for a run of few steps
     averaging = {"trainer": {"callbacks": callbacks}, "export": recipe("s")["export"]}
     (tmp_path / "averaging.yaml").write_text(yaml.safe_dump(averaging))
     monkeypatch.setattr(sys, "argv", ["fit"])
-    words = [
+    return [
         f"--config={CONFIGS / 'one_d_piece_tiny.yaml'}",
         f"--config={tmp_path / 'averaging.yaml'}",
         *(f"--model.tokenizer.config.{key}={value}" for key, value in TINY.items()),
@@ -58,6 +61,10 @@ def test_what_is_written_is_the_average_of_the_weights(tmp_path, monkeypatch):
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]
+
+
+def test_what_is_written_is_the_average_of_the_weights(words, tmp_path):
+    """A checkpoint holds both, the average and what is trained on."""
     fit([*words, f"--out={tmp_path / 'out'}"])
     saved = torch.load(tmp_path / "out/training/checkpoints/last.ckpt", weights_only=False)
     written = load_file(tmp_path / "out/model.safetensors")
@@ -66,6 +73,21 @@ def test_what_is_written_is_the_average_of_the_weights(tmp_path, monkeypatch):
         torch.testing.assert_close(value, averaged[f"tokenizer.{name}"], rtol=0, atol=0)
     moved = [name for name, value in written.items() if not torch.equal(value, current[f"tokenizer.{name}"])]
     assert "decoder.mask_token" in moved and "quantize.codebook" not in moved  # it is an average already
+
+
+def test_the_average_of_a_resumed_run_is_that_of_an_unbroken_one(words, tmp_path, monkeypatch):
+    """Stopped behind step 8, where the last checkpoint is of step 6."""
+    fit([*words, f"--out={tmp_path / 'unbroken'}"])
+    monkeypatch.setattr(recipes, "PACKAGES", [*recipes.PACKAGES, "spies"])
+    stop = ("--trainer.callbacks+=spies.StopAt", "--trainer.callbacks.step=8")
+    with pytest.raises(SystemExit) as stopped:
+        fit([*words, f"--out={tmp_path / 'resumed'}", *stop])
+    assert stopped.value.code == 128 + signal.SIGTERM and not (tmp_path / "resumed/model.safetensors").exists()
+    fit([*words, f"--out={tmp_path / 'resumed'}", "--ckpt_path=last"])
+    unbroken, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "resumed"))
+    assert unbroken.keys() == resumed.keys()
+    for name, value in unbroken.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_a_floor_beyond_the_peak_is_refused():

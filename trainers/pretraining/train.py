@@ -98,7 +98,7 @@ def _fit(name: str, module: L.LightningModule, phase: Phase, machine: Machine, f
         val_check_interval=every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
         log_every_n_steps=20, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
         plugins=[WholeCheckpoints()],
-        callbacks=[GracefulStop(), SeedSteps(seed), Progress(), Checkpoints(str(folder), every_n_train_steps=every)],
+        callbacks=[SeedSteps(seed), Progress(), GracefulStop(), Checkpoints(str(folder), every_n_train_steps=every)],
     )  # fmt: skip
     words = WORD_IDS if name == "language" else None
     batch = phase.batch_size // trainer.world_size
