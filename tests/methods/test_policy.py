@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(passes, fit, tmp_path):
 
 def test_a_run_of_epochs_learns_to_its_end_with_several_updates_of_a_batch(fit, tmp_path):
     epochs = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.val_check_interval=1.0")
-    stop = ("--trainer.callbacks+=spies.StopAt", "--trainer.callbacks.step=4")
+    stop = ("--trainer.callbacks+=spies.StopAt", "--trainer.callbacks.step=6")
     with pytest.raises(SystemExit):
         fit(tmp_path, "--model.passes=2", "--trainer.check_val_every_n_epoch=1", *epochs, *stop)
     last = torch.load(tmp_path / "training" / "checkpoints" / "last.ckpt", weights_only=False)
