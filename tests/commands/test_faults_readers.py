@@ -4,13 +4,14 @@ import ast
 import json
 import os
 import signal
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prunezoo.core.bounds import MOST_DEPTH, MOST_JSON_BYTES, MOST_RECORD_BYTES, parse_json
+from prunezoo.core.bounds import MOST_DEPTH, MOST_JSON_BYTES, MOST_RECORD_BYTES, parse_json, read_bytes
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_json
 from prunezoo.core.registry import split_options
@@ -193,3 +194,16 @@ def test_the_recipe_of_a_policy(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with soon(), pytest.raises(PruneZooError, match=r"run\.json: .*more than 10,000 values"):
         policy_record.read_recipe(tmp_path)
+
+
+def test_a_small_file_takes_no_more_memory_than_it_has(tmp_path):
+    """However large its like may be: `read(n)` allocates n bytes at once."""
+    path = tmp_path / "small.json"
+    path.write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_bytes(path, MOST_RECORD_BYTES) == b"{}"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < MOST_RECORD_BYTES // 64

@@ -15,7 +15,7 @@ from trainers.evaluation.summary import read_zoo, summary_section
 from trainers.upkeep.league import UNMEASURED, path_of
 
 ITEMS, KEEP = 60, "1/9"
-RIGHT = {"checkpoints/good": 0.9, "divprune": 0.95, "fastv": 0.5, "random": 0.7}
+RIGHT = {"checkpoints/good": 0.9, "divprune": 0.95, "fastv": 0.2, "random": 0.7}
 
 
 def measurement(names, seed=0):
@@ -61,9 +61,7 @@ def test_the_best_stands_first_learned_or_not_and_floors_are_told():
     assert retention == sorted(retention, reverse=True) and next(place.name for place in places) == "divprune"
     by_name = {place.name: place for place in places}
     assert by_name["checkpoints/good"].behind == 0 and by_name["divprune"].behind < 0
-    better = by_name["random"].row["retention"] > by_name["fastv"].row["retention"]
-    assert set(by_name["fastv"].below) <= {"random"} and (better or not by_name["fastv"].below)
-    assert not by_name["divprune"].below
+    assert by_name["fastv"].below == ("random",) and not by_name["divprune"].below and not by_name["random"].below
 
 
 def test_runs_over_other_questions_do_not_join():
