@@ -4,7 +4,6 @@ A served answer is a list of token ids, greedy, in float32. vLLM changes classes
 is expected comes from a process of its own: this file, run with the path of a list of jobs.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -99,19 +98,11 @@ def requests(vlm, count, images=1, **kwargs):
 @contextmanager
 def served(vlm, pruner, keep, positions="original", **options):
     """vLLM with a model under a pruner, in this process."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     from prunezoo.serve import engine_args
+    from trainers.upkeep.serving_speed import engine
 
-    llm = LLM(**engine_args(vlm, pruner, keep, positions), **{**ENGINE, **options})
-    try:
+    with engine({**engine_args(vlm, pruner, keep, positions), **ENGINE, **options}) as llm:
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def said(llm, prompts):

@@ -59,6 +59,7 @@ class Place:
         return "training-free, ours" if ours else PUBLISHED
 
 
+@cache
 def read_league() -> list[Record]:
     """All records, by name of file."""
     return [read_record(path) for path in sorted(FOLDER.glob("*.json"))]

@@ -9,6 +9,8 @@ Nothing in them is typed: they are made from the docstrings and configs of `modu
 import argparse
 from collections.abc import Sequence
 
+import torch
+
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
@@ -63,7 +65,8 @@ def _file(cls: type[Pruner]) -> str:
 def _reads(cls: type[Pruner]) -> str:
     """Signals, with the settings of its defaults."""
     try:
-        needs = cls().needs
+        with torch.device("meta"):  # only its settings are looked at
+            needs = cls().needs
     except PruneZooError:  # its config has no default
         return "What its parts read."
     signals = ", ".join(f"`{name}`" for name in needs) or "no signal"

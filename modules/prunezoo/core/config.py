@@ -1,6 +1,6 @@
 """Configs: flat, frozen, JSON values only; and the modules that are built from one. Nothing here knows a file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,6 +32,17 @@ class PrunerConfig:
                     f"{where}config key '{key}' of {cls.__name__} must be {kind}{long}, got {value!r:.60}"
                 )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def check_choices(self, method: str, **choices: Iterable[str]) -> None:
+        """Raise PruneZooError, with the nearest one, where a field is none of its choices.
+
+        Args:
+            method: Whose config it is, for the message.
+            choices: By field, what it may be.
+        """
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise PruneZooError(f"{name}='{value}' of {method} is unknown{near(value, known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""

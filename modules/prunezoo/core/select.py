@@ -123,14 +123,28 @@ def tile_mask(scores: Tensor, tiles: Tensor, valid: Tensor, keep: Tensor, count:
         count: M, tiles of the image that has most.
     """
     tiles = tiles.masked_fill(~valid, 0)
-    quotas, counts = tile_quotas(tiles, valid, keep, count)
-    order = torch.argsort(scores.masked_fill(~valid, -torch.inf), dim=1, descending=True, stable=True)
-    # by tile, padding last, and by score within each
-    group = tiles.masked_fill(~valid, counts.shape[1]).gather(1, order)
-    order = order.gather(1, torch.argsort(group, dim=1, stable=True))
-    place = torch.argsort(order, dim=1)
-    first = (counts.cumsum(1) - counts).gather(1, tiles)  # where the token's tile begins
-    return (place - first < quotas.gather(1, tiles)) & valid
+    quotas, _ = tile_quotas(tiles, valid, keep, count)
+    return (rank_in_groups(scores, tiles, valid) < quotas.gather(1, tiles)) & valid
+
+
+def rank_in_groups(scores: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """How many tokens of its group are better than each.
+
+    Args:
+        scores: ``(B, N)``; anything on padding.
+        group: ``(B, N)`` long; anything on padding.
+        valid: ``(B, N)`` bool.
+
+    Returns:
+        ``(B, N)`` long, 0 for the best of each group; of equal ones the lower slot is the better. Arbitrary on padding.
+    """
+    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    key = group.masked_fill(~valid, torch.iinfo(group.dtype).max).gather(1, order)  # padding is the last group
+    key, within = key.sort(dim=1, stable=True)
+    begins = torch.cat([torch.ones_like(key[:, :1], dtype=torch.bool), key[:, 1:] != key[:, :-1]], 1)
+    places = torch.arange(key.shape[1], device=key.device).expand_as(key)
+    rank = places - places.masked_fill(~begins, 0).cummax(1).values
+    return torch.empty_like(rank).scatter(1, order.gather(1, within), rank)
 
 
 def tile_quotas(tiles: Tensor, valid: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:

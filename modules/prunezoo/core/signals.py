@@ -117,6 +117,8 @@ KINDS: Mapping[str, Kind] = {
 VISION_SIGNALS = tuple(VISION_KINDS)
 INSIDE_SIGNALS = tuple(kind for kind in VISION_KINDS if kind != "vision_states")
 """What the vision stage has, in which a block is not at its end."""
+TOWER_ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
+"""What a patch is rated by in a tower with CLS, and in any: the option `attention` of several methods."""
 ATTENTION_SIGNALS = (*ATTENTION_KINDS, *MAP_KINDS)
 WORD_SIGNALS = ("prompt_attention", "prompt_head_attention", "last_attention")
 DECODER_SIGNALS = (*ATTENTION_SIGNALS, *STATE_KINDS, *WORD_KINDS)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.contract import PruneInputs, Pruner
-from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
-from ..core.roles import Role
+from ._question import question
 
 
 @register_pruner("asked")
@@ -28,11 +27,7 @@ class Asked(Pruner):
 
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` in [-1, 1]."""
-        if inputs.text is None or inputs.text_valid is None:
-            raise PruneZooError(f"pruner '{self.name}' reads the prompt and got none: give text")
-        asked = inputs.text_valid
-        if inputs.text_roles is not None:
-            asked = asked & (inputs.text_roles == Role.QUESTION)
-        tokens, words = (functional.normalize(part.float(), dim=-1) for part in (inputs.features, inputs.text))
+        asked, text = question(inputs, self.name)
+        tokens, words = (functional.normalize(part.float(), dim=-1) for part in (inputs.features, text))
         likeness = (tokens @ words.transpose(1, 2)).masked_fill(~asked[:, None], -1.0)  # (B, N, T)
         return likeness.amax(2)

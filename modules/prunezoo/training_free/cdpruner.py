@@ -34,7 +34,6 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.cosines import Cosines
 from ..core.errors import PruneZooError
-from ..core.near import near
 from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
 from ._question import question
@@ -56,11 +55,7 @@ class CDPrunerConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for field, known in CHOICES.items():
-            if getattr(self, field) not in known:
-                raise PruneZooError(
-                    f"{field}='{getattr(self, field)}' of cdpruner is unknown{near(getattr(self, field), known)}"
-                )
+        self.check_choices("cdpruner", **CHOICES)
         if not 0 <= self.weight <= 1:
             raise PruneZooError(f"weight={self.weight} of cdpruner is out of range: it must lie in [0, 1]")
 

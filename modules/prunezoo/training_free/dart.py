@@ -29,7 +29,6 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -56,11 +55,7 @@ class DartConfig(PrunerConfig):
         for name, least in (("image_pivots", 1), ("text_pivots", 0)):
             if getattr(self, name) < least:
                 raise PruneZooError(f"{name}={getattr(self, name)} of dart must be at least {least}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise PruneZooError(
-                    f"{name}='{getattr(self, name)}' of dart is unknown{near(getattr(self, name), known)}"
-                )
+        self.check_choices("dart", **CHOICES)
 
 
 @register_pruner("dart")

@@ -21,11 +21,8 @@ from torch import Tensor
 
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
-from ..core.errors import PruneZooError
-from ..core.near import near
 from ..core.registry import register_pruner
-
-ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
+from ..core.signals import TOWER_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,7 @@ class FasterVLMConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.attention not in ATTENTION:
-            raise PruneZooError(
-                f"attention='{self.attention}' of fastervlm is unknown{near(self.attention, ATTENTION)}"
-            )
+        self.check_choices("fastervlm", attention=TOWER_ATTENTION)
 
 
 @register_pruner("fastervlm")
@@ -52,7 +46,7 @@ class FasterVLM(Pruner):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
         """Attention of the block whose output is projected."""
-        return (ATTENTION[self.config.attention],)
+        return (TOWER_ATTENTION[self.config.attention],)
 
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)``: the attention weight from CLS to each patch, or what each patch receives."""

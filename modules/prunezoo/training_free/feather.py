@@ -23,7 +23,6 @@ from torch import Tensor
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
-from ..core.near import near
 from ..core.registry import register_pruner
 
 HALVINGS = 60  # of [0, 1]; more than the bits of a double
@@ -44,8 +43,7 @@ class FeatherConfig(PrunerConfig):
             raise PruneZooError(f"layers={list(self.layers)}: there are two stages, name two layers")
         if self.stride < 1:
             raise PruneZooError(f"stride={self.stride} must be at least 1")
-        if self.softmax not in ATTENTION:
-            raise PruneZooError(f"softmax='{self.softmax}' of feather is unknown{near(self.softmax, ATTENTION)}")
+        self.check_choices("feather", softmax=ATTENTION)
 
 
 @register_pruner("feather")

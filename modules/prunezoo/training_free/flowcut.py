@@ -33,8 +33,6 @@ from torch import Tensor
 from ..core.budgets import upload
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
-from ..core.errors import PruneZooError
-from ..core.near import near
 from ..core.registry import register_pruner
 
 NEEDS = {
@@ -53,10 +51,7 @@ class FlowCutConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the names."""
-        if self.attention not in NEEDS:
-            raise PruneZooError(f"attention='{self.attention}' of flowcut is unknown{near(self.attention, NEEDS)}")
-        if self.count not in COUNTS:
-            raise PruneZooError(f"count='{self.count}' of flowcut is unknown{near(self.count, COUNTS)}")
+        self.check_choices("flowcut", attention=NEEDS, count=COUNTS)
 
 
 @register_pruner("flowcut")

@@ -34,10 +34,9 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
-from ..core.roles import Role
+from ._question import question
 
 NEIGHBOURS = ("flat", "grid")
 TEXT_OF = ("budget", "image")
@@ -64,11 +63,7 @@ class HiPruneConfig(PrunerConfig):
                 raise PruneZooError(f"{name}={getattr(self, name)} of hiprune is out of range: it is a share in [0, 1]")
         if isinstance(self.block, str) and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.block):
             raise PruneZooError(f"block='{self.block}' of hiprune is none: a number, or how far in, as '9/24'")
-        for name, known in (("neighbours", NEIGHBOURS), ("text_of", TEXT_OF), ("words", WORDS)):
-            if getattr(self, name) not in known:
-                raise PruneZooError(
-                    f"{name}='{getattr(self, name)}' of hiprune is unknown{near(getattr(self, name), known)}"
-                )
+        self.check_choices("hiprune", neighbours=NEIGHBOURS, text_of=TEXT_OF, words=WORDS)
 
 
 @register_pruner("hiprune")
@@ -108,21 +103,17 @@ class HiPrune(Pruner):
     def likeness(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` float32: cosine of each token to the question."""
         if self.config.words == "text_features":
-            tokens, question = inputs.signal("vision_states").float(), inputs.signal("text_features").float()
-            if tokens.shape[2] != question.shape[1]:
+            tokens, wanted = inputs.signal("vision_states").float(), inputs.signal("text_features").float()
+            if tokens.shape[2] != wanted.shape[1]:
                 raise PruneZooError(
                     f"hiprune compares text_features with the vision tower's states, of width {tokens.shape[2]}, and "
-                    f"got {question.shape[1]}: let the text_encoder map them there, or use words=embeddings"
+                    f"got {wanted.shape[1]}: let the text_encoder map them there, or use words=embeddings"
                 )
         else:
-            if inputs.text is None or inputs.text_valid is None:
-                raise PruneZooError("hiprune with text reads the prompt and got none: give text, or set text=0")
-            asked = inputs.text_valid
-            if inputs.text_roles is not None:
-                asked = asked & (inputs.text_roles == Role.QUESTION)
+            asked, text = question(inputs, self.name, "give text, or set text=0")
             tokens = inputs.features.float()
-            question = inputs.text.float().masked_fill(~asked[..., None], 0.0).sum(1)  # the mean, but for its length
-        return torch.cosine_similarity(tokens, question[:, None], dim=-1)
+            wanted = text.float().masked_fill(~asked[..., None], 0.0).sum(1)  # the mean, but for its length
+        return torch.cosine_similarity(tokens, wanted[:, None], dim=-1)
 
 
 def around(inputs: PruneInputs, anchors: Tensor, grid: bool) -> Tensor:

@@ -42,14 +42,14 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import group_sum, mask_to_index
 from ..core.registry import register_pruner
+from ..core.select import rank_in_groups
+from ..core.signals import TOWER_ATTENTION
 
-ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
 KNOWN = {
     "select_by": ("attention", "score"),
-    "attention": tuple(ATTENTION),
+    "attention": tuple(TOWER_ATTENTION),
     "scale": ("crop", "image"),
     "overflow": ("share", "lose"),
 }
@@ -72,11 +72,7 @@ class HoloVConfig(PrunerConfig):
         """Check the ranges."""
         if self.crops != "auto" and (isinstance(self.crops, str) or self.crops < 1):
             raise PruneZooError(f"crops={self.crops} of holov is none: a number, at least 1, or 'auto'")
-        for name, known in KNOWN.items():
-            if getattr(self, name) not in known:
-                raise PruneZooError(
-                    f"{name}='{getattr(self, name)}' of holov is unknown{near(getattr(self, name), known)}"
-                )
+        self.check_choices("holov", **KNOWN)
         for name, most in (("factor", 10), ("power", 8)):
             if not 0 <= getattr(self, name) <= most:
                 raise PruneZooError(f"{name}={getattr(self, name)} of holov is out of range: in [0, {most}]")
@@ -92,7 +88,7 @@ class HoloV(Pruner):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
         """Attention of the block whose output is projected."""
-        return (ATTENTION[self.config.attention],)
+        return (TOWER_ATTENTION[self.config.attention],)
 
     @property
     def exact(self) -> bool:  # type: ignore[override]  # a class attribute where it is not configured
@@ -116,7 +112,7 @@ class HoloV(Pruner):
         left = (keep - quotas.sum(1)).minimum((sizes > 0).sum(1))
         quotas += topk_mask(weights, sizes > 0, left)
 
-        rank = rank_in_crop(attention if self.config.select_by == "attention" else score, inputs.valid, crop, sizes)
+        rank = rank_in_groups(attention if self.config.select_by == "attention" else score, crop, inputs.valid)
         chosen = inputs.valid & (rank < quotas.gather(1, crop))
         if self.config.overflow == "share":
             bids = weights.gather(1, crop) / (rank + 1)
@@ -186,11 +182,3 @@ def crop_variance(inputs: PruneInputs, cell: Tensor, sizes: Tensor, longest: int
     real = torch.arange(longest, device=sizes.device) < sizes[..., None]
     spread = (likeness - mean[..., None]).square().masked_fill(~real[:, :, None], 0.0).sum(-1) / others
     return spread.flatten(1).gather(1, cell).masked_fill(~inputs.valid, 0.0)
-
-
-def rank_in_crop(scores: Tensor, valid: Tensor, crop: Tensor, sizes: Tensor) -> Tensor:
-    """``(B, N)`` long: 0 for the best of each crop; of equal ones the first comes first. Arbitrary on padding."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    group = crop.masked_fill(~valid, sizes.shape[1]).gather(1, order)  # padding behind all crops
-    order = order.gather(1, group.argsort(dim=1, stable=True))
-    return order.argsort(1) - (sizes.cumsum(1) - sizes).gather(1, crop)

@@ -22,7 +22,6 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
 
@@ -41,8 +40,7 @@ class LVLMCSPConfig(PrunerConfig):
             raise PruneZooError(f"layers={self.layers} of lvlm_csp: give three, where few, all and few tokens begin")
         if not 0 < self.share <= 1:
             raise PruneZooError(f"share={self.share} of lvlm_csp is out of range: it is a share in (0, 1]")
-        if self.states not in ("raw", "last"):
-            raise PruneZooError(f"states='{self.states}' of lvlm_csp is unknown{near(self.states, ('raw', 'last'))}")
+        self.check_choices("lvlm_csp", states=("raw", "last"))
 
 
 @register_pruner("lvlm_csp")

@@ -33,7 +33,6 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -57,11 +56,7 @@ class PruMergeConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise PruneZooError(
-                    f"{name}='{getattr(self, name)}' of prumerge is unknown{near(getattr(self, name), known)}"
-                )
+        self.check_choices("prumerge", **CHOICES)
         if not 0 <= self.spread < 1:
             raise PruneZooError(f"spread={self.spread} of prumerge is out of range: it is a share in [0, 1)")
         if self.neighbours < 0:

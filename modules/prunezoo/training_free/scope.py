@@ -28,7 +28,6 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.coverage import cover
 from ..core.errors import PruneZooError
-from ..core.near import near
 from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
 
@@ -48,10 +47,7 @@ class ScopeConfig(PrunerConfig):
         """Check the ranges."""
         if self.alpha < 0:
             raise PruneZooError(f"alpha={self.alpha} of scope is out of range: it must be at least 0")
-        if self.combine not in COMBINES:
-            raise PruneZooError(f"combine='{self.combine}' of scope is unknown{near(self.combine, COMBINES)}")
-        if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of scope is unknown{near(self.attention, ATTENTION)}")
+        self.check_choices("scope", combine=COMBINES, attention=ATTENTION)
 
 
 @register_pruner("scope")

@@ -44,7 +44,6 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
-from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 
@@ -71,11 +70,7 @@ class SparseVLMConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise PruneZooError(
-                    f"{name}='{getattr(self, name)}' of sparsevlm is unknown{near(getattr(self, name), known)}"
-                )
+        self.check_choices("sparsevlm", **CHOICES)
         if self.layers is not None and (len(self.layers) != 3 or self.layers[0] < 1):
             raise PruneZooError(f"layers={list(self.layers)} of sparsevlm: name three layers, from 1 on")
 

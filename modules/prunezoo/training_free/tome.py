@@ -30,7 +30,6 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean, merge_tokens
-from ..core.near import near
 from ..core.registry import register_pruner
 
 METRICS = ("keys", "states")
@@ -47,8 +46,7 @@ class ToMeConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.metric not in METRICS:
-            raise PruneZooError(f"metric='{self.metric}' of tome is unknown{near(self.metric, METRICS)}")
+        self.check_choices("tome", metric=METRICS)
         if not 0 < self.most <= 0.5:
             raise PruneZooError(f"most={self.most} of tome is out of range: it is a share in (0, 0.5]")
 

@@ -25,11 +25,10 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
-from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
+from ..core.signals import TOWER_ATTENTION
 
-ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
 MERGES = ("sum", "mean")
 
 
@@ -45,12 +44,7 @@ class VisionZipConfig(PrunerConfig):
         """Check the ranges."""
         if not 0 <= self.contextual < 1:
             raise PruneZooError(f"contextual={self.contextual} of visionzip is out of range: it is a share in [0, 1)")
-        if self.attention not in ATTENTION:
-            raise PruneZooError(
-                f"attention='{self.attention}' of visionzip is unknown{near(self.attention, ATTENTION)}"
-            )
-        if self.merge not in MERGES:
-            raise PruneZooError(f"merge='{self.merge}' of visionzip is unknown{near(self.merge, MERGES)}")
+        self.check_choices("visionzip", attention=TOWER_ATTENTION, merge=MERGES)
 
 
 @register_pruner("visionzip")
@@ -63,11 +57,11 @@ class VisionZip(Pruner):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
         """Attention and keys of the block whose output is projected."""
-        return (ATTENTION[self.config.attention], "vision_keys")
+        return (TOWER_ATTENTION[self.config.attention], "vision_keys")
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose and merge, in all images at once."""
-        attention = inputs.signal(ATTENTION[self.config.attention])
+        attention = inputs.signal(TOWER_ATTENTION[self.config.attention])
         contextual = (keep.double() * self.config.contextual).round().long()
         dominant = topk_mask(attention, inputs.valid, keep - contextual)
         rest = inputs.valid & ~dominant

@@ -36,11 +36,9 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.near import near
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
-
-ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
+from ..core.signals import TOWER_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,7 @@ class VisPrunerConfig(PrunerConfig):
         """Check the ranges."""
         if not 0 <= self.important <= 1:
             raise PruneZooError(f"important={self.important} of vispruner is out of range: it is a share in [0, 1]")
-        if self.attention not in ATTENTION:
-            raise PruneZooError(
-                f"attention='{self.attention}' of vispruner is unknown{near(self.attention, ATTENTION)}"
-            )
+        self.check_choices("vispruner", attention=TOWER_ATTENTION)
         if self.at_once < 1:
             raise PruneZooError(f"at_once={self.at_once} of vispruner is out of range: at least 1")
 
@@ -73,7 +68,7 @@ class VisPruner(Pruner):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
         """Attention and output of the block whose output is projected."""
-        return (ATTENTION[self.config.attention], "vision_states")
+        return (TOWER_ATTENTION[self.config.attention], "vision_states")
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Choose in all images at once."""

@@ -41,12 +41,11 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.merge import group_mean
-from ..core.near import near
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
-from ..core.signals import parse_signal
+from ..core.select import rank_in_groups
+from ..core.signals import TOWER_ATTENTION, parse_signal
 
-ATTENTION = {"cls": "cls_attention", "received": "received_attention"}
 COUNTS = ("exact", "floor")
 
 
@@ -68,14 +67,12 @@ class VScanConfig(PrunerConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.attention not in ATTENTION:
-            raise PruneZooError(f"attention='{self.attention}' of vscan is unknown{near(self.attention, ATTENTION)}")
+        self.check_choices("vscan", attention=TOWER_ATTENTION)
         try:
             parse_signal(self.early)
         except PruneZooError:
             raise PruneZooError(f"shallow='{self.shallow}' of vscan is no block: write '6/24', or a number") from None
-        if self.count not in COUNTS:
-            raise PruneZooError(f"count='{self.count}' of vscan is unknown{near(self.count, COUNTS)}")
+        self.check_choices("vscan", count=COUNTS)
         if self.windows < 1 or self.window < 0:
             raise PruneZooError(f"windows={self.windows}, window={self.window} of vscan: at least 1 window, 0 tokens")
         if self.first < 1:
@@ -86,7 +83,7 @@ class VScanConfig(PrunerConfig):
     @property
     def late(self) -> str:
         """The signal by which the whole picture is scanned."""
-        return ATTENTION[self.attention]
+        return TOWER_ATTENTION[self.attention]
 
     @property
     def early(self) -> str:
@@ -231,14 +228,8 @@ def scan_windows(scores: Tensor, group: Tensor, valid: Tensor, count: Tensor, ex
     Returns:
         ``(B, N)`` bool; fewer than ``count`` where windows have fewer tokens than their share.
     """
-    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    key = group.masked_fill(~valid, torch.iinfo(torch.long).max).gather(1, order)  # padding is a window, the last
-    order = order.gather(1, key.argsort(dim=1, stable=True))
-    group, real = key.sort(dim=1, stable=True).values, valid.gather(1, order)
-    begins = torch.cat([torch.ones_like(real[:, :1]), group[:, 1:] != group[:, :-1]], 1)
-    places = torch.arange(group.shape[1], device=group.device).expand_as(group)
-    rank = places - places.masked_fill(~begins, 0).cummax(1).values
-    windows = (begins & real).sum(1).clamp_min(1)
+    rank = rank_in_groups(scores, group, valid)
+    windows = ((rank == 0) & valid).sum(1).clamp_min(1)
     share = -(-count // windows) if exact else count // windows
-    able = torch.zeros_like(valid).scatter(1, order, real & (rank < share[:, None]))
+    able = valid & (rank < share[:, None])
     return topk_mask(scores, able, count.minimum(able.sum(1))) if exact else able
