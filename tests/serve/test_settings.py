@@ -41,6 +41,16 @@ def test_what_cannot_be_served_is_refused_by_name(pruner, keep, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("scaling", "served"), [("image", True), ("batch", False)])
+def test_options_that_compare_the_images_of_a_batch_are_refused(scaling, served, tmp_path):
+    build_pruner("cdpruner", scaling=scaling).save_pretrained(tmp_path / "mine")
+    if served:
+        assert engine_args("V", tmp_path / "mine", 64)["hf_overrides"]["prunezoo"]["keep"] == 64
+    else:
+        with pytest.raises(PruneZooError, match="'cdpruner' cannot be served: scaling='batch' compares the images"):
+            engine_args("V", tmp_path / "mine", 64)
+
+
 def test_every_method_is_served_or_refused_with_what_works_instead():
     served = set()
     for name in list_pruners():
