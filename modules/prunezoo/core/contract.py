@@ -171,6 +171,7 @@ class Pruner(Staging, Choosing):
     # `name` is set by @register_pruner
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
+    across_batch: ClassVar[str] = ""  # the option, `scaling='batch'`, that compares images of a batch; or a property
     remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # layer stage: in which state, see `stages/layer_return.py`

@@ -116,7 +116,7 @@ def check_served(pruner: Pruner) -> None:
         refuse("it brings a LoRA of the language model", "serve an m3 without one, as m3-tiny is")
     if pruner.together or pruner.remembers:
         refuse("it compares the images of a prompt or a stream, and vLLM encodes and caches each alone")
-    if option := next((name for name, value in asdict(pruner.config).items() if value == "batch"), None):
-        refuse(f"{option}='batch' compares the images of a batch, and vLLM encodes and caches each alone")
+    if pruner.across_batch:
+        refuse(f"{pruner.across_batch} compares the images of a batch, and vLLM encodes and caches each alone")
     if unread := [name for name in pruner.needs if not parse_signal(name).is_vision and name != "pixels"]:
         refuse(f"it needs '{unread[0]}', which only a pass of the language model or another encoder tells")

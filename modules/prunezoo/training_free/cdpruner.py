@@ -73,6 +73,11 @@ class CDPruner(Pruner):
         return ("image_features", "text_features") if self.config.relevance == "clip" else ()
 
     @property
+    def across_batch(self) -> str:  # type: ignore[override]  # a class attribute where it is not configured
+        """Relevance may be scaled over all images of a batch."""
+        return "scaling='batch'" if self.config.scaling == "batch" else ""
+
+    @property
     def reads_prompt(self) -> bool:
         """The question is what relevance is to."""
         return True
@@ -105,7 +110,7 @@ class CDPruner(Pruner):
 
     def _scaled(self, raw: Tensor, part: Tensor) -> Tensor:
         """Relevance ``(B, N)`` in (0, 1] over the tokens ``part (B, N)``; 1 where all are alike."""
-        axes = (0, 1) if self.config.scaling == "batch" else (1,)
+        axes = (0, 1) if self.across_batch else (1,)
         low = raw.masked_fill(~part, torch.inf).amin(axes, keepdim=True)
         high = raw.masked_fill(~part, -torch.inf).amax(axes, keepdim=True)
         return ((raw - low + 1e-6) / (high - low).clamp_min(1e-6)).masked_fill(~part, 0.0)

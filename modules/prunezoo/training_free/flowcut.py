@@ -68,6 +68,11 @@ class FlowCut(Pruner):
         """Attention and values of the block."""
         return NEEDS[self.config.attention]
 
+    @property
+    def across_batch(self) -> str:  # type: ignore[override]  # a class attribute where it is not configured
+        """All images of a batch may drop as many as the one that drops most."""
+        return "count='batch'" if self.config.count == "batch" else ""
+
     def stages(self, depth: int) -> tuple[int, ...]:
         """All blocks but the last, which runs on what is left."""
         return tuple(range(max(depth - 1, 1)))
@@ -86,7 +91,7 @@ class FlowCut(Pruner):
         above = (found - upload(least, found.device)).clamp_min(0)
         evenness = -torch.special.xlogy(share, share).sum(1) / found.clamp_min(2).log()
         drop = (above / to_go**0.5 * (1 - evenness.square())).round().long()
-        if self.config.count == "batch":
+        if self.across_batch:
             drop = drop.amax(0, keepdim=True)
         return found - torch.minimum(drop, above)
 
