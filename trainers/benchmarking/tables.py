@@ -1,12 +1,13 @@
 """The terminal's view of a benchmark: one table for each batch size and prompt length."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from trainers.evaluation.scores import FULL
 from trainers.evaluation.tables import display_name
 
 from .measure import BARE, Row
@@ -98,11 +99,18 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
         console.print(overhead_line(overhead))
 
 
-def speed_section(record: Mapping[str, Any]) -> str:
-    """A benchmark in Markdown, for README.md."""
+def speed_section(record: Mapping[str, Any], shown: Collection[str] | None = None) -> str:
+    """A benchmark in Markdown.
+
+    Args:
+        record: What was measured.
+        shown: Pruners whose rows are wanted, beside those of the bare model and of `full`; None: all.
+    """
+    wanted = None if shown is None else {BARE, FULL, *shown}
     lines = []
     for (batch, length), cases in settings_of(record["rows"]):
-        header, *rest = table_lines(cases)
+        some = {case: parts for case, parts in cases.items() if wanted is None or case[0] in wanted}
+        header, *rest = table_lines(some)
         lines += [f"Batch {batch}, {length} text tokens:", "", f"| {' | '.join(header)} |"]
         lines += ["|---|---|" + "---:|" * (len(header) - 2), *(f"| {' | '.join(line)} |" for line in rest), ""]
     lines += [LEGEND, "", *(f"{overhead_line(overhead)}." for overhead in record["overhead"]), ""]

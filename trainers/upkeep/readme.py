@@ -1,4 +1,4 @@
-"""The parts of README.md, docs/choose.md, docs/families.md and docs/league.md that are made from measured files.
+"""The parts of README.md and of some pages of docs/ that are made from measured files.
 
 They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
 RIVALS = 10
 """Methods without weights that README's table has; docs/league.md has all."""
+TIMED = ("uniform", "divprune", "visionzip", "tome", "fastv", "ppm", "m3")
+"""Methods that README's table of speed has, some of each stage and kind; docs/protocol.md has all."""
 
 
 def support(whole: bool = False) -> str:
@@ -47,12 +49,12 @@ def measured() -> str:
     return summary_section(read_zoo(), RIVALS)
 
 
-def speed() -> str:
-    """What pruning saves in time."""
-    return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"))
+def speed(shown: Sequence[str] | None = None) -> str:
+    """What pruning saves in time, by some methods or all."""
+    return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"), shown)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": speed}
+SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": partial(speed, TIMED)}
 """What makes a section, by name."""
 
 
@@ -60,6 +62,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: SECTIONS,
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": partial(support, whole=True), "methods": methods},
+    ROOT / "docs" / "protocol.md": {"speed": speed},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
         "floors": league.floors,
