@@ -1,7 +1,8 @@
-"""Train the embedded frozen VLM: `python -m trainers.pretrain --config configs/tiny_llava.yaml`.
+"""Train an embedded frozen VLM: `python -m trainers.pretrain --config configs/tiny_llava.yaml`, or `small_llava.yaml`.
 
-Two phases (see trainers/pretraining/): the vision tower under dense supervision, then the language model. Each writes
-checkpoints below `work` and goes on from the newest when the command is given again; the finished model goes to `out`.
+Phases (see trainers/pretraining/): the vision tower under dense supervision, then the language model, for pages in
+stages. Each writes checkpoints below `work` and goes on from the newest when the command is given again; the finished
+model goes to `out`.
 """
 
 from jsonargparse import ArgumentError, auto_cli

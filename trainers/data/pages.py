@@ -77,7 +77,8 @@ class Asker:
             name = self._pick(list(self.page.names))
             return ((f"is there {name} ?", "yes"),), [self.page.names[name]]
         name = self._pick([name for name in NAMES if name not in self.page.names])
-        return ((f"is there {name} ?", "no"),), [*self.page.names.values()]
+        wanted: list[Text | Bar] = [*self.page.names.values()]
+        return ((f"is there {name} ?", "no"),), wanted
 
     def _where(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:
         text = self.page.names[self._pick(list(self.page.names))]
@@ -86,20 +87,22 @@ class Asker:
     def _chart(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:
         order = sorted(self.page.bars, key=lambda bar: bar.level)
         word, bar = (("largest", order[-1]), ("smallest", order[0]))[int(self.rng.integers(2))]
-        return ((f"which is {word} ?", bar.name),), [*self.page.bars, *self.page.names.values()]
+        wanted: list[Text | Bar] = [*self.page.bars, *self.page.names.values()]
+        return ((f"which is {word} ?", bar.name),), wanted
 
     def _compare(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:
         one = self._pick(self.page.lines)
         other = self._pick(self.page.lines, but=one)
         bars = {bar.name: bar for bar in self.page.bars}
         answer = "yes" if bars[one].level > bars[other].level else "no"
-        wanted = [bars[one], bars[other], self.page.names[one], self.page.names[other]]
+        wanted: list[Text | Bar] = [bars[one], bars[other], self.page.names[one], self.page.names[other]]
         return ((f"is {one} above {other} ?", answer),), wanted
 
     def _count(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:
         page = self.page
         turn = (f"how many {PLURALS[page.kind]} ?", str(len(page.lines)))
-        return (turn,), [*(page.names[name] for name in page.lines), *page.bars]
+        wanted: list[Text | Bar] = [page.names[name] for name in page.lines]
+        return (turn,), wanted + page.bars
 
     def _dialogue(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:
         name = self._pick(self.page.lines)

@@ -1,1 +1,1 @@
-"""The recipe that trained the embedded frozen VLM, checkpoints/tiny-llava."""
+"""The recipes that trained the embedded frozen VLMs, checkpoints/tiny-llava and checkpoints/small-llava."""

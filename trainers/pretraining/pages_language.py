@@ -24,6 +24,7 @@ class Stage:
         name: of its folder below `work`.
         steps: optimiser steps.
         shares: how often a question of each group is drawn; groups that are not named are not asked.
+        kinds: of page, all alike, so one may stand there twice; none: those that the groups need.
         batch_size: pages of a step, of all processes together.
         lr: peak learning rate.
         held: share of the steps before it goes down, to 3 %.
@@ -38,6 +39,7 @@ class Stage:
     name: str
     steps: int
     shares: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
+    kinds: list[str] = field(default_factory=list)
     batch_size: int = 16
     lr: float = 2e-3
     held: float = 1.0
