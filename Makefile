@@ -107,6 +107,7 @@ speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
 		--repeats 5 --json hub_cards/speed.json
 	@$(PY) -m trainers.upkeep.readme
+	@$(PY) -m trainers.upkeep.cards
 
 quality: $(STAMP)
 	@$(PY) -m ruff check .
