@@ -2,6 +2,7 @@
 
     python -m trainers.schedule precrop --vlm tiny-llava --share 1/2 --vision tower.json --layer layers.json
     python -m trainers.schedule hand --stage vision --available 144 --counts 144 96 64 36 --out tower.json
+    python -m trainers.schedule read runs/diffrate_tiny --out tower.json
     python -m trainers.schedule show tower.json
 
 `precrop` is the closed form of PreCrop: from the cost of a token in each block and layer alone, no data and no weights.
@@ -14,9 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import load_pruner
 from prunezoo.core.schedule import PLACES, Schedule, precrop
+from prunezoo.learned.diffrate import DiffRate
 from trainers.cli.errors import command, whole_file
-from trainers.cli.names import find_vlm
+from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option
 from trainers.cli.terminal import Terminal
 from trainers.planning.costs import blocks_of, layer_costs, tower_costs
@@ -50,6 +53,18 @@ def make_precrop(vlm: str, share: float) -> tuple[Schedule, Schedule]:
     )
 
 
+def read_trained(name: str) -> Schedule:
+    """What a pruner has learned.
+
+    Raises:
+        PruneZooError: It learns no schedule, or is not trained.
+    """
+    pruner = load_pruner(find_pruner(name))
+    if not isinstance(pruner, DiffRate):
+        raise PruneZooError(f"'{name}' learns no schedule: give a trained diffrate")
+    return pruner.as_schedule()
+
+
 def write(schedule: Schedule, path: Path) -> None:
     """Save it, whole or not at all."""
     with whole_file(path) as scratch:
@@ -71,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hand.add_argument("--available", required=True, type=int, help="tokens of the picture that they are for")
     hand.add_argument("--counts", required=True, type=int, nargs="+", help="one for each block or layer")
     hand.add_argument("--out", required=True, type=Path)
+    read = tasks.add_parser("read", help="what a trained `diffrate` has learned")
+    read.add_argument("folder", help="its folder or Hub id")
+    read.add_argument("--out", required=True, type=Path)
     show = tasks.add_parser("show", help="print one")
     show.add_argument("file", type=Path)
     args = p.parse_args(argv)
@@ -80,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = list(zip(pair, (args.vision, args.layer), strict=True))
     elif args.task == "hand":
         made = [(Schedule(args.stage, args.available, tuple(args.counts)), args.out)]
+    elif args.task == "read":
+        made = [(read_trained(args.folder), args.out)]
     else:
         made = [(Schedule.load(args.file), None)]
     console = Terminal(width=None if sys.stdout.isatty() else 132)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunezoo import load_pruner
+from prunezoo import PruneZooError, build_pruner, load_pruner
 from prunezoo.core.schedule import Schedule
 from trainers import schedule as command
 from trainers.benchmarking.flops import counted_flops
@@ -29,6 +29,20 @@ def test_precrop_meets_its_share(tmp_path):
     assert one.stage == "vision" and two.stage == "layer" and one.available == two.available == 144
     assert len(set(one.counts)) == 1 and one.counts[0] >= two.counts[0]
     load_pruner(f"pyramiddrop?schedule={layers}")
+
+
+def test_what_diffrate_learned_serves_others(tmp_path):
+    pruner = build_pruner("diffrate", blocks=4, tokens=144)
+    with torch.no_grad():
+        for row, count in enumerate((100, 60, 20)):
+            pruner.merge[row, (pruner.candidates == count).nonzero()] = 1000
+            pruner.drop[row, 0] = 1000
+    folder, path = pruner.save_pretrained(tmp_path / "rates"), tmp_path / "s.json"
+    assert command.main(f"read {folder} --out {path}".split()) == 0
+    assert Schedule.load(path) == Schedule("vision", 144, (144, 100, 60, 20), "diffrate")
+    load_pruner(f"gtp?schedule={path}")
+    with pytest.raises(PruneZooError, match="learns no schedule"):
+        command.read_trained("tome")
 
 
 def test_costs_are_what_torch_counts(tiny_llava):
