@@ -15,7 +15,8 @@ from trainers import serve
 
 SERVED = {
     "asked", "budget", "cdpruner", "divprune", "fastervlm", "hiprune", "holov", "m3", "mmtok", "policy", "pool", "ppm",
-    "prumerge", "prumerge_plus", "random", "resize", "scope", "tail_drop", "uniform", "visionzip", "vispruner",
+    "prumerge", "prumerge_plus", "random", "recoverable", "resize", "scope", "tail_drop", "uniform", "visionzip",
+    "vispruner",
 }  # fmt: skip
 REFUSED = [
     ("fastv", 64, "'fastv' cannot be served: it acts in the layer stage"),

@@ -53,9 +53,12 @@ VARIANTS = (
     "corematching?layer=2&word=2",
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
-UNMEASURED = ("combined", "budget", "changed", "tome_unmerge")
+UNMEASURED = (
+    *("combined", "budget", "changed", "tome_unmerge"),
+    *("recoverable",),
+)
 """A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
-language model reads everything."""
+language model reads everything. The others are new, and wait for the next run of the league."""
 
 
 def names_of_all() -> list[str]:
