@@ -55,7 +55,7 @@ VARIANTS = (
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 UNMEASURED = (
     *("combined", "budget", "changed", "tome_unmerge"),
-    *("recoverable",),
+    *("recoverable", "aim"),
 )
 """A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
 language model reads everything. The others are new, and wait for the next run of the league."""
