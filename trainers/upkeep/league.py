@@ -55,7 +55,8 @@ VARIANTS = (
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 UNMEASURED = (
     *("combined", "budget", "changed", "tome_unmerge"),
-    *("recoverable", "aim"),
+    *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
+    *("token_correlation", "vflowopt"),
 )
 """A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
 language model reads everything. The others are new, and wait for the next run of the league."""
