@@ -3,10 +3,14 @@
 Letters: B images, N image tokens that a stage finds of an image (padded).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Stage = Literal["input", "vision", "prompt", "layer"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""In the order in which they act: in front of the vision tower, in it, behind it, in the language model."""
 
 
 class Staging:
@@ -17,11 +21,11 @@ class Staging:
     instance, which may serve several threads and batches at once.
     """
 
-    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    stage: ClassVar[Stage] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
+        """Where a pruner of the layer or vision stage acts; nothing in the input and prompt stage.
 
         Args:
             depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).

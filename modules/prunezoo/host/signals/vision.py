@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...core.errors import PruneZooError
 from ...core.signals import NEXT, parse_signal
+from ..families.gaps import cut_patches
 from ..parts.tower import CONTEXT, KEY, OUTPUT, QUERY, VALUE, Seen, Tower
 
 ROWS = 1024  # of a map of attention that are in memory at a time
@@ -196,9 +197,7 @@ class PixelTap:
         (pictures,) = self.seen
         if isinstance(self.embedding, nn.Conv3d):  # single patches already, of several frames
             return pictures.transpose(1, 2).flatten(1, 2)[None]
-        high, wide = self.embedding.kernel_size
-        patches = pictures.unfold(2, high, high).unfold(3, wide, wide)  # (R, C, rows, columns, p, p)
-        return patches.movedim(1, 3).flatten(1, 2)
+        return cut_patches(pictures, *self.embedding.kernel_size)
 
     def __enter__(self) -> Self:
         """Leave the hook on for the block."""
