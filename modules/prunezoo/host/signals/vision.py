@@ -63,7 +63,8 @@ class VisionTap:
         parts = {part for kind in kinds for part in PARTS[kind]}
         self.handles = self.attention.watch(parts, self.seen)
         if STATES in parts:
-            self.handles.append(tower.blocks[block].register_forward_hook(self._write_states))
+            # In front of hooks that give the places of dropped patches back: signals are of what the block has seen.
+            self.handles.append(tower.blocks[block].register_forward_hook(self._write_states, prepend=True))
 
     def _write_states(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.seen[STATES] = output if output.dim() == 3 else output[None]  # packed pictures are one row
