@@ -59,7 +59,7 @@ NOT_YET = (
     *("token_correlation", "vflowopt", "catp"),
 )
 """Added since the last run over all questions; of `diffrate` nothing is shipped yet."""
-BEFORE_TOWER = ("energy", "pixelprune", "random_input", "uniform_input")
+BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
     *("combined", "budget", "changed", "tome_unmerge", "token_transforming_inverse"),
     *BEFORE_TOWER,

@@ -36,12 +36,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .budgets import Keep, auto_mean, check_keep, counts_of, upload
+from .budgets import Keep, auto_mean, counts_of, upload
 from .checks import require, require_no_nan
 from .choosing import Choosing
 from .errors import PruneZooError
 from .gates import topk_gates
-from .mass import check_mean
 from .plan import gather_rows, group_sum, mask_to_index
 from .signals import follow_tokens
 from .staging import Staging
@@ -327,19 +326,6 @@ class Pruner(Staging, Choosing):
         if self.mass is None:
             raise NotImplementedError(f"{type(self).__name__} sets no budgets")
         return self.mass.counts(self._checked_scores(inputs).detach(), inputs.valid, mean)
-
-    def check_keep(self, keep: Keep) -> None:
-        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
-        check_keep(keep)
-        if isinstance(keep, str) and self.distribution:
-            check_mean(self.name, self.mass, keep)
-        elif isinstance(keep, str) and self.threshold is not None:
-            if auto_mean(keep) is not None:
-                raise PruneZooError(f"keep='{keep}': '{self.name}' keeps what passes its threshold, so give 'auto'")
-        elif isinstance(keep, str) and not self.sets_budgets:
-            raise PruneZooError(
-                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
-            )
 
     def remember(self, inputs: PruneInputs, output: PruneOutput) -> Sequence[Mapping[str, Tensor]]:
         """What a pruner that `remembers` wants to find in ``inputs.memory`` next time, of each image.
