@@ -54,9 +54,10 @@ VARIANTS = (
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 BEFORE_TOWER = ("energy", "pixelprune", "random_input", "uniform_input")
-UNMEASURED = ("combined", "budget", "changed", "tome_unmerge", *BEFORE_TOWER)
-"""A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
-language model reads everything; those in front of the tower spare it work too, so they have a table of their own."""
+UNMEASURED = ("combined", "budget", "changed", "evs", "vidcom2", "tome_unmerge", *BEFORE_TOWER)
+"""A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams, `evs` and `vidcom2` for
+clips, which the embedded model does not read; under `tome_unmerge` the language model reads everything; those in front
+of the tower spare it work too, so they have a table of their own."""
 
 
 def names_of_all() -> list[str]:
