@@ -72,7 +72,9 @@ def equals_oracle(tiny, samples, keep=0.5, side="left", **options):
             return
         again = write(vlm, batch, **options)
     assert torch.equal(again.sequences, written.sequences)
-    torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **CLOSE)
+    # Experts scale what is rounded: beams of GLM-4.5V differ by 1.3e-5 of logits of order 1.
+    close = {"rtol": 0, "atol": 3e-5} if tiny is ALL.get("glm4v_moe") else CLOSE
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **close)
 
 
 def keep_all(tiny):
