@@ -56,7 +56,7 @@ VARIANTS = (
 UNMEASURED = (
     *("combined", "budget", "changed", "tome_unmerge"),
     *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
-    *("token_correlation", "vflowopt", "catp"),
+    *("token_correlation", "vflowopt", "catp", "holitom"),
 )
 """A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` the
 language model reads everything. The others are new, and wait for the next run of the league."""
