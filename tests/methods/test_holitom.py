@@ -1,4 +1,4 @@
-"""HoliTom the slow way: every way to cut a clip, clusters and folding one token after the other; and clips in models."""
+"""HoliTom the slow way: every way to cut a clip, clusters and folding token by token; and clips in models."""
 
 from itertools import pairwise
 

@@ -13,9 +13,10 @@ def density_peaks(
     """Take dense tokens that are far from any denser one as centres, and put each token into the nearest one's cluster.
 
     Distance is that of Euclid over the root of C. Density is exp(- mean squared distance to the nearest tokens, as many
-    as there are clusters or ``neighbours``, itself among them); a centre has the largest product of density and distance to the nearest denser token
-    (for the densest: the largest distance there is). Of equally dense tokens, which two that are nearest to each other
-    are where ``count`` is 2, the first is the denser; of equal products and distances the first is taken.
+    as there are clusters or ``neighbours``, itself among them); a centre has the largest product of density and
+    distance to the nearest denser token (for the densest: the largest distance there is). Of equally dense tokens,
+    which two that are nearest to each other are where two are counted, the first is the denser; of equal products and
+    distances the first is taken.
 
     Args:
         tokens: ``(B, N, C)``; padding may hold anything finite.
