@@ -175,7 +175,7 @@ class Merge(Pruner):
                 excess -= saved(still, window)
         parts: list[tuple[Window | None, np.ndarray]] = []  # a window and places; or no window and slots
         for start, end in windows:
-            stays: np.ndarray = still[start:end].all(0) & (end > start)
+            stays = np.asarray(still[start:end].all(0) & (end > start))
             parts.append(((start, end), stays.nonzero()[0]))
             parts += [(None, table[f][there[f] & ~stays]) for f in range(start, end + 1)]
         attention = inputs.signal("received_attention")[row].float()
