@@ -30,7 +30,6 @@ from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
 from ..core.signals import TOWER_ATTENTION
 
-
 FEW = {"uniform": (), **{name: (signal,) for name, signal in TOWER_ATTENTION.items()}}
 """What the tokens of the first phase are chosen by, and the signals that it takes."""
 
