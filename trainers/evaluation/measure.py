@@ -34,6 +34,7 @@ from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
+from .flops import flops_share
 from .journal import Journal
 from .methods import Method, View, view_of
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
@@ -173,11 +174,11 @@ def of_pruner(name: str, why: str) -> str:
 
 def _passes(
     vlm: Any, encoded: Encoded, view: View, methods: Sequence[Method], budgets: Sequence[Budget]
-) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+) -> Iterator[tuple[Key, float, tuple[Tensor, ...]]]:
     """Every forward pass over one batch.
 
     Yields:
-        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) three times.
+        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) four times.
     """
     items = len(view.items)
     assert encoded.labels is not None  # the collator wrote them
@@ -190,11 +191,12 @@ def _passes(
 
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
     everything = encoded.tokens[:, None].expand(-1, find_family(vlm).decoder().depth)
-    yield (FULL, ALL_TOKENS), 1.0, (everything, *full.compare(full, items))
+    yield (FULL, ALL_TOKENS), 1.0, (everything, *full.compare(full, items), flops_share(vlm, encoded, everything, None))
 
-    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, ...]:
         run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
-        return run.layers, *answers(run.host).compare(full, items)
+        share = flops_share(vlm, encoded, run.layers, run.blocks)
+        return run.layers, *answers(run.host).compare(full, items), share
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:

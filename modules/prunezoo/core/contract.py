@@ -152,6 +152,9 @@ class PruneOutput:
     sizes: Tensor | None = None  # (B, K) float: how often each counts in attention from here on, if not as its group
     back: Tensor | None = None  # (B, N, K) vision stage, `restore`: shares of what is left that make each token again
     heads: Tensor | None = None  # (B, H) bool, vision stage: False for heads that give nothing in the blocks to come
+    blocks: Tensor | None = (
+        None  # (B, blocks, 2) long, on the host: tokens in attention and MLP, where a tower got less
+    )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
