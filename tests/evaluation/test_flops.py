@@ -14,12 +14,12 @@ def batch_of(tiny):
     return tiny.batch(["<s> USER: <image> what color ? ASSISTANT:"], [[make_image(0)]])
 
 
-@pytest.mark.parametrize(("name", "keep"), [("tome", 9), ("uniform", 9), ("fastv", 9), ("tome_unmerge", 9)])
+@pytest.mark.parametrize("name", ["tome", "uniform", "fastv", "tome_unmerge", "energy"])
 @torch.no_grad()
-def test_shares_follow_what_was_read(name, keep, deep_llava):
+def test_shares_follow_what_was_read(name, deep_llava):
     vlm, batch = deep_llava.vlm, batch_of(deep_llava)
     pruner = build_pruner(name).eval()
-    encoded = encode(vlm, batch, encode_needs(pruner))
+    encoded = encode(vlm, batch, () if pruner.stage == "input" else encode_needs(pruner))
     seen = []
     blocks = vlm.model.vision_tower.encoder.layers[:2]
     parts = [part for block in blocks for part in (block.self_attn, block.mlp)]
@@ -29,12 +29,12 @@ def test_shares_follow_what_was_read(name, keep, deep_llava):
         )
         for part in parts
     ]
-    run = run_pruned(vlm, encoded, pruner, keep)
+    run = run_pruned(vlm, encoded, pruner, 9)
     for handle in handles:
         handle.remove()
     config, text = vlm.config.vision_config, vlm.config.text_config
     width, inner = config.hidden_size, config.intermediate_size
-    ran = list(zip(seen[::2], seen[1::2], strict=True)) if pruner.stage == "vision" else [(36, 36)] * 2
+    ran = list(zip(seen[::2], seen[1::2], strict=True)) if pruner.stage in ("input", "vision") else [(36, 36)] * 2
 
     def work(pairs, lengths):
         tower = sum(a * (8 * width**2 + 4 * a * width) + 4 * m * width * inner for a, m in pairs)
@@ -42,7 +42,7 @@ def test_shares_follow_what_was_read(name, keep, deep_llava):
 
     words = encoded.mask.shape[1] - 36
     expected = work(ran, [words + int(n) for n in run.layers[0]]) / work([(36, 36)] * 2, [words + 36] * 4)
-    share = flops_share(vlm, encoded, run.layers, run.blocks)
+    share = flops_share(vlm, encoded, run)
     assert share.tolist() == pytest.approx([expected]) and 0 < float(share) < 1
 
 
@@ -50,8 +50,7 @@ def test_shares_follow_what_was_read(name, keep, deep_llava):
 def test_all_tokens_are_all_operations(deep_llava):
     vlm, batch = deep_llava.vlm, batch_of(deep_llava)
     encoded = encode(vlm, batch)
-    everything = encoded.tokens[:, None].expand(-1, 4)
-    assert flops_share(vlm, encoded, everything, None).tolist() == [1.0]
+    assert flops_share(vlm, encoded, None).tolist() == [1.0]
     # And they are those that torch counts, but for the embeddings, the projector and CLS.
     _, whole = counted_flops(lambda: full_forward(vlm, encoded, logits_to_keep=1))
     length = encoded.mask.shape[1]

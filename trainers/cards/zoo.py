@@ -21,7 +21,7 @@ class Entry:
         name: what commands take.
         method: its registry name.
         kind: learned or training-free.
-        stage: vision, prompt or layer.
+        stage: input, vision, prompt or layer.
         trained_for: the frozen model; empty for what needs no training, None for a learned method that is not shipped.
         line: what was measured of it; None: nothing.
         about: the method in words.

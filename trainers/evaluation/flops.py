@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunezoo.host import Encoded
 from prunezoo.host.families import find_family
+from prunezoo.host.run import PrunedRun
 from trainers.benchmarking.flops import decoder_flops
 from trainers.planning.costs import attention_cost, mlp_cost
 
@@ -18,20 +19,22 @@ NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads")
 """What a decoder's configuration must say; one whose layers are of another kind does not."""
 
 
-def flops_share(vlm: Any, encoded: Encoded, layers: Tensor, blocks: Tensor | None) -> Tensor:
+def flops_share(vlm: Any, encoded: Encoded, run: PrunedRun | None) -> Tensor:
     """Of each sample.
 
     Args:
         vlm: The model.
         encoded: Its batch, one image a sample.
-        layers: ``(B, layers)`` image tokens that each layer of the language model read.
-        blocks: ``(B, blocks, 2)`` patches in attention and MLP of each vision block; None: all in all.
+        run: What was pruned of it; None: nothing.
 
     Returns:
         ``(B,)`` double; nan where an image's patches are not the tokens of the language model, or its decoder is of
         another kind.
     """
     family = find_family(vlm)
+    counts = torch.tensor(encoded.inputs.counts, dtype=torch.long)
+    depth = family.decoder().depth
+    layers = counts[:, None].expand(-1, depth) if run is None else run.layers.cpu()
     text = vlm.config.get_text_config()
     nothing = torch.full((len(layers),), torch.nan, dtype=torch.double)
     if not all(hasattr(text, name) for name in NEEDED) or len(encoded.mask) != len(layers):
@@ -40,14 +43,18 @@ def flops_share(vlm: Any, encoded: Encoded, layers: Tensor, blocks: Tensor | Non
     vision = tower.model.config
     if tower.joined is not None or not hasattr(vision, "intermediate_size"):
         return nothing
-    counts = torch.tensor(encoded.inputs.counts, dtype=torch.long)
     every = counts[:, None, None].expand(-1, tower.depth, 2)
+    ran = every
+    if run is not None and run.blocks is not None:
+        ran = run.blocks
+    elif run is not None and run.cuts[0].stage == "input":
+        ran = run.cuts[0].after[:, None, None].expand_as(every)
     words = encoded.mask.sum(1).cpu() - counts
     shares = []
     for row, n in enumerate(counts.tolist()):
         read = [int(words[row]) + tokens for tokens in layers[row].tolist()]
         all_read = [int(words[row]) + n] * len(read)
-        made = tower_flops(vision, (every if blocks is None else blocks)[row]) + decoder_flops(text, read, read)
+        made = tower_flops(vision, ran[row]) + decoder_flops(text, read, read)
         shares.append(made / (tower_flops(vision, every[row]) + decoder_flops(text, all_read, all_read)))
     return torch.tensor(shares, dtype=torch.double)
 

@@ -29,6 +29,7 @@ class Choosing(Pretrained):
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     needs: ClassVar[tuple[str, ...]]  # of :class:`contract.Pruner`
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
+    threshold: float | None = None  # `auto` keeps what scores above it; a property where it depends on the config
     _select = Select()
 
     @property
@@ -80,6 +81,11 @@ class Choosing(Pretrained):
         if self._select.kind == "tile":
             return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
         return topk_mask(scores, inputs.valid, keep)
+
+    def above(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """``(B,)`` long, at least 1: how many of ``scores (B, N)``, where ``valid (B, N)``, are above the threshold."""
+        assert self.threshold is not None  # the caller has looked
+        return ((scores > self.threshold) & valid).sum(1).clamp_min(1)
 
     def asked_of(self, inputs: Any, keep: Tensor) -> Any:
         """The inputs of `reduce`, whose numbers of the host are those of ``keep (B,)``.

@@ -10,19 +10,7 @@ image into belong to one row, and so do the frames of a clip. Its tokens are pat
 put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as long as a patch
 of its row is left.
 
-To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
-
-    @dataclass(frozen=True)
-    class NormConfig(PrunerConfig):
-        power: float = 1.0  # exponent of the norm
-
-    @register_pruner("norm")
-    class NormPruner(Pruner):
-        config_class = NormConfig
-
-        def score(self, inputs):
-            return inputs.features.norm(dim=-1) ** self.config.power
-
+A method is one file in ``learned/``, ``training_free/`` or ``tokenizers/``; docs/add_a_method.md has an example.
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
@@ -51,7 +39,7 @@ from .staging import Staging
 class PruneInputs:
     """Everything a pruner may look at. Values on padding are finite, arbitrary, and must not matter."""
 
-    features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them
+    features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them; input stage: pixels
     valid: Tensor  # (B, N) bool, False for padding
     cells: Tensor  # (B, N, 3) long: tile (crop, thumbnail, frame), row and column of the patch in it; -1 on padding
     text: Tensor | None = None  # (B, T, D) embeddings of the prompt, without image placeholders and without the answer
@@ -69,6 +57,7 @@ class PruneInputs:
     text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: from its stage before this one
+    pixels: tuple[int, int, int, int] | None = None  # input stage: frames, channels, rows, columns, whose product is D
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -193,7 +182,7 @@ class Pruner(Staging, Choosing):
         return type(self).score is not Pruner.score
 
     def parts(self, keep: Keep) -> Sequence[tuple["Pruner", Keep]]:
-        """The pruners that this one consists of, each with its own ``keep``, in the order vision, prompt, layer.
+        """The pruners that this one consists of, each with its own ``keep``, in the order input, vision, prompt, layer.
 
         Itself by default. A combination of pruners of several stages, kept in one folder, names them here.
         """
@@ -231,7 +220,10 @@ class Pruner(Staging, Choosing):
         By default those that `select` takes by :meth:`score`; in training the best, with gates. The next stage finds
         the scores in ``inputs.carry["scores"]``.
         """
-        scores = self._checked_scores(inputs)
+        return self._keep_best(self._checked_scores(inputs), inputs, keep)
+
+    def _keep_best(self, scores: Tensor, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """What :meth:`reduce` does by default, with ``scores (B, N)``."""
         self.check_gates()
         inputs = self.asked_of(inputs, keep)
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
@@ -277,10 +269,17 @@ class Pruner(Staging, Choosing):
         if inputs.valid.numel() == 0:  # a batch of text
             nothing, scores = inputs.valid, inputs.features.new_zeros(inputs.valid.shape)
             return PruneOutput(nothing.long(), nothing, scores=scores, gates=scores if self.training else None)
-        asked: Keep = self.choose_budget(inputs, auto_mean(keep)) if isinstance(keep, str) else keep
+        asked: Keep = keep
+        found: Tensor | None = None
+        if isinstance(keep, str) and self.threshold is not None:  # scored once, to count and to choose
+            found = self._checked_scores(inputs)
+            asked = self.above(found.detach(), inputs.valid)
+        elif isinstance(keep, str):
+            asked = self.choose_budget(inputs, auto_mean(keep))
         counts = counts_of(asked, inputs.counts)
         wanted = upload(counts, inputs.valid.device)
-        output = self.reduce(replace(inputs, asked=counts), wanted)
+        inputs = replace(inputs, asked=counts)
+        output = self.reduce(inputs, wanted) if found is None else self._keep_best(found, inputs, wanted)
         if self.exact:
             count = output.count
             require((count != wanted).any(), lambda: self._wrong_counts(count, counts))
@@ -297,13 +296,15 @@ class Pruner(Staging, Choosing):
 
     @property
     def sets_budgets(self) -> bool:
-        """Whether ``keep="auto"`` works: by its own :meth:`choose_budget`, or as a distribution that is calibrated."""
-        return type(self).choose_budget is not Pruner.choose_budget or self.mass is not None
+        """Whether ``keep="auto"`` works: by a threshold, :meth:`choose_budget`, or a calibrated distribution."""
+        own = type(self).choose_budget is not Pruner.choose_budget
+        return own or self.mass is not None or self.threshold is not None
 
     def choose_budget(self, inputs: PruneInputs, mean: float | None) -> Tensor:
-        """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt stage only.
+        """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt and input stage.
 
-        By default what :class:`mass.Mass` says of a `distribution`: the fewest that hold enough of the probability.
+        By default those above the `threshold`, or what :class:`mass.Mass` says of a `distribution`: the fewest that
+        hold enough of the probability.
 
         Args:
             inputs: As in :meth:`forward`.
@@ -312,6 +313,8 @@ class Pruner(Staging, Choosing):
         Returns:
             ``(B,)`` long, at least 1.
         """
+        if self.threshold is not None:
+            return self.above(self._checked_scores(inputs).detach(), inputs.valid)
         if self.mass is None:
             raise NotImplementedError(f"{type(self).__name__} sets no budgets")
         return self.mass.counts(self._checked_scores(inputs).detach(), inputs.valid, mean)
@@ -321,6 +324,9 @@ class Pruner(Staging, Choosing):
         check_keep(keep)
         if isinstance(keep, str) and self.distribution:
             check_mean(self.name, self.mass, keep)
+        elif isinstance(keep, str) and self.threshold is not None:
+            if auto_mean(keep) is not None:
+                raise PruneZooError(f"keep='{keep}': '{self.name}' keeps what passes its threshold, so give 'auto'")
         elif isinstance(keep, str) and not self.sets_budgets:
             raise PruneZooError(
                 f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"

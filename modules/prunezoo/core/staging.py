@@ -4,7 +4,7 @@ Letters: B images, N image tokens that a stage finds of an image (padded).
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from .config import Configured
 from .errors import PruneZooError
 from .schedule import PLACES, Schedule
+
+Stage = Literal["input", "vision", "prompt", "layer"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""In the order in which they act: in front of the vision tower, in it, behind it, in the language model."""
 
 
 class Staging(Configured):
@@ -22,14 +26,14 @@ class Staging(Configured):
     instance, which may serve several threads and batches at once.
     """
 
-    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    stage: ClassVar[Stage] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
     exact: ClassVar[bool] = True  # see the base class of pruners
     comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # likewise
     _given: Schedule | None = None
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
+        """Where a pruner of the layer or vision stage acts; nothing in the input and prompt stage.
 
         Args:
             depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).

@@ -11,6 +11,7 @@ from ...core.errors import PruneZooError
 from ..parts.tower import QwenTower, Tower
 from .base import Family, Kind, Order
 from .cells import grid
+from .gaps import Short
 
 TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # of tokens, in mm_token_type_ids
 
@@ -41,6 +42,12 @@ class QwenVLFamily(Family):
     def tower(self) -> Tower:
         """Qwen's own."""
         return QwenTower(self.vlm.model.visual, -1, has_cls=False, joined=f"{self.title} merges {self.patches}")
+
+    def short(self) -> Short:
+        """Merged patches come back, and the levels of deepstack."""
+        tower = self.tower()
+        ends = (tower.model.merger, *getattr(tower.model, "deepstack_merger_list", ()))
+        return Short(tower, ends, packed=True, joined=self.config.vision_config.spatial_merge_size**2)
 
     def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
         """Time, height and width; for `generate` the place in the text before them."""

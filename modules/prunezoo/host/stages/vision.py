@@ -57,7 +57,7 @@ def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep, timer: Timer)
             return pruner(encoded.inputs, keep)
     family = find_family(vlm)
     counts = counts_of(keep, encoded.inputs.counts)
-    with VisionStage(family.tower(), pruner, encoded.inputs, counts, timer) as stage:
+    with VisionStage(family.tower(), pruner, encoded.inputs, counts, timer, encoded.start) as stage:
         features = family.run_encoder("image", {**encoded.batch, **encoded.pixels}).pooler_output
     return stage.output(features if isinstance(features, Tensor) else torch.stack(list(features)))
 
@@ -85,7 +85,15 @@ def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
 class VisionStage:
     """A pruner inside a tower, from ``__enter__`` to ``__exit__``, for one pass over R images."""
 
-    def __init__(self, tower: Tower, pruner: Pruner, inputs: PruneInputs, keep: tuple[int, ...], timer: Timer) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        pruner: Pruner,
+        inputs: PruneInputs,
+        keep: tuple[int, ...],
+        timer: Timer,
+        start: PruneOutput | None = None,
+    ) -> None:
         """Plan the pass.
 
         Args:
@@ -94,6 +102,7 @@ class VisionStage:
             inputs: The patches of the images; their features are not looked at.
             keep: (R) tokens that the last block leaves of each image.
             timer: Of what the pruner takes.
+            start: Which patches of each picture ``inputs`` are, where an input stage left some; None: all.
 
         Raises:
             PruneZooError: As :func:`check_vision_stage` does.
@@ -112,13 +121,15 @@ class VisionStage:
         self.back: Tensor | None = None  # (R, N, M) instead: shares of tokens that make each patch again
         self.heads: Tensor | None = None  # (R, H): which heads give something in the blocks to come
         self.left: dict[int, tuple[int, ...]] = {}  # tokens of each image behind blocks where the pruner has acted
-        self.timer = timer
+        self.timer, self.start = timer, start
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
         """Put the hooks on."""
         with self.stack:  # which takes them off again if one of them cannot be put on
-            for block in range(min(self.steps) + 1, self.tower.depth):
+            if self.start is not None:
+                self._hook(self.tower.blocks[0].register_forward_pre_hook, self._begin)
+            for block in range(0 if self.start is not None else min(self.steps) + 1, self.tower.depth):
                 attention = self.tower.attention(block)
                 self._hook(attention.module.register_forward_pre_hook, self._add_mask, with_kwargs=True)
                 self._hook(getattr(attention.module, attention.joiner).register_forward_pre_hook, self._silence)
@@ -163,6 +174,13 @@ class VisionStage:
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
         self.stack.callback(register(hook, **options).remove)
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Take out what an input stage did not leave."""
+        assert self.start is not None  # else the hook is not on
+        hidden, prefix = args[0], self.tower.prefix
+        self.mask = self._make_mask(hidden.dtype)
+        return (torch.cat([hidden[:, :prefix], gather_rows(hidden[:, prefix:], self.start.index)], 1), *args[1:])
 
     def _act_behind(self, block: int, tap: VisionTap) -> None:
         """Hook a block so that its output gets shorter."""
