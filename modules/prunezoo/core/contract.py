@@ -10,19 +10,7 @@ image into belong to one row, and so do the frames of a clip. Its tokens are pat
 put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as long as a patch
 of its row is left.
 
-To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
-
-    @dataclass(frozen=True)
-    class NormConfig(PrunerConfig):
-        power: float = 1.0  # exponent of the norm
-
-    @register_pruner("norm")
-    class NormPruner(Pruner):
-        config_class = NormConfig
-
-        def score(self, inputs):
-            return inputs.features.norm(dim=-1) ** self.config.power
-
+A method is one file in ``learned/``, ``training_free/`` or ``tokenizers/``; docs/add_a_method.md has an example.
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
@@ -152,6 +140,9 @@ class PruneOutput:
     sizes: Tensor | None = None  # (B, K) float: how often each counts in attention from here on, if not as its group
     back: Tensor | None = None  # (B, N, K) vision stage, `restore`: shares of what is left that make each token again
     heads: Tensor | None = None  # (B, H) bool, vision stage: False for heads that give nothing in the blocks to come
+    blocks: Tensor | None = (
+        None  # (B, blocks, 2) long, on the host: tokens in attention and MLP, where a tower got less
+    )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
