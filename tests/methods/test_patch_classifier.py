@@ -1,5 +1,8 @@
 """The patch classifier: which cells stay, and on sheets that it is trained on for a moment."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from prunezoo import PruneZooError, build_pruner, load_pruner
 from prunezoo.core.contract import PruneInputs
 from prunezoo.learned.patch_classifier import PatchClassifier, scaled
 from trainers import fit
+from trainers.cards.parts import weights_digest
 from trainers.data.sheets import MEAN, STD, Sheets, cells_of, draw_sheet
 from trainers.training.cells import judge
 from trainers.upkeep import cells as command
@@ -128,7 +132,7 @@ def test_training_measuring_and_the_card(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "GRID", GRID)
     assert command.main([str(out), "--sheets", "6"]) == 0
     card = (out / "README.md").read_text()
-    assert "`energy`, as many cells" in card and "2509.06415" in card
+    assert "`energy`, as many cells as that" in card and "2509.06415" in card
     assert command.main([str(out), "--card-only"]) == 0
     assert (out / "README.md").read_text() == card
     record = (out / "metrics.json").read_text()
@@ -142,7 +146,28 @@ def test_another_size_of_cell_is_told(tmp_path, monkeypatch, capsys):
     assert "must be the pruner's side=28" in one_line_error(capsys, monkeypatch, recipe(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("field", ["side", "hidden"])
-def test_sizes_are_checked(field):
-    with pytest.raises(PruneZooError, match=f"{field} must be at least 1"):
+def test_a_lower_bar_chooses_more(by_first_pixel):
+    pixels = torch.zeros(GRID, GRID, 3 * SIDE * SIDE)
+    pixels[0, 0, 0] = 1
+    low = PatchClassifier(side=SIDE, hidden=1, least=0.4).eval()
+    low.load_state_dict(by_first_pixel.state_dict())
+    assert low(inputs_of(pixels), "auto").counts == (GRID * GRID,)  # bare paper has 0.475
+
+
+@pytest.mark.parametrize(
+    ("field", "why"), [("side", "at least 1"), ("hidden", "at least 1"), ("least", "between 0 and 1")]
+)
+def test_settings_are_checked(field, why):
+    with pytest.raises(PruneZooError, match=f"{field} must .*{why}"):
         PatchClassifier(**{field: 0})
+
+
+def test_the_shipped_card_is_what_was_measured():
+    folder = Path("checkpoints/patch-classifier")
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["weights"] == weights_digest(folder)
+    card = str(command.render(folder, record))
+    written = (folder / "README.md").read_text()
+    assert card == written, "run `python -m trainers.upkeep.cells checkpoints/patch-classifier --card-only`"
+    kept = record["rows"]["sure"]
+    assert kept["printed_kept"][0] >= 99 and kept["kept"][0] <= 45

@@ -40,11 +40,14 @@ class PatchClassifierConfig(PrunerConfig):
     side: int = 28  # pixels along a cell that the network reads, at least 1
     hidden: int = 256  # width of the layer between
     grow: bool = True  # keep="auto" keeps the eight neighbours of each chosen cell too
+    least: float = 0.5  # probability, in (0, 1), above which a cell is chosen
 
     def __post_init__(self) -> None:
         for name in ("side", "hidden"):
             if getattr(self, name) < 1:
                 raise PruneZooError(f"patch_classifier: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.least < 1:
+            raise PruneZooError(f"patch_classifier: least must lie between 0 and 1, got {self.least}")
 
 
 @register_pruner("patch_classifier")
@@ -52,7 +55,7 @@ class PatchClassifier(Pruner):
     """Printed or bare, cell by cell."""
 
     stage = "input"
-    threshold = 1.0
+    threshold = 1.0  # what is kept has 1 more, and no probability alone is above it
     config_class = PatchClassifierConfig
     config: PatchClassifierConfig
 
@@ -80,8 +83,9 @@ class PatchClassifier(Pruner):
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` float32: the probability that a cell is printed on, 1 more where `keep="auto"` keeps it."""
         logits = self.logits(scaled(inputs.features, inputs.pixels, self.config.side))
-        chosen = (logits.detach() > 0) & inputs.valid
-        return logits.sigmoid() + (grown(chosen, inputs) if self.config.grow else chosen)
+        printed = logits.sigmoid()
+        chosen = (printed.detach() > self.config.least) & inputs.valid
+        return printed + (grown(chosen, inputs) if self.config.grow else chosen)
 
 
 def scaled(features: Tensor, pixels: tuple[int, int, int, int] | None, side: int) -> Tensor:
