@@ -144,8 +144,8 @@ def render(folder: Path, record: Mapping[str, Any]) -> ModelCard:
         "whose fonts were not trained on. A cell is printed on if it has ink for two pixels or more.",
         "\n".join(lines),
         "In brackets: 95 % bootstrap intervals over sheets. This says which cells stay, not what a model then answers. "
-        "Where the number of cells is given, the variance of a cell ranks about as well: what training adds is that the "
-        "classifier knows how many cells to keep.",
+        "Where the number of cells is given, the variance of a cell ranks about as well: what training adds is that it "
+        "knows how many cells to keep.",
         fence(record["command"], ""),
         f"## Training\n\n{run['steps']:,} steps, {run['seconds'] / 60:.0f} minutes, {run['device']}.\n",
         fence(run["recipe"], "yaml"),
