@@ -8,12 +8,13 @@ import shutil
 
 import pytest
 
+from prunezoo.command import main as prunezoo_command
 from prunezoo.core import registry
 from trainers.cli.names import ROOT
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
-RUN = ("quick_start", "choose", "input", "train", "publish", "protocol", "serving", "faq")
+RUN = ("quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command", "serving", "faq")
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
 
@@ -43,8 +44,11 @@ def command_of(name):
 
 
 def run_command(line):
-    """`python -m trainers.NAME …`, in this process."""
+    """`python -m trainers.NAME …` or `prunezoo …`, in this process."""
     words = shlex.split(line.partition(" && ")[0])
+    if words[0] == "prunezoo":
+        assert prunezoo_command(words[1:]) == 0, line
+        return
     assert words[:2] == ["python", "-m"] and words[2].startswith("trainers."), line
     main, code = command_of(words[2]).main, None
     try:

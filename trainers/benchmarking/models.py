@@ -18,7 +18,7 @@ from prunezoo.core.registry import build_pruner, list_pruners, load_pruner
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.evaluation.loading import DTYPES, check_device, default_device, default_dtype, load_vlm
-from trainers.pretraining.build import WORD_IDS, new_processor
+from trainers.pretraining.build import SCENES, WORD_IDS, World, new_processor
 
 RANDOM = "random:"
 SIDE, PATCH = 336, 14  # 24 x 24 = 576 image tokens, as LLaVA-1.5
@@ -89,7 +89,8 @@ def load_model(source: str, device: str | None, dtype: str | None) -> tuple[Any,
         raise PruneZooError(f"--vlm {source}: no such size{near(source, (RANDOM + known for known in SIZES))}")
     device = device or default_device()
     check_device(device)
-    return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), new_processor(SIDE, PATCH)
+    processor = new_processor(World(SCENES.words, SIDE, PATCH))
+    return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), processor
 
 
 def load_for_timing(source: str, width: int) -> Pruner:

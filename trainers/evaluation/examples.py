@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from prunezoo.host import attach, encode
 from prunezoo.host.run import run_pruned
@@ -17,6 +16,7 @@ from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
 from .methods import Method, view_of
+from .written import moved, prompts_of, write
 
 NEW_TOKENS = 16
 """Longest answer that is generated for a picture."""
@@ -83,7 +83,7 @@ def same_answer(answer: str, reference: str) -> bool:
 @torch.no_grad()
 def answer_of(vlm: Any, processor: Any, item: Item) -> str:
     """What the full model answers."""
-    return _generate(vlm, processor, _to(ConversationCollator(processor, answers=False)([item]), vlm.device))[0]
+    return write(vlm, processor, prompts_of(vlm, processor, [item]), NEW_TOKENS)[0]
 
 
 @torch.no_grad()
@@ -99,13 +99,14 @@ def show_examples(
         methods: whom to show; of a method with several seeds the first.
         budgets: at how many tokens.
     """
-    scored, prompt = (_to(ConversationCollator(processor, answers=a)(items), vlm.device) for a in (True, False))
+    scored = moved(ConversationCollator(processor)(items), vlm.device)
+    prompt = prompts_of(vlm, processor, items)
     encoded = encode(vlm, scored, needs=tuple(sorted({signal for method in methods for signal in method.needs})))
     view = view_of(vlm, scored, encoded, items, methods)
     cells = encoded.inputs.cells.cpu().numpy()
     examples = [
         Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, same_answer(answer, item.answer))
-        for item, grid, answer in zip(items, cells, _generate(vlm, processor, prompt), strict=True)
+        for item, grid, answer in zip(items, cells, write(vlm, processor, prompt, NEW_TOKENS), strict=True)
     ]
     for budget in budgets:
         for method in methods:
@@ -113,7 +114,7 @@ def show_examples(
             choice = run_pruned(vlm, encoded, pruner, amount, logits_to_keep=1).output
             index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
             with attach(vlm, pruner, amount):
-                answers = _generate(vlm, processor, prompt)
+                answers = write(vlm, processor, prompt, NEW_TOKENS)
             for b, answer in enumerate(answers):
                 kept = cells[b, index[b][valid[b]]]
                 kept = kept[(kept[:, 1] >= 0) & (kept[:, 2] >= 0), 1:]
@@ -122,14 +123,3 @@ def show_examples(
                     Shown(method.name, budget.label, kept, choice.features is not None, answer, right)
                 )
     return examples
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _generate(vlm: Any, processor: Any, prompt: dict[str, Any]) -> list[str]:
-    """Greedy answers to a left-padded batch of prompts."""
-    written = vlm.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    texts = processor.batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]

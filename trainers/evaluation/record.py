@@ -151,8 +151,8 @@ def histogram_of(measurement: Measurement) -> list[Row]:
 def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list[Row]:
     """Each contender with the fewest tokens that answer each question, as one who knew the answers would choose them.
 
-    After Matryoshka Multimodal Models (arXiv 2405.17430). The choice is among its budgets and all tokens; a question
-    that none of them answers counts the fewest tokens, since more would not help.
+    After Matryoshka Multimodal Models (arXiv 2405.17430). The choice is among its budgets and all tokens, of the best
+    scores the one with the fewest; a question that none of them answers counts the fewest of all.
 
     Returns:
         `{pruner, group, tokens, accuracy}` for each group and for the mean over groups.
@@ -161,9 +161,9 @@ def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list
     for contender in contenders:
         scales = [scores for (pruner, _), scores in measurement.scores.items() if pruner == contender]
         scales = sorted([*scales, measurement.scores[FULL, ALL_TOKENS]], key=lambda scores: scores.tokens.mean())
-        right = np.stack([scores.correct == 1 for scores in scales])  # (scales, I)
+        right = np.stack([scores.correct for scores in scales])  # (scales, I)
         fewest = np.take_along_axis(np.stack([scores.tokens for scores in scales]), right.argmax(0)[None], 0)[0]
-        values = np.stack([fewest, right.any(0)])
+        values = np.stack([fewest, right.max(0)])
         means = [values[:, measurement.group_of == group].mean(1) for group in range(len(measurement.groups))]
         for group, (tokens, accuracy) in zip(
             (*measurement.groups, MEAN), (*means, np.mean(means, axis=0)), strict=True

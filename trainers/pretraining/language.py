@@ -5,7 +5,8 @@ first), and part of the questions are blind to some tokens that they are not abo
 whole pictures answers worse once tokens are gone, however well they were chosen, and could not tell pruners apart.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -14,12 +15,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from trainers.data.scenes import GROUPS
-from trainers.data.scenes_dense import GRID, as_pixels
+from trainers.data.scenes_dense import as_pixels
 
 from .build import WORD_IDS
 
-_TOKENS = GRID * GRID
-_KEEP = ((48, 0.3), (72, 0.3), (96, 0.2), (_TOKENS, 0.2))  # image tokens of a batch, and how often
 _OPENING = ("<s>", "<user>")  # what comes before the picture
 
 
@@ -29,12 +28,17 @@ class LanguageModule(L.LightningModule):
     Args:
         vlm: the model; trained in place.
         steps: optimiser steps, for the schedule.
-        lr: peak learning rate: held for 55 % of the steps, then down to 3 %.
+        lr: peak learning rate: held for a share of the steps, then down to 3 %.
     """
+
+    groups: ClassVar[tuple[str, ...]] = GROUPS
+    held = 0.55  # share of the steps before the learning rate goes down
+    keep: Mapping[int, float] = {48: 0.3, 72: 0.3, 96: 0.2, 144: 0.2}  # image tokens of a batch, and how often
+    most_hidden = 0.97  # share of the other tokens that a blind question may not see
 
     def __init__(self, vlm: LlavaForConditionalGeneration, steps: int, lr: float = 1.5e-3) -> None:
         super().__init__()
-        self.steps, self.lr = steps, lr
+        self.steps, self.lr, self.tokens = steps, lr, vlm.config.image_seq_length
         self.language = vlm.model.language_model
         self.vlm: Any
         self.__dict__["vlm"] = vlm  # frozen parts stay out of this module's state
@@ -63,10 +67,10 @@ class LanguageModule(L.LightningModule):
         opening = torch.tensor([WORD_IDS[word] for word in _OPENING], device=ids.device).expand(rows, -1)
         start = opening.shape[1] + keep
         with torch.no_grad():
-            seen = torch.ones(rows, batch["about"].shape[1], _TOKENS, dtype=torch.bool, device=ids.device)
+            seen = torch.ones(rows, batch["about"].shape[1], self.tokens, dtype=torch.bool, device=ids.device)
             if blind:
                 every = seen.float()
-                rate = 0.97 * torch.rand_like(every[..., :1]) * (torch.rand_like(every[..., :1]) < 0.5)
+                rate = self.most_hidden * torch.rand_like(every[..., :1]) * (torch.rand_like(every[..., :1]) < 0.5)
                 seen = (torch.rand_like(every) > rate) | batch["about"]
             seen = seen.gather(2, slots[:, None].expand(-1, seen.shape[1], -1))
             seen = seen.gather(1, segment.clamp_min(0)[..., None].expand(-1, -1, keep))  # (B, T, keep)
@@ -76,7 +80,8 @@ class LanguageModule(L.LightningModule):
             allowed[:, start:, start:] &= segment[:, :, None] == segment[:, None, :]
             mask = torch.zeros(rows, 1, total, total, device=ids.device).masked_fill_(~allowed[:, None], -1e9)
             before = torch.arange(opening.shape[1], device=ids.device).expand(rows, -1)
-            place = torch.cat([before, slots + opening.shape[1], batch["place"] + opening.shape[1] + _TOKENS], dim=1)
+            behind = opening.shape[1] + self.tokens
+            place = torch.cat([before, slots + opening.shape[1], batch["place"] + behind], dim=1)
         embeds = torch.cat([words(opening), tokens, words(ids)], dim=1)
         if torch.is_autocast_enabled(self.device.type):
             mask = mask.to(torch.get_autocast_dtype(self.device.type))
@@ -86,17 +91,23 @@ class LanguageModule(L.LightningModule):
         asked = batch["targets"][:, 1:] >= 0
         return hidden[:, start:-1][asked].float() @ words.weight.T, batch["targets"][:, 1:][asked], asked
 
+    def draw_keep(self) -> int:
+        """How many image tokens this batch has."""
+        return list(self.keep)[int(torch.multinomial(torch.tensor(list(self.keep.values())), 1))]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step on a number of image tokens drawn for the batch."""
-        draw = int(torch.multinomial(torch.tensor([share for _, share in _KEEP]), 1))
-        logits, targets, _ = self.read(batch, _KEEP[draw][0], blind=True)
+        logits, targets, _ = self.read(batch, self.draw_keep(), blind=True)
         loss = F.cross_entropy(logits, targets)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Share of dialogues with every answer right, by group, all image tokens kept."""
-        logits, targets, asked = self.read(batch, _TOKENS, blind=False)
+        self.log_answers(batch, *self.read(batch, self.tokens, blind=False))
+
+    def log_answers(self, batch: dict[str, Tensor], logits: Tensor, targets: Tensor, asked: Tensor) -> None:
+        """Log the share of dialogues of each group with every answer right; arguments as `read` gives them."""
         right = torch.ones_like(asked)
         right[asked] = logits.argmax(-1) == targets
         segment, group = batch["segment"][:, 1:], batch["group"][:, 1:]
@@ -106,20 +117,20 @@ class LanguageModule(L.LightningModule):
                 if number >= 0:
                     own = segment[row] == number
                     correct.setdefault(int(group[row][own][0]), []).append(bool(right[row][own].all()))
-        for index, name in enumerate(GROUPS):
+        for index, name in enumerate(self.groups):
             hits = correct.get(index, [])
             if hits:
                 self.log(f"val/{name}", sum(hits) / len(hits), prog_bar=True, batch_size=len(hits), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms; warm-up, plateau, linear descent."""
-        weights = [p for p in self.language.parameters() if p.dim() > 1]
-        norms = [p for p in self.language.parameters() if p.dim() < 2]
+        trained = [p for p in self.language.parameters() if p.requires_grad]
+        weights, norms = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() < 2]
         groups = [{"params": weights, "weight_decay": 0.03}, {"params": norms, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
 
         def scale(step: int) -> float:
-            left = (self.steps - step) / (0.45 * self.steps)
+            left = (self.steps - step) / max((1 - self.held) * self.steps, 1)
             return min((step + 1) / 200, 1.0) * (0.03 + 0.97 * min(1.0, max(left, 0.0)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)

@@ -1,29 +1,39 @@
-"""The two phases of the embedded frozen VLM: the tower under dense supervision, then the language model."""
+"""The phases of the embedded frozen VLMs: the tower under dense supervision, then the language model, in stages.
+
+For `pages` the language model's stages on made tokens need no tower, so the two can be trained side by side.
+"""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import LlavaForConditionalGeneration
 
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.lock import hold
 from trainers.data.loading import ResumableLoader
+from trainers.data.pages_dense import DensePages
 from trainers.data.scenes_dense import DenseScenes
 from trainers.training.callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
 from trainers.training.resume import find_checkpoint
 from trainers.training.resume import train as run
 
-from .build import WORD_IDS, Sizes, new_vlm, save_vlm
+from .build import PAGES, SCENES, WORD_IDS, Sizes, new_vlm, save_vlm
 from .language import LanguageModule
+from .pages_language import PagesLanguage, Stage
+from .pages_said import PatchWords, prepare_look_up
+from .pages_tower import PagesTower, start_tower
 from .tower import TowerModule
 
-_VALIDATION_START = 90_000_000  # scenes that no training reaches
+_VALIDATION_START = 90_000_000  # scenes and pages that no training reaches
+_STAGE_APART = 1_000_000  # pages from the first of one stage to the first of the next
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,30 @@ class Machine:
     workers: int = 1
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the phases: what it trains, on what, and which weights of the VLM are its own."""
+
+    name: str
+    phase: Phase | Stage
+    module: Callable[[LlavaForConditionalGeneration], L.LightningModule]
+    data: Dataset
+    held_out: Dataset
+    own: tuple[str, ...] = ("",)  # how their names begin
+
+    def load(self, vlm: LlavaForConditionalGeneration, done: Path) -> None:
+        """Take over what this phase has trained."""
+        state = LlavaForConditionalGeneration.from_pretrained(done, dtype=torch.float32).state_dict()
+        vlm.load_state_dict({name: weight for name, weight in state.items() if name.startswith(self.own)}, strict=False)
+
+
 def train(
     tower: Phase,
-    language: Phase,
+    language: Phase | None = None,
+    stages: list[Stage] | None = None,
+    suite: Literal["scenes", "pages"] = "scenes",
+    start: str | None = None,
+    part: Literal["all", "tower", "made"] = "all",
     out: str = "checkpoints/tiny-llava",
     work: str = "runs/tiny_llava",
     sizes: Sizes = Sizes(),  # noqa: B008
@@ -64,33 +95,86 @@ def train(
 
     Args:
         tower: the first phase.
-        language: the second phase.
+        language: the second phase, for scenes.
+        stages: the language model's curriculum, for pages.
+        suite: what the model is to answer.
+        start: folder of a frozen model whose tower that of pages begins as; None: at random.
+        part: of pages only the tower, or only the stages on made tokens; these two can run side by side.
         out: folder of the finished VLM: bf16 safetensors, processor, chat template.
         work: folder of checkpoints and logs.
         sizes: of the model.
         machine: what it trains on.
         seed: of weights and pictures.
+
+    Raises:
+        PruneZooError: what the suite needs is not there, or a phase was stopped before its end.
     """
     L.seed_everything(seed)
-    vlm = new_vlm(sizes)
+    world = {"scenes": SCENES, "pages": PAGES}[suite]
+    vlm = new_vlm(sizes, world)
+    if suite == "pages":
+        parts = _pages(vlm, tower, stages or [], start, part)
+    elif language is None or stages or start or part != "all":
+        raise PruneZooError("suite scenes is trained by tower and language; stages, start and part are for pages")
+    else:
+        parts = _scenes(tower, language)
     folder = Path(work)
-    phases = {"tower": (tower, TowerModule), "language": (language, LanguageModule)}
-    for name, (phase, kind) in phases.items():
-        done = folder / name / "vlm"
+    for each in parts:
+        done = folder / each.name / "vlm"
         if not (done / "model.safetensors").exists():  # written last
-            trainer = _fit(name, kind(vlm, phase.steps, phase.lr), phase, machine, folder / name, seed)
-            if trainer.global_step < phase.steps:
-                raise PruneZooError(f"{name} stopped at step {trainer.global_step}; give the command again to go on")
+            trainer = _fit(each, vlm, machine, folder / each.name, seed)
+            if trainer.global_step < each.phase.steps:
+                raise PruneZooError(
+                    f"{each.name} stopped at step {trainer.global_step}; give the command again to go on"
+                )
             if trainer.is_global_zero:
                 vlm.float().save_pretrained(done)
             trainer.strategy.barrier()
-        vlm.load_state_dict(LlavaForConditionalGeneration.from_pretrained(done, dtype=torch.float32).state_dict())
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        save_vlm(vlm, Path(out))
+        each.load(vlm, done)
+    if part == "all" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        save_vlm(vlm, Path(out), world)
         print(f"frozen VLM: {out}")
 
 
-def _fit(name: str, module: L.LightningModule, phase: Phase, machine: Machine, folder: Path, seed: int) -> L.Trainer:
+def _scenes(tower: Phase, language: Phase) -> list[Part]:
+    pictures = [DenseScenes(words, pictures=phase.steps * phase.batch_size) for words, phase in
+                ((None, tower), (WORD_IDS, language))]  # fmt: skip
+    held_out = [DenseScenes(words, start=_VALIDATION_START, pictures=128, split="validation") for words in
+                (None, WORD_IDS)]  # fmt: skip
+    return [
+        Part("tower", tower, lambda vlm: TowerModule(vlm, tower.steps, tower.lr), pictures[0], held_out[0]),
+        Part("language", language, lambda vlm: LanguageModule(vlm, language.steps, language.lr), pictures[1],
+             held_out[1]),
+    ]  # fmt: skip
+
+
+def _pages(
+    vlm: LlavaForConditionalGeneration, tower: Phase, stages: list[Stage], start: str | None, part: str
+) -> list[Part]:
+    """The phases of a part, and the VLM as they begin."""
+    vlm.set_attn_implementation("plain")
+    prepare_look_up(vlm, PatchWords(vlm))
+    if start:
+        start_tower(vlm, start)
+    parts = []
+    if part != "made":
+        pages = DensePages(pages=tower.steps * tower.batch_size)
+        held_out: Dataset = DensePages(start=_VALIDATION_START, pages=128, split="validation")
+        own = ("model.vision_tower", "model.multi_modal_projector")
+        parts.append(Part("tower", tower, lambda vlm: PagesTower(vlm, tower.steps, tower.lr), pages, held_out, own))
+    for number, stage in enumerate(stages, 1):
+        if part != "all" and (part == "tower" or stage.drawn):
+            continue
+        ids, how = PAGES.word_ids, {"draw": stage.drawn, "questions": stage.questions, "length": stage.length}
+        pages = DensePages(ids, stage.shares, start=number * _STAGE_APART, pages=stage.steps * stage.batch_size, **how)
+        held_out = DensePages(ids, stage.shares, start=_VALIDATION_START, pages=96, split="validation", **how)
+        parts.append(Part(stage.name, stage, partial(PagesLanguage, stage=stage), pages, held_out,
+                          ("model.language_model",)))  # fmt: skip
+    return parts
+
+
+def _fit(part: Part, vlm: LlavaForConditionalGeneration, machine: Machine, folder: Path, seed: int) -> L.Trainer:
+    phase = part.phase
     every = min(200, phase.steps)  # steps from one validation, and checkpoint, to the next
     trainer = L.Trainer(
         accelerator=machine.accelerator, devices=machine.devices, strategy=machine.strategy,
@@ -100,14 +184,12 @@ def _fit(name: str, module: L.LightningModule, phase: Phase, machine: Machine, f
         plugins=[WholeCheckpoints()],
         callbacks=[SeedSteps(seed), Progress(), GracefulStop(), Checkpoints(str(folder), every_n_train_steps=every)],
     )  # fmt: skip
-    words = WORD_IDS if name == "language" else None
-    batch = phase.batch_size // trainer.world_size
     training = ResumableLoader(
-        DenseScenes(words, pictures=phase.steps * phase.batch_size), batch, default_collate, machine.workers,
+        part.data, phase.batch_size // trainer.world_size, default_collate, machine.workers,
         world_size=trainer.world_size, rank=trainer.global_rank, seed=seed,
     )  # fmt: skip
-    held_out = DenseScenes(words, start=_VALIDATION_START, pictures=128, split="validation")
     hold("work", folder, folder=True)
-    validation = DataLoader(held_out, batch_size=64)
-    run(trainer, module, find_checkpoint("last", folder), train_dataloaders=training, val_dataloaders=validation)
+    validation = DataLoader(part.held_out, batch_size=64)
+    module, checkpoint = part.module(vlm), find_checkpoint("last", folder)
+    run(trainer, module, checkpoint, train_dataloaders=training, val_dataloaders=validation)
     return trainer

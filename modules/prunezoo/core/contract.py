@@ -58,8 +58,9 @@ class PruneInputs:
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
     layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
+    depth: int | None = None  # how many decoder layers, or vision blocks that run, there are where `layer` is one
     step: int = 0  # which of the pruner's `stages` this is, from 0
-    sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
+    sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, or what an earlier stage said instead
     away: Tensor | None = None  # (B, N) bool, for pruners that `comes_back`: left earlier, here to be chosen again
     sample: Tensor | None = None  # (B,) long: the prompt that an image belongs to; images of one prompt share it
     known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
@@ -116,7 +117,9 @@ class PruneInputs:
         A merged token has the cell, the signals and the carry of the token whose slot it takes.
         """
         index, valid, sizes = output.index, output.valid, self.sizes
-        if output.groups is not None:
+        if output.sizes is not None:
+            sizes = output.sizes
+        elif output.groups is not None:
             whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
             sizes = group_sum(whole, output.groups, valid.shape[1])
         elif sizes is not None:
@@ -147,6 +150,9 @@ class PruneOutput:
     groups: Tensor | None = None  # (B, N) long, where tokens were merged: the column of K each went into, -1 for none
     known: tuple[int, ...] | None = None  # (B) tokens left of each image, where the host knows; see `counts`
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: for the pruner's next stage to find
+    sizes: Tensor | None = None  # (B, K) float: how often each counts in attention from here on, if not as its group
+    back: Tensor | None = None  # (B, N, K) vision stage, `restore`: shares of what is left that make each token again
+    heads: Tensor | None = None  # (B, H) bool, vision stage: False for heads that give nothing in the blocks to come
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -232,7 +238,12 @@ class Pruner(Staging, Choosing):
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
         index, valid = mask_to_index(self.choose(scores.detach(), inputs, keep), inputs.most_asked)
         carry = {"scores": scores.masked_fill(~inputs.valid, 0)}
-        return PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
+        output = PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
+        return self.beside(inputs, output)
+
+    def beside(self, inputs: PruneInputs, output: PruneOutput) -> PruneOutput:
+        """What a method that scores tokens says besides; the output as it is by default."""
+        return output
 
     def _checked_scores(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` by :meth:`score`, -inf on padding."""

@@ -107,10 +107,11 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
         return encoded, keep
     counts = encoded.inputs.counts
     asked, found = (torch.tensor(numbers) for numbers in (counts_of(keep, counts), counts))
-    first, *later = pruner.schedule(asked, found, find_family(vlm).decoder().depth)
+    depth = find_family(vlm).decoder().depth
+    first, *later = pruner.steps(asked, found, depth)
     encoded = add_decoder_signals(vlm, encoded, pruner.needs)
-    inputs = replace(encoded.inputs, layer=0, step=0)
-    return replace(encoded, inputs=inputs, planned=tuple(later)), pruner.pace(inputs, first, len(later))
+    inputs = replace(encoded.inputs, layer=0, depth=depth, step=0)
+    return replace(encoded, inputs=inputs, planned=tuple(later)), pruner.step(inputs, first, len(later))
 
 
 def reduce_early(
