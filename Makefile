@@ -119,6 +119,7 @@ support: $(STAMP) $(STAMP_MIN)
 speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
 		--repeats 5 --json hub_cards/speed.json
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.first_token --repeats 5 --json hub_cards/first_token.json
 	@$(PY) -m trainers.upkeep.readme
 	@$(PY) -m trainers.upkeep.cards
 
