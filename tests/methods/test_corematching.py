@@ -110,6 +110,9 @@ def test_behind_the_prompt_only_core_neurons_are_computed(share, deep_llava):
     )
     with attach(vlm, build_pruner("corematching", layer=2, neurons=share, strong=0.3).eval(), keep=9):
         made = vlm.generate(**batch, max_new_tokens=5, min_new_tokens=5, **LOGITS)
+        prompt = vlm(**batch, use_cache=True)
+        following = {"input_ids": made.sequences[:, -5:-4], "past_key_values": prompt.past_key_values}
+        step = vlm(**following).logits[:, -1]  # with a cache of one's own
         text = deep_llava.batch(["<s> what is red ? ASSISTANT:"], [[]])
         alone = vlm.generate(**text, max_new_tokens=4, **LOGITS)
     handle.remove()
@@ -117,6 +120,7 @@ def test_behind_the_prompt_only_core_neurons_are_computed(share, deep_llava):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
     with attach(vlm, plain, keep=9):
         whole = vlm.generate(**batch, max_new_tokens=5, min_new_tokens=5, **LOGITS)
+    torch.testing.assert_close(step, whole.logits[1], rtol=0, atol=2e-5)
     assert torch.equal(made.logits[0], whole.logits[0]) and not torch.equal(made.logits[1], whole.logits[1])
     neurons = vlm.config.text_config.intermediate_size
     assert [width for length, width in widths[-8:] if length == 1].count(neurons) >= 3  # a prompt without images

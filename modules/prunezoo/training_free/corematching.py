@@ -10,8 +10,9 @@ prompt (`core="prompt"`): the neurons that are strong in most of its words, stro
 of those that it lights. `keep` tokens stay, from `layer` on, and layers behind are really shorter. With `count="elbow"`
 as many stay as score above the elbow, the point of the sorted scores that is farthest from the line between their ends.
 
-With `neurons` below 1 what is written behind a prompt with images is computed with the core neurons of each layer
-alone, those that are strong in most tokens of the prompt that the layer reads: for one prompt at a time.
+With `neurons` below 1 what `generate` writes behind a prompt with images is computed with the core neurons of each
+layer alone, those that are strong in most tokens of the prompt that the layer reads: for one prompt at a time. A caller
+who steps through the model with a cache of his own, and may have several, gets all neurons.
 
 | | authors' code | paper | ours |
 |---|---|---|---|
