@@ -46,7 +46,7 @@ class GTPConfig(PrunerConfig):
 
     attention: str = "cls"  # "cls": the row of CLS counts too; "received" for vision towers without CLS
     standard: str = "mixed"  # what rates a patch: "mixed", to itself times received, or "cls", what CLS attends to
-    alpha: float = 0.2  # how much of what is dropped is handed on, at least 0
+    alpha: float = 0.1  # how much of what is dropped is handed on, at least 0
     theta: float = 1.0  # share of the entries of a head's map that are counted, the largest ones, in (0, 1]
     links: int = 8  # links of a patch to those most like it, at least 0
     scales: bool = False  # what a token is handed lets it count more in the attention of the blocks behind

@@ -13,8 +13,11 @@ So this is inspired by it, and the map is ours:
   them, and a token of size s counts s times in the attention of the blocks behind (proportional attention, as ToMe);
 * the same shares make each token again from what is left, which `token_transforming_inverse` does behind the tower.
 
-With tau near 0 it is pruning. Where it acts is not known either: here inside the blocks at 1/4, 1/2 and 3/4 of the
-depth, each of which leaves the same share.
+With tau near 0, or `own` near 1, it is pruning. On the embedded model what mixes much loses much: at half of the tokens
+retention is 76 % with `own=0.9`, the default, and 61 % with 0.5 (140 questions of scenes, validation split).
+
+Where it acts is not known either: here inside the blocks at 1/4, 1/2 and 3/4 of the depth, each of which leaves the
+same share.
 """
 
 from dataclasses import dataclass
@@ -38,7 +41,7 @@ class TokenTransformingConfig(PrunerConfig):
 
     attention: str = "received"  # what makes an anchor: "received" attention, or "cls", what CLS attends to
     tau: float = 0.1  # temperature of the cosines, above 0
-    own: float = 0.5  # what an anchor has of its own row at least, in [0, 1)
+    own: float = 0.9  # what an anchor has of its own row at least, in [0, 1)
     blocks: tuple[int, ...] | None = None  # inside which blocks it acts; None: 1/4, 1/2 and 3/4 of the depth
 
     def __post_init__(self) -> None:

@@ -36,7 +36,9 @@ def answer(case):
             "links_of_mixed_graph": int((graph > 0).sum()),
             "graph_sum": graph.sum().item(),
         }
-    pruner = build_pruner("gtp", standard=STANDARDS[case["standard"]], theta=float(case["theta"]), scales=True)
+    pruner = build_pruner(
+        "gtp", alpha=0.2, standard=STANDARDS[case["standard"]], theta=float(case["theta"]), scales=True
+    )
     output = pruner(inputs, COUNT - case["num_prop"])
     order = output.scores[0].argsort(descending=True, stable=True)[: COUNT - case["num_prop"]].tolist()
     kept = output.index[0].tolist()
