@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
+from records import SIZES
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import build_pruner
 from trainers import harness
 from trainers.cli.terminal import Terminal
 from trainers.evaluation.answers import join_answers
@@ -14,6 +17,7 @@ from trainers.evaluation.record import read_record, select
 from trainers.harnessing import jobs
 from trainers.harnessing.jobs import Job, Outcome, Result, Settings, jobs_of, outcome_of, run_job
 from trainers.harnessing.record import benchmarks_of, record_of
+from trainers.publishing.package import check
 
 SETTINGS = Settings("org/llava", 8)
 RIGHT = {"full": 0.9, "none": 0.2, "divprune": 0.7, "uniform": 0.5, "random": 0.4}
@@ -23,7 +27,7 @@ ITEMS = 40
 def scores_of(pruner, task):
     """Of each question, the same questions under all pruners."""
     draws = np.random.default_rng(len(task)).random(ITEMS)
-    return (draws < RIGHT[pruner]).astype(float).tolist()
+    return (draws < RIGHT.get(pruner, 0.8)).astype(float).tolist()
 
 
 class FakeHarness:
@@ -93,6 +97,24 @@ def test_the_record_is_one_of_evaluate(fake, tmp_path, capsys):
         ("none", "1", "pope"),
     ]
     assert "gqa" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_the_card_and_its_index_say_what_the_benchmarks_said(fake, tmp_path):
+    folder = tmp_path / "ppm-mine"
+    build_pruner("ppm", **SIZES).save_pretrained(folder)
+    more = ["--pruner", str(folder), "divprune", "--card", str(folder)]
+    assert harness.main(words(tmp_path, *more)) == 0
+    metrics = read_record(folder / "metrics.json")
+    assert (metrics["suite"], metrics["suite_version"]) == ("lmms-eval", "lmms-eval 0.7.3")
+    card = ModelCard.load(folder / "README.md")
+    assert {(result.dataset_type, result.dataset_config) for result in card.data.eval_results} == {
+        ("lmms-eval", group) for group in ("gqa", "pope", "mean")
+    }
+    (row,) = select(metrics, pruner=str(folder), keep="64", group="pope")
+    said = [result.metric_value for result in card.data.eval_results if result.dataset_config == "pope"]
+    assert row["accuracy"] in said and f"{row['retention']:.1f}" in card.text
+    package = check(folder, "org/ppm-mine")  # which may be published
+    assert json.loads(package.files["metrics.json"])["suite"] == "lmms-eval"
 
 
 def test_it_goes_on_where_it_stopped(fake, tmp_path, capsys):
