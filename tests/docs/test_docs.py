@@ -14,7 +14,7 @@ from trainers.cli.names import ROOT
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
-RUN = ("quick_start", "choose", "train", "publish", "protocol", "own_questions", "command", "serving", "faq")
+RUN = ("quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command", "serving", "faq")
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
 

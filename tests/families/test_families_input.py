@@ -17,6 +17,15 @@ from prunezoo.host.families.base import TAKES_FEATURES
 from prunezoo.host.stages.packed import PackedGap
 from prunezoo.host.stages.plain import PlainGap
 
+POOLED = {
+    "llava_onevision": "a cell that is left out before the tower would leak into others: use a pruner of the prompt",
+    "llava_next_video": "pools the patches of a frame by a kernel of its config: for clips use a pruner of the prompt",
+}
+"""Families that mix the cells of clips."""
+
+MISDEALT = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
+"""The bare model gives two images of a prompt to the wrong beams."""
+
 
 def pictures(tiny, samples):
     """Those that this family can take."""
@@ -63,12 +72,14 @@ def equals_oracle(tiny, samples, keep=0.5, side="left", **options):
             return
         again = write(vlm, batch, **options)
     assert torch.equal(again.sequences, written.sequences)
-    torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **CLOSE)
+    # Experts scale what is rounded: beams of GLM-4.5V differ by 1.3e-5 of logits of order 1.
+    close = {"rtol": 0, "atol": 3e-5} if tiny is ALL.get("glm4v_moe") else CLOSE
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(written.logits), **close)
 
 
 def keep_all(tiny):
     """Logits and generated tokens bit for bit; and the features, where hooks are on and nothing is left out."""
-    samples = MIXED + (CLIPS if tiny.videos and tiny is not FAMILIES["llava_onevision"] else [])
+    samples = MIXED + (CLIPS if tiny.videos and tiny not in map(ALL.get, POOLED) else [])
     batch = tiny.batch(pictures(tiny, samples))
     bare, written = tiny.vlm(**batch).logits, write(tiny.vlm, batch)
     with attach(tiny.vlm, "random_input", keep=1.0) as run:
@@ -115,14 +126,15 @@ def right_padding(tiny):
 
 
 def beams(tiny):
-    samples = MIXED if TAKES_FEATURES else [Sample((SMALL,), words) for words in (5, 3, 6, 4)]
+    misdealt = any(tiny is ALL.get(name) for name in MISDEALT)
+    samples = MIXED if TAKES_FEATURES and not misdealt else [Sample((SMALL,), words) for words in (5, 3, 6, 4)]
     equals_oracle(tiny, samples, keep=torch.tensor([3, 1, 5, 7]), num_beams=2)
 
 
 def video(tiny):
     if not tiny.videos:
         encode(tiny.vlm, {**tiny.batch([Sample()]), "pixel_values_videos": torch.zeros(1, 2, 3, 24, 24)})
-    if tiny is FAMILIES["llava_onevision"]:
+    if tiny in map(ALL.get, POOLED):
         with attach(tiny.vlm, "random_input", keep=0.5):
             tiny.vlm(**tiny.batch(CLIPS))
     equals_oracle(tiny, CLIPS)
@@ -143,10 +155,14 @@ def detach(tiny):
 
 
 QWENS = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+MORE = (
+    "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "llava_next_video", "vipllava", "aya_vision",
+    "cohere2_vision",
+)  # fmt: skip
 CHECKS = [
     keep_all, half, one_sample, two_tokens, ragged_counts, two_images, right_padding, beams, video, detach
 ]  # fmt: skip
-SUPPORTED = (*FAMILIES, *(name for name in QWENS if name in NEWER))
+SUPPORTED = (*FAMILIES, *(name for name in (*QWENS, *MORE) if name in NEWER))
 CELLS = [pytest.param(name, check, id=f"input-{name}-{check.__name__}") for name in SUPPORTED for check in CHECKS]
 CELLS += [pytest.param(name, half, id=f"input-{name}-half") for name in NEWER if name not in SUPPORTED]
 
@@ -164,7 +180,7 @@ def test_matrix(name, check, record_property):
         assert "use a pruner of the prompt or layer stage" in outcome
     elif check is video and not ALL[name].videos:
         assert "pass a clip's frames as images" in outcome
-    elif check is video and name == "llava_onevision":
-        assert "a cell that is left out before the tower would leak into others: use a pruner of the prompt" in outcome
+    elif check is video and name in POOLED:
+        assert POOLED[name] in outcome
     else:
         assert outcome == "yes" or (not TAKES_FEATURES and "transformers 5.19 or later" in outcome)

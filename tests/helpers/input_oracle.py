@@ -15,11 +15,23 @@ from prunezoo import build_pruner, encode
 from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.input import choose_by_pixels
 
-JOINED = {"internvl": 2, "idefics3": 2, "smolvlm": 2, "gemma3": 2}  # patches along a token
+JOINED = {
+    "internvl": 2,
+    "idefics3": 2,
+    "smolvlm": 2,
+    "gemma3": 2,
+    "aya_vision": 2,
+    "cohere2_vision": 2,
+}  # patches along a token
+
+
+def tower_of(vlm):
+    places = [(part, name) for part in (vlm.model, vlm) for name in ("visual", "vision_tower", "vision_model")]
+    return next(getattr(part, name) for part, name in places if hasattr(part, name))
 
 
 def is_packed(vlm):
-    return hasattr(vlm.model, "visual")
+    return hasattr(tower_of(vlm), "blocks")
 
 
 def choose(vlm, batch, keep, pruner=None):
@@ -34,7 +46,7 @@ def name_of(tiny):
 
 def window_order(vlm, grids):
     """The order in which Qwen2.5-VL's tower has the tokens, by the model's own code."""
-    visual = vlm.model.visual
+    visual = tower_of(vlm)
     if hasattr(visual, "get_window_index"):
         return torch.as_tensor(visual.get_window_index(grids)[0])
     from transformers.vision_utils import get_vision_window_index
@@ -61,10 +73,10 @@ def alive_by_run(tiny, batch, dropped, samples):
             continue
         kept = ~dropped[batch["input_ids"] == token]
         if is_packed(vlm):
-            if name == "qwen2_5_vl":
+            if name in ("qwen2_5_vl", "qwen2_5_omni_thinker"):
                 kept = kept[window_order(vlm, batch[f"{grids}_grid_thw"])]
             runs.append(kept.repeat_interleave(4))
-        elif name in ("llava_next", "llava_onevision"):
+        elif name in ("llava_next", "llava_onevision", "llava_next_video"):
             images = [(size, len(own.images) > 1) for own in samples for size in own.images]
             alone = [name == "llava_onevision" and several for _, several in images]
             sizes = [len(tiny.image_ids(size, several)) for size, several in images]
@@ -95,8 +107,7 @@ def blind_tower(vlm, runs):
         vlm: The model.
         runs: From :func:`alive_by_run`; over again where the tower runs more often.
     """
-    model = vlm.model
-    tower = next(getattr(model, name) for name in ("visual", "vision_tower", "vision_model") if hasattr(model, name))
+    tower = tower_of(vlm)
     coming, state = cycle(runs), {}
 
     def begin(_module, _args, _kwargs):
@@ -105,7 +116,14 @@ def blind_tower(vlm, runs):
     def packed(module, args, kwargs, _output):
         hidden, seams, alive = args[0], kwargs["cu_seqlens"], state["alive"]
         count = len(hidden)
-        query, key, value = module.qkv(hidden).view(count, 3, module.num_heads, -1).unbind(1)
+        if hasattr(module, "qkv"):
+            query, key, value = module.qkv(hidden).view(count, 3, module.num_heads, -1).unbind(1)
+        else:
+            query, key, value = (
+                part(hidden).view(count, module.num_heads, -1) for part in (module.q, module.k, module.v)
+            )
+        if hasattr(module, "q_norm"):
+            query, key = module.q_norm(query), module.k_norm(key)
         cos, sin = (part.float()[:, None] for part in kwargs["position_embeddings"])
         query, key = (part.float() * cos + rotate(part.float()) * sin for part in (query, key))  # as the model does
         query, key = query.to(value.dtype), key.to(value.dtype)

@@ -15,6 +15,7 @@ MORE = 2
 IN_FRONT = 4
 """And in front of the tower: what was chosen, the ids twice more, and its pictures, before anything is computed."""
 READ_BY_NATURE = {
+    "vidcom2": "deals the budget out over frames on the host",
     "random_input": "draws by what is in the picture, on the host",
     "random": "draws by what is in the picture, on the host",
     "atp": "decides itself how many tokens it keeps",

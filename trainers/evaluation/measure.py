@@ -37,6 +37,7 @@ from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
+from .flops import flops_share
 from .journal import Journal
 from .methods import Method, View, view_of
 from .processes import Processes
@@ -193,11 +194,11 @@ def _passes(
     methods: Sequence[Method],
     budgets: Sequence[Budget],
     judge: Judge | None = None,
-) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+) -> Iterator[tuple[Key, float, tuple[Tensor, ...]]]:
     """Every forward pass over one batch; with a judge, right is what it says of the written answers.
 
     Yields:
-        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) three times.
+        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) four times.
     """
     items = len(view.items)
     assert encoded.labels is not None  # the collator wrote them
@@ -211,12 +212,14 @@ def _passes(
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
     everything = encoded.tokens[:, None].expand(-1, find_family(vlm).decoder().depth)
     right, agreement, kl = full.compare(full, items)
-    yield (FULL, ALL_TOKENS), 1.0, (everything, judge() if judge else right, agreement, kl)
+    share = flops_share(vlm, encoded, None)
+    yield (FULL, ALL_TOKENS), 1.0, (everything, judge() if judge else right, agreement, kl, share)
 
-    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, ...]:
         run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
         right, agreement, kl = answers(run.host).compare(full, items)
-        return run.layers, judge(pruner, keep) if judge else right, agreement, kl
+        share = flops_share(vlm, encoded, run)
+        return run.layers, judge(pruner, keep) if judge else right, agreement, kl, share
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:

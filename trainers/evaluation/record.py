@@ -31,15 +31,16 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     """One row for each method x budget x group, and one for the mean over groups.
 
     Returns:
-        `{pruner, keep, tokens, tokens_spread, group, n, accuracy, retention, agreement, kl, ci}`: the spread is the
-        standard deviation over items, above 0 where a method decides by itself; accuracy and agreement in [0, 1], kl in
-        nats, retention and its 95 % interval in percent of the full model (None where there is none to give,
-        see `sight_of`).
+        `{pruner, keep, tokens, tokens_spread, flops, group, n, accuracy, retention, agreement, kl, ci}`: the spread is
+        the standard deviation over items, above 0 where a method decides by itself; flops are operations of tower and
+        language model, as a share of those with all tokens (None where not known); accuracy and agreement in [0, 1], kl
+        in nats, retention and its 95 % interval in percent of the full model (None where there is none to give, see
+        `sight_of`).
     """
     retention, draws = resampled.retention(), resampled.retention_draws()
     rows = []
     for m, ((pruner, keep), scores) in enumerate(measurement.scores.items()):
-        per_group: dict[str, list[float]] = {"tokens": [], "accuracy": [], "agreement": [], "kl": []}
+        per_group: dict[str, list[float]] = {"tokens": [], "flops": [], "accuracy": [], "agreement": [], "kl": []}
         for g, group in enumerate((*measurement.groups, MEAN)):
             here = measurement.group_of == g if group != MEAN else np.ones(measurement.items, dtype=bool)
             if group == MEAN:
@@ -47,6 +48,7 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
             else:
                 values = {
                     "tokens": float(scores.tokens[here].mean()),
+                    "flops": float(scores.flops[here].mean()),
                     "accuracy": float(scores.correct[here].mean()),
                     "agreement": float(scores.agreement[here].mean()),
                     "kl": float(scores.kl[here].mean()),
@@ -60,6 +62,7 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
                     "keep": keep,
                     "tokens": _number(values["tokens"]),
                     "tokens_spread": _number(float(scores.tokens[here].std())),
+                    "flops": _number(values["flops"]),
                     "group": group,
                     "n": int(here.sum()),
                     "accuracy": _number(values["accuracy"]),

@@ -12,8 +12,18 @@ def tower_costs(config: Any, tokens: int) -> int:
         config: Of the vision model.
         tokens: Patches.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    return tokens * (2 * (4 * width * width + 2 * width * inner) + 4 * tokens * width)
+    return attention_cost(config, tokens) + mlp_cost(config, tokens)
+
+
+def attention_cost(config: Any, tokens: int) -> int:
+    """Of that, the attention's part."""
+    width = config.hidden_size
+    return tokens * (8 * width * width + 4 * tokens * width)
+
+
+def mlp_cost(config: Any, tokens: int) -> int:
+    """And that of the MLP."""
+    return 4 * tokens * config.hidden_size * config.intermediate_size
 
 
 def layer_costs(config: Any, tokens: int) -> int:

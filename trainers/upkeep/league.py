@@ -54,20 +54,20 @@ VARIANTS = (
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 NOT_YET = (
-    *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate"),
+    *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
     *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
-    *("token_correlation", "vflowopt", "catp"),
+    *("token_correlation", "vflowopt", "catp", "holitom"),
 )
-"""Added since the last run over all questions; of `diffrate` nothing is shipped yet."""
-BEFORE_TOWER = ("energy", "pixelprune", "random_input", "uniform_input")
+"""Added since the last run over all questions; of `diffrate`, `dtop` and `a_clip` nothing is shipped yet."""
+BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
-    *("combined", "budget", "changed", "tome_unmerge", "token_transforming_inverse"),
+    *("combined", "budget", "changed", "evs", "vidcom2", "tome_unmerge", "token_transforming_inverse"),
     *BEFORE_TOWER,
     *NOT_YET,
 )
-"""A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams; under `tome_unmerge` and
-`token_transforming_inverse` the language model reads everything; those in front of the tower spare it work too, so
-they have a table of their own."""
+"""A combination is its shipped one; `budget` sets its own budgets; `changed` is for streams, `evs` and `vidcom2` for
+clips, which the embedded model does not read; under `tome_unmerge` and `token_transforming_inverse` the language model
+reads everything; those in front of the tower spare it work too, so they have a table of their own."""
 
 
 def names_of_all() -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .budgets import Keep, auto_mean, check_keep
 from .checks import require
 from .errors import PruneZooError
 from .gates import topk_mask
 from .hub import Pretrained
-from .mass import Mass
+from .mass import Mass, check_mean
 from .select import Select, mmr_mask, tile_mask
 from .signals import DECODER_SIGNALS, parse_signal
 
@@ -87,6 +88,19 @@ class Choosing(Pretrained):
         assert self.threshold is not None  # the caller has looked
         return ((scores > self.threshold) & valid).sum(1).clamp_min(1)
 
+    def check_keep(self, keep: Keep) -> None:
+        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
+        check_keep(keep)
+        if isinstance(keep, str) and self.distribution:
+            check_mean(self.name, self.mass, keep)
+        elif isinstance(keep, str) and self.threshold is not None:
+            if auto_mean(keep) is not None:
+                raise PruneZooError(f"keep='{keep}': '{self.name}' keeps what passes its threshold, so give 'auto'")
+        elif isinstance(keep, str) and not self.sets_budgets:
+            raise PruneZooError(
+                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
+            )
+
     def asked_of(self, inputs: Any, keep: Tensor) -> Any:
         """The inputs of `reduce`, whose numbers of the host are those of ``keep (B,)``.
 
@@ -128,4 +142,9 @@ class Choosing(Pretrained):
     @property
     def scores_tokens(self) -> bool:
         """Whether the method rates tokens; else it chooses or makes them itself."""
+        raise NotImplementedError
+
+    @property
+    def sets_budgets(self) -> bool:
+        """Whether ``keep="auto"`` works."""
         raise NotImplementedError

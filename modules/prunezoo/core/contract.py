@@ -10,19 +10,7 @@ image into belong to one row, and so do the frames of a clip. Its tokens are pat
 put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as long as a patch
 of its row is left.
 
-To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
-
-    @dataclass(frozen=True)
-    class NormConfig(PrunerConfig):
-        power: float = 1.0  # exponent of the norm
-
-    @register_pruner("norm")
-    class NormPruner(Pruner):
-        config_class = NormConfig
-
-        def score(self, inputs):
-            return inputs.features.norm(dim=-1) ** self.config.power
-
+A method is one file in ``learned/``, ``training_free/`` or ``tokenizers/``; docs/add_a_method.md has an example.
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
@@ -36,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .budgets import Keep, auto_mean, check_keep, counts_of, upload
+from .budgets import Keep, auto_mean, counts_of, upload
 from .checks import require, require_no_nan
 from .choosing import Choosing
 from .errors import PruneZooError
 from .gates import topk_gates
-from .mass import check_mean
 from .plan import gather_rows, group_sum, mask_to_index
 from .signals import follow_tokens
 from .staging import Staging
@@ -153,6 +140,9 @@ class PruneOutput:
     sizes: Tensor | None = None  # (B, K) float: how often each counts in attention from here on, if not as its group
     back: Tensor | None = None  # (B, N, K) vision stage, `restore`: shares of what is left that make each token again
     heads: Tensor | None = None  # (B, H) bool, vision stage: False for heads that give nothing in the blocks to come
+    blocks: Tensor | None = (
+        None  # (B, blocks, 2) long, on the host: tokens in attention and MLP, where a tower got less
+    )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -327,19 +317,6 @@ class Pruner(Staging, Choosing):
         if self.mass is None:
             raise NotImplementedError(f"{type(self).__name__} sets no budgets")
         return self.mass.counts(self._checked_scores(inputs).detach(), inputs.valid, mean)
-
-    def check_keep(self, keep: Keep) -> None:
-        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
-        check_keep(keep)
-        if isinstance(keep, str) and self.distribution:
-            check_mean(self.name, self.mass, keep)
-        elif isinstance(keep, str) and self.threshold is not None:
-            if auto_mean(keep) is not None:
-                raise PruneZooError(f"keep='{keep}': '{self.name}' keeps what passes its threshold, so give 'auto'")
-        elif isinstance(keep, str) and not self.sets_budgets:
-            raise PruneZooError(
-                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
-            )
 
     def remember(self, inputs: PruneInputs, output: PruneOutput) -> Sequence[Mapping[str, Tensor]]:
         """What a pruner that `remembers` wants to find in ``inputs.memory`` next time, of each image.

@@ -37,6 +37,7 @@ class PrunedRun:
     layers: Tensor  # (R, depth) long: image tokens that each layer of the language model read
     output: PruneOutput  # what is left at the end, in slots of `encoded.inputs`; scores only where one stage ran
     cuts: tuple[Cut, ...]  # what each stage did
+    blocks: Tensor | None = None  # (R, blocks, 2) of the tower, see PruneOutput; None: it ran on all tokens
 
     @property
     def tokens(self) -> Tensor:
@@ -195,7 +196,8 @@ def run_pruned(
             checks += prompt.checks
             host = replace(host, labels=labels)
     settle(checks)
-    return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts))
+    blocks = next((output.blocks for output in outputs if output.blocks is not None), None)
+    return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts), blocks)
 
 
 def run_gated(

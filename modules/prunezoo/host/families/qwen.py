@@ -45,7 +45,10 @@ class QwenVLFamily(Family):
 
     def short(self) -> Short:
         """Merged patches come back, and the levels of deepstack."""
-        tower = self.tower()
+        return self.merging(self.tower())
+
+    def merging(self, tower: Tower) -> Short:
+        """Of Qwen's make."""
         ends = (tower.model.merger, *getattr(tower.model, "deepstack_merger_list", ()))
         return Short(tower, ends, packed=True, joined=self.config.vision_config.spatial_merge_size**2)
 
@@ -117,7 +120,7 @@ class Qwen35MoeFamily(Qwen35Family):
     title = "Qwen3.5-MoE"
 
 
-class Qwen25OmniFamily(QwenVLFamily):
+class Qwen25OmniFamily(Qwen25VLFamily):
     """The thinker of Qwen2.5-Omni: as Qwen2.5-VL; sound passes by untouched, but not the sound of a clip."""
 
     title = "Qwen2.5-Omni"
@@ -133,6 +136,10 @@ class Qwen25OmniFamily(QwenVLFamily):
     def tower(self) -> Tower:
         """Its queries, keys and values are apart, which no reader knows."""
         return Family.tower(self)
+
+    def short(self) -> Short:
+        """It need not be read for that."""
+        return self.merging(QwenTower(self.vlm.model.visual, -1, has_cls=False))
 
     def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
         """Counted by the outer class, from ids, for text too."""

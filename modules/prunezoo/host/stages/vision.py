@@ -120,6 +120,7 @@ class VisionStage:
         self.dropped: Tensor | None = None  # (R, N, D) for `restore`: what dropped patches were when they were dropped
         self.back: Tensor | None = None  # (R, N, M) instead: shares of tokens that make each patch again
         self.heads: Tensor | None = None  # (R, H): which heads give something in the blocks to come
+        self.left: dict[int, tuple[int, ...]] = {}  # tokens of each image behind blocks where the pruner has acted
         self.timer, self.start = timer, start
         self.stack = ExitStack()
 
@@ -151,14 +152,25 @@ class VisionStage:
             features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower; K is N
                 where the pruner says `restore`.
         """
+        blocks = self._work()
         if self.pruner.restore:
             counts = self.patches.counts
             index, valid = mask_to_index(self.patches.valid, max(counts))
-            return PruneOutput(index, valid, gather_rows(features, index), known=counts)
+            return PruneOutput(index, valid, gather_rows(features, index), known=counts, blocks=blocks)
         sizes, width = (self.owner >= 0).float(), features.shape[1]
         index, valid, groups = place_groups(self.owner, self.patches.cells, sizes, width, max(self.alive.counts))
         order = gather_rows(self.owner, index).clamp_min(0)
-        return PruneOutput(index, valid, gather_rows(features, order), groups=groups, known=self.alive.counts)
+        features = gather_rows(features, order)
+        return PruneOutput(index, valid, features, groups=groups, known=self.alive.counts, blocks=blocks)
+
+    def _work(self) -> Tensor:
+        """``(R, blocks, 2)`` long: tokens in the attention and in the MLP of each block."""
+        found, blocks = self.patches.counts, []
+        for block in range(self.tower.depth):
+            left = self.left.get(block, found)
+            blocks.append((found, found if self.pruner.after_block else left))
+            found = left
+        return torch.tensor(blocks).permute(2, 0, 1)
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
         self.stack.callback(register(hook, **options).remove)
@@ -214,7 +226,7 @@ class VisionStage:
         inputs = replace(inputs, layer=block, depth=self.tower.depth)
         with self.timer.running():
             output = self.pruner(inputs, self.pruner.step(inputs, self.steps[block], len(self.steps) - 1 - step))
-        self.heads = output.heads
+        self.heads, self.left[block] = output.heads, output.counts
         if output.counts == inputs.counts:
             self.alive = replace(self.alive, carry=output.carry)
             return None
