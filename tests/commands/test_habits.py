@@ -19,7 +19,19 @@ from trainers.cli.names import CHECKPOINTS, ROOT, find_config, find_folder, find
 from trainers.pretraining.train import Phase
 from trainers.upkeep import first_token, policy_record, readme, step_cost, stop_curve, unpickle
 
-COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit", "teacher", "stop_rule", "serve")
+COMMANDS = (
+    "evaluate",
+    "harness",
+    "benchmark",
+    "publish",
+    "cards",
+    "list",
+    "show",
+    "fit",
+    "teacher",
+    "stop_rule",
+    "serve",
+)
 
 
 @pytest.fixture(autouse=True)

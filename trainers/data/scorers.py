@@ -3,8 +3,9 @@
 - `exact`: a reference, but for case and white space.
 - `vqa`: VQA accuracy, min(people who gave this answer / 3, 1), mean over leaving out one of them in turn. Antol et al.,
   VQA, ICCV 2015, https://arxiv.org/abs/1505.00468; https://visualqa.org/evaluation.html
-- `anls`: 1 - edit distance / longer length, 0 from half on; the best reference. Biten et al., Scene Text Visual
-  Question Answering, ICCV 2019, https://arxiv.org/abs/1905.13648. The distance is torchmetrics'.
+- `anls`: 1 - edit distance / longer length, 0 beyond half; the best reference. Biten et al., Scene Text Visual Question
+  Answering, ICCV 2019, https://arxiv.org/abs/1905.13648. At just half the paper says 0, what the field measures with,
+  such as lmms-eval, 0.5, and so it is here. The distance is torchmetrics'.
 - `relaxed`: a number within 5 % of the reference, or the same text. Masry et al., ChartQA, ACL Findings 2022,
   https://arxiv.org/abs/2203.10244
 - `choice`: the letter of the right choice: alone, in front, in brackets, behind "answer is"; or the choice's text.
@@ -71,7 +72,7 @@ def anls(said: str, references: Sequence[str], choices: Sequence[str] = ()) -> f
     distances = edit_distance([own] * len(others), others, reduction="none").tolist()
     pairs = zip(distances, others, strict=True)
     shares = [distance / max(len(own), len(other), 1) for distance, other in pairs]
-    return max(1 - share if share < 0.5 else 0.0 for share in shares)
+    return max(1 - share if share <= 0.5 else 0.0 for share in shares)
 
 
 def number_of(text: str) -> float | None:
