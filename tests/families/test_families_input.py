@@ -59,10 +59,10 @@ def equals_oracle(tiny, samples, keep=0.5, side="left", **options):
     dropped = drops(bare, output)
     assert dropped.any()
     runs = alive_by_run(tiny, batch, dropped, samples)
-    with blind_tower(vlm, runs):
+    with blind_tower(vlm, runs, len(samples)):
         features_equal(encoded, output, bare, encode(vlm, batch))
     last = bare.mask.shape[1] - 1 - bare.mask.flip(1).int().argmax(1)
-    with blind_tower(vlm, runs), blind(vlm, dropped):
+    with blind_tower(vlm, runs, len(samples)), blind(vlm, dropped):
         expected = vlm(**batch).logits[torch.arange(len(samples)), last]
         written = write(vlm, batch, **options) if side == "left" else None
     with attach(vlm, "random_input?seed=3", keep) as run:

@@ -100,12 +100,13 @@ def rotate(x):
 
 
 @contextmanager
-def blind_tower(vlm, runs):
+def blind_tower(vlm, runs, samples=1):
     """Within the block no patch of the tower attends to one that is gone, but to itself.
 
     Args:
         vlm: The model.
         runs: From :func:`alive_by_run`; over again where the tower runs more often.
+        samples: How many have the pictures of a run, as many each: older transformers give them to each beam of theirs.
     """
     tower = tower_of(vlm)
     coming, state = cycle(runs), {}
@@ -113,9 +114,17 @@ def blind_tower(vlm, runs):
     def begin(_module, _args, _kwargs):
         state["alive"] = next(coming)
 
+    def of_beams(alive, count):
+        return (
+            alive
+            if len(alive) == count
+            else alive.unflatten(0, (samples, -1)).repeat_interleave(count // len(alive), 0).flatten(0, 1)
+        )
+
     def packed(module, args, kwargs, _output):
-        hidden, seams, alive = args[0], kwargs["cu_seqlens"], state["alive"]
+        hidden, seams = args[0], kwargs["cu_seqlens"]
         count = len(hidden)
+        alive = of_beams(state["alive"], count)
         if hasattr(module, "qkv"):
             query, key, value = module.qkv(hidden).view(count, 3, module.num_heads, -1).unbind(1)
         else:
@@ -135,7 +144,7 @@ def blind_tower(vlm, runs):
 
     def plain(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
-        alive = state["alive"]
+        alive = of_beams(state["alive"], len(hidden))
         keys = torch.cat([alive.new_ones(len(hidden), hidden.shape[1] - alive.shape[1]), alive], 1)
         seen = keys[:, None, None] | torch.eye(hidden.shape[1], dtype=torch.bool)
         own = kwargs.get("attention_mask")
