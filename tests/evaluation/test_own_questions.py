@@ -20,6 +20,7 @@ from trainers import evaluate
 from trainers.data.suite import load_suite
 from trainers.evaluation.answers import join_answers, read_back, written_down
 from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.examples import show_examples
 from trainers.evaluation.measure import measure
 from trainers.evaluation.methods import PrunerMethod, build_method
 from trainers.evaluation.processes import own_device
@@ -209,6 +210,15 @@ def test_exact_scores_are_those_of_teacher_forcing(ending_llava):
     assert len(items) > 5 and 0 < forced.scores["uniform", "2"].correct.mean() < 1
     for key, scores in forced.scores.items():
         np.testing.assert_array_equal(written.scores[key].correct, scores.correct)
+
+
+def test_the_pictures_of_the_report_are_marked_by_the_scorer(ending_llava):
+    vlm, processor = ending_llava
+    suite = Written()
+    suite.score = lambda item, said: float(item.id == "fake-1")
+    items = suite.items[:2]
+    for example in show_examples(vlm, processor, items, [build_method("uniform")], parse_budgets(["4"]), suite):
+        assert example.right == example.shown[0].right == (example.item.id == "fake-1")
 
 
 def test_a_score_outside_is_refused(ending_llava):
