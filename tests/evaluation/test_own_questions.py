@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from trainers import evaluate
 from trainers.data.suite import load_suite
 from trainers.evaluation.answers import join_answers, read_back, written_down
 from trainers.evaluation.budgets import parse_budgets
+from trainers.evaluation.examples import show_examples
 from trainers.evaluation.measure import measure
 from trainers.evaluation.methods import PrunerMethod, build_method
 from trainers.evaluation.processes import own_device
@@ -211,6 +213,15 @@ def test_exact_scores_are_those_of_teacher_forcing(ending_llava):
         np.testing.assert_array_equal(written.scores[key].correct, scores.correct)
 
 
+def test_the_pictures_of_the_report_are_marked_by_the_scorer(ending_llava):
+    vlm, processor = ending_llava
+    suite = Written()
+    suite.score = lambda item, said: float(item.id == "fake-1")
+    items = suite.items[:2]
+    for example in show_examples(vlm, processor, items, [build_method("uniform")], parse_budgets(["4"]), suite):
+        assert example.right == example.shown[0].right == (example.item.id == "fake-1")
+
+
 def test_a_score_outside_is_refused(ending_llava):
     vlm, processor = ending_llava
     suite = Written()
@@ -286,7 +297,8 @@ def test_two_processes_write_the_record_of_one(folder, tiny_llava_folder, tmp_pa
     for devices in ("1", "2"):
         out = tmp_path / f"{devices}.json"
         call = [sys.executable, "-m", "trainers.evaluate", *words, "--json", str(out), "--devices", devices]
-        ran = subprocess.run(call, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}  # several processes with all threads each wait for one another
+        ran = subprocess.run(call, cwd=Path(__file__).parents[2], env=one, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr[-3000:]
         records.append(read_record(out))
         assert records[-1].pop("command").endswith(f"--devices {devices}")

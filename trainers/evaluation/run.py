@@ -207,12 +207,12 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     if args.report:
         named = [method for method in methods if method.name in (*args.pruner, *RIVALS, ORACLE)]
         items = pick_items(suite, args.examples)
-        examples = show_examples(vlm, processor, items, named, budgets) if items and named else []
+        examples = show_examples(vlm, processor, items, named, budgets, suite) if items and named else []
         console.print(f"report: {write_report(record, examples, args.report)}")
     if args.card:
         own = [method for method in methods if Path(method.name).resolve() == args.card.resolve()]
         items = pick_items(suite, 1)[:PICTURES]
-        pictures = show_examples(vlm, processor, items, own, budgets) if own else []
+        pictures = show_examples(vlm, processor, items, own, budgets, suite) if own else []
         console.print(f"card: {write_card(args.card, record, pictures)[0]}")
     if journal:
         journal.remove()

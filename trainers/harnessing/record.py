@@ -2,7 +2,7 @@
 
 Tasks take the place of question groups. Those of which the questions' scores are the parts of the figure have
 accuracy, retention, intervals and paired differences; all figures of all tasks, as lmms-eval says them, are in
-`benchmarks`. Agreement and KL are not known.
+`benchmarks`. Agreement, KL and operations are not known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def record_of(
         correct = np.concatenate([np.array(parts[task][0].scores) for task in scored])
         tokens = np.concatenate([np.full(len(asked[task]), parts[task][1]) for task in scored])
         unknown = np.full(len(correct), np.nan)
-        scores[key] = ItemScores(tokens[:, None], correct, unknown, unknown)
+        scores[key] = ItemScores(tokens[:, None], correct, unknown, unknown, unknown)
     group_of = np.concatenate([np.full(len(asked[task]), number) for number, task in enumerate(scored)])
     assert (NONE, NO_TOKENS) in scores  # `jobs_of` has it
     measurement = Measurement(tuple(scored), group_of, {}, scores)
