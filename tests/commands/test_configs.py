@@ -42,7 +42,8 @@ def test_every_pretraining_recipe_parses(path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(train)
-    assert parser.parse_args([f"--config={path}"]).language.steps > 0
+    config = parser.parse_args([f"--config={path}"])
+    assert all(phase.steps > 0 for phase in (config.tower, *(config.stages or [config.language])))
 
 
 def test_no_recipe_is_left_out():

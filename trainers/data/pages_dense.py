@@ -4,7 +4,7 @@ A patch is never told the name of its row or column: a value that named its owne
 attention alone, and any pruner that reads attention would be right for nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,17 +58,19 @@ class DensePages(Dataset[dict[str, Any]]):
         start: index of the first page.
         pages: how many.
         split: whose faces, numbers, places and names.
+        kinds: of page, all alike, so one may stand there twice; None: those that the groups need.
     """
 
     def __init__(
         self, word_ids: dict[str, int] | None = None, shares: Mapping[str, float] | None = None, draw: bool = True,
         questions: int = 20, length: int = 160, start: int = 0, pages: int = 100_000, split: str = "train",
+        kinds: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self.word_ids, self.draw, self.questions, self.length = word_ids, draw, questions, length
         self.shares = dict(shares) if shares else dict.fromkeys(GROUPS, 1.0)
         self.start, self.pages, self.split = start, pages, split
         own = [kind for group in self.shares if len(KINDS_OF[group]) == 1 for kind in KINDS_OF[group]]
-        self.kinds = sorted(set(own or KINDS), key=KINDS.index)
+        self.kinds = list(kinds or sorted(set(own or KINDS), key=KINDS.index))
 
     def __len__(self) -> int:
         return self.pages

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from prunezoo.core.errors import PruneZooError
 from trainers.data.pages import NUMBERS
 from trainers.data.pages_render import CELLS, GRID, NAMES
 
@@ -90,8 +91,13 @@ def prepare_look_up(vlm: LlavaForConditionalGeneration, words: PatchWords) -> No
 
     In layers 0 and 1 a word of the question meets patches that say it, and brings row and column from there; in layers
     0 to 2 patches and words meet others of the same row, or of the same column.
+
+    Raises:
+        PruneZooError: the language model is too small for that.
     """
     layers: Any = vlm.model.language_model.layers
+    if len(layers) < 3 or vlm.config.text_config.num_attention_heads < 4:
+        raise PruneZooError("sizes of a model for pages: at least 3 layers of 4 heads")
     width = words.turn.shape[0]
     size = layers[0].self_attn.head_dim
     gain = torch.full((size // 2,), _FAST)

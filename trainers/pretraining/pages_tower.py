@@ -16,11 +16,11 @@ from trainers.data.scenes_dense import as_pixels
 from .build import tower_of
 from .pages_said import PatchWords, shows_something
 
-WEIGHTS = {"name": 2.0, "cell": 0.7, "digit": 2.0, "order": 1.0, "last": 0.6, "bar": 1.0}
+WEIGHTS = {"name": 2.0, "cell": 0.7, "digit": 2.0, "order": 1.0, "last": 0.6, "bar": 2.5}
 _SHARPNESS = 16.0  # of the dot products with what may be said
 _LOUDNESS = 0.46  # square length of one vector, by which the distance to the sum is measured
 _INKED = 112  # patches that enter the tower at first, as most are empty: more than half of the time is saved
-_WHOLE_FROM = 0.75  # of the steps, the whole page
+_WHOLE_FROM = 0.97  # of the steps, the whole page
 
 
 def say(vlm: LlavaForConditionalGeneration, image: Tensor, slots: Tensor | None = None) -> Tensor:

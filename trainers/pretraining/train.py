@@ -158,7 +158,8 @@ def _pages(
         start_tower(vlm, start)
     parts = []
     if part != "made":
-        pages = DensePages(pages=tower.steps * tower.batch_size)
+        kinds = ("form", "table", "chart", "chart")  # the names of bars are learnt last
+        pages = DensePages(pages=tower.steps * tower.batch_size, kinds=kinds)
         held_out: Dataset = DensePages(start=_VALIDATION_START, pages=128, split="validation")
         own = ("model.vision_tower", "model.multi_modal_projector")
         parts.append(Part("tower", tower, lambda vlm: PagesTower(vlm, tower.steps, tower.lr), pages, held_out, own))
