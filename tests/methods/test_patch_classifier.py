@@ -13,6 +13,7 @@ from prunezoo import PruneZooError, build_pruner, load_pruner
 from prunezoo.core.contract import PruneInputs
 from prunezoo.learned.patch_classifier import PatchClassifier, scaled
 from trainers import fit
+from trainers.cards.cells import render_card
 from trainers.cards.parts import weights_digest
 from trainers.data.sheets import MEAN, STD, Sheets, cells_of, draw_sheet
 from trainers.training.cells import judge
@@ -166,7 +167,7 @@ def test_the_shipped_card_is_what_was_measured():
     folder = Path("checkpoints/patch-classifier")
     record = json.loads((folder / "metrics.json").read_text())
     assert record["weights"] == weights_digest(folder)
-    card = str(command.render(folder, record))
+    card = str(render_card(folder, record))
     written = (folder / "README.md").read_text()
     assert card == written, "run `python -m trainers.upkeep.cells checkpoints/patch-classifier --card-only`"
     kept = record["rows"]["sure"]

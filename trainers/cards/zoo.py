@@ -51,7 +51,7 @@ def entries(zoo: Zoo) -> list[Entry]:
         folders = [folder for folder, of in shipped.items() if of == method]
         for folder in folders:
             stored = read_object(CHECKPOINTS / folder / CONFIG_FILE, what="a config", remedy="save it again")
-            model = stored.get("base_model", {}).get("name", "not noted").rpartition("/")[2]
+            model = stored.get("base_model", {}).get("name", "any").rpartition("/")[2]
             found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
         if not folders:
             found.append(Entry(method, method, "learned", stage, None, None, about(cls)))

@@ -93,7 +93,7 @@ class Asker:
         other = self._pick(self.page.lines, but=one)
         bars = {bar.name: bar for bar in self.page.bars}
         answer = "yes" if bars[one].level > bars[other].level else "no"
-        wanted = [bars[one], bars[other], self.page.names[one], self.page.names[other]]
+        wanted: list[Text | Bar] = [bars[one], bars[other], self.page.names[one], self.page.names[other]]
         return ((f"is {one} above {other} ?", answer),), wanted
 
     def _count(self) -> tuple[tuple[tuple[str, str], ...], list[Text | Bar]]:

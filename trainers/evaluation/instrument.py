@@ -42,7 +42,7 @@ def judge(record: Mapping[str, Any]) -> list[Verdict]:
     chance = record["chance"]
     full = _accuracies(record, FULL, ALL_TOKENS)
     none = _accuracies(record, NONE, NO_TOKENS)
-    own = BARS_OF.get(record.get("suite"), {})
+    own = BARS_OF.get(str(record.get("suite")), {})
     least_fall, least_room = own.get("fall", RANDOM_FALL), own.get("room", ATTENTION_ROOM)
     verdicts = []
     for group in record["groups"]:

@@ -11,8 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.registry import list_pruners
-from trainers.cli.names import CHECKPOINTS, ROOT, methods_shipped
+from trainers.cli.names import CHECKPOINTS, ROOT, pruners_shipped
 
 from . import league
 from .league import FLOORS
@@ -81,8 +80,7 @@ class Zoo:
 
 def read_zoo() -> Zoo:
     """What ships."""
-    pruners = [folder for folder, method in methods_shipped().items() if method in list_pruners()]  # not tokenizers
-    own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners}
+    own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners_shipped()}
     return gather(own, [*(read_record(path) for path in sorted(OTHERS.glob("*.json"))), *league.read_league()])
 
 

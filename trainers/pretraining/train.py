@@ -166,9 +166,11 @@ def _pages(
     for number, stage in enumerate(stages, 1):
         if part != "all" and (part == "tower" or stage.drawn):
             continue
-        ids, how = PAGES.word_ids, {"draw": stage.drawn, "questions": stage.questions, "length": stage.length}
-        pages = DensePages(ids, stage.shares, start=number * _STAGE_APART, pages=stage.steps * stage.batch_size, **how)
-        held_out = DensePages(ids, stage.shares, start=_VALIDATION_START, pages=96, split="validation", **how)
+        asked = partial(
+            DensePages, PAGES.word_ids, stage.shares, stage.drawn, questions=stage.questions, length=stage.length
+        )
+        pages = asked(start=number * _STAGE_APART, pages=stage.steps * stage.batch_size)
+        held_out = asked(start=_VALIDATION_START, pages=96, split="validation")
         parts.append(Part(stage.name, stage, partial(PagesLanguage, stage=stage), pages, held_out,
                           ("model.language_model",)))  # fmt: skip
     return parts

@@ -15,7 +15,9 @@ from prunezoo.core.hub import CONFIG_FILE, Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
 from prunezoo.core.upload import check_public, check_repo
+from prunezoo.learned.patch_classifier import PatchClassifier
 from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cards import cells as cells_card
 from trainers.cards.cards import render_card
 from trainers.cards.parts import (
     CARD_FILE,
@@ -76,6 +78,18 @@ TOKENIZER = Kind(
     "python -m trainers.codec card {folder} …",
 )
 
+CELLS = Kind(
+    load_pruner,
+    cells_card.read_measurement,
+    cells_card.measured_weights,
+    cells_card.render_card,
+    (METRICS_FILE, RUN_FILE),
+    (),
+    "python -m trainers.upkeep.cells {folder}",
+)
+KINDS = {OneDPiece.name: TOKENIZER, PatchClassifier.name: CELLS}
+"""Of what is no pruner of a model."""
+
 
 @dataclass(frozen=True)
 class Package:
@@ -105,7 +119,7 @@ def check(folder: Path, repo: str) -> Package:
     check_repo(repo)
     if not folder.is_dir():
         raise PruneZooError(f"{folder}: no such folder")
-    kind = TOKENIZER if read_method(Source(folder)) == OneDPiece.name else PRUNER
+    kind = KINDS.get(read_method(Source(folder)), PRUNER)
     module = kind.load(folder)
     how = f"write it with `{kind.how.format(folder=folder)}`"
     for name in kind.required:

@@ -7,21 +7,18 @@ a cell, PixelPrune's ranking, random cells; and PixelPrune as it decides itself.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.files import read_object
 from prunezoo.core.registry import load_pruner
 from prunezoo.learned.patch_classifier import PatchClassifier
-from trainers.cards.about import about
-from trainers.cards.markdown import bibtex, fence
+from trainers.cards.cells import NAMES, measured_weights, read_measurement, render_card
 from trainers.cards.parts import CARD_FILE, METRICS_FILE, weights_digest
 from trainers.cli.errors import command
 from trainers.cli.names import find_folder
@@ -29,20 +26,8 @@ from trainers.cli.text import shown_path
 from trainers.data.sheets import Sheets, stacked
 from trainers.evaluation.record import write_record
 from trainers.training.cells import judge
-from trainers.training.run_record import RUN_FILE, read_run
 
 GRID, BATCH, DRAWS = 16, 16, 2000
-NAMES = {
-    "classifier": "chosen cells and their neighbours",
-    "alone": "chosen cells alone, `?grow=false`",
-    "sure": "the same from a probability of 0.02, `?grow=false&least=0.02`",
-    "energy": "`energy`, as many cells as that",
-    "pixelprune": "`pixelprune`, as many cells as that",
-    "random": "`random_input`, as many cells as that",
-    "pixelprune_auto": '`pixelprune`, `keep="auto"`',
-}
-"""Rows of the table, in its order. Of 0.5, 0.2, 0.1, 0.05 and 0.02 the last is the first that keeps 99 % of the printed
-cells of the validation split without their neighbours."""
 
 
 def measure(folder: Path, sheets: int) -> dict[str, Any]:
@@ -109,52 +94,6 @@ def _row(counts: np.ndarray, cells: int) -> dict[str, list[float]]:
     }
 
 
-def render(folder: Path, record: Mapping[str, Any]) -> ModelCard:
-    """The card of a folder, from its record and the record of its training."""
-    said, run = about(PatchClassifier), read_run(folder / RUN_FILE)
-    lines = ["| | printed cells kept, % | all cells kept, % |", "|---|---|---|"]
-    for name, title in NAMES.items():
-        row = record["rows"][name]
-        cells = ("{:.2f} ({:.2f} to {:.2f})".format(*row[figure]) for figure in ("printed_kept", "kept"))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    side = record["side"]
-    results = [
-        EvalResult("image-classification", "drawn sheets", "sheets", name, record["rows"]["classifier"][name][0], title)
-        for name, title in (("printed_kept", "printed cells kept, %"), ("kept", "all cells kept, %"))
-    ]
-    data = ModelCardData(
-        library_name="prunezoo",
-        license="apache-2.0",
-        tags=["prunezoo", "visual-token-pruning", "document", PatchClassifier.name],
-        model_name=folder.name,
-        eval_results=results,
-    )
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {folder.name}\n\n{said.title}",
-        "For documents, in front of the vision tower of any family that has the input stage. It was trained on cells "
-        f"of {side}×{side} pixels, as Qwen2-VL and Qwen2.5-VL have them; others are scaled to that. Pictures must be "
-        "normalised as these models' processors do.",
-        fence(
-            "from prunezoo import attach\n\n"
-            f'with attach(vlm, "{shown_path(folder)}", keep="auto"):\n    vlm.generate(**inputs)',
-            "python",
-        ),
-        f"## What it keeps\n\n{record['sheets']} drawn sheets of {record['cells']} cells each, of the test split, "
-        "whose fonts were not trained on. A cell is printed on if it has ink for two pixels or more.",
-        "\n".join(lines),
-        "In brackets: 95 % bootstrap intervals over sheets. This says which cells stay, not what a model then answers. "
-        "Where the number of cells is given, the variance of a cell ranks about as well: what training adds is that it "
-        "knows how many cells to keep.",
-        fence(record["command"], ""),
-        f"## Training\n\n{run['steps']:,} steps, {run['seconds'] / 60:.0f} minutes, {run['device']}.\n",
-        fence(run["recipe"], "yaml"),
-        "## Limits\n\nIt has seen drawn sheets only: no scans, no photographs, no handwriting. It reads no question.",
-        "## Citation\n\n" + fence(bibtex(said.references), "bibtex"),
-    ]
-    return ModelCard("\n\n".join(parts) + "\n")
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the record and the card."""
@@ -168,11 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(find_folder(args.folder))
     if not args.card_only:
         write_record(measure(folder, args.sheets), folder / METRICS_FILE)
-    record = read_object(folder / METRICS_FILE, what="a measurement", remedy="measure again without --card-only")
-    if record.get("weights") != weights_digest(folder):
+    record = read_measurement(folder / METRICS_FILE)
+    if measured_weights(record) != {weights_digest(folder)}:
         raise PruneZooError(f"{folder}: other weights were measured than lie there now; measure it again")
-    card = render(folder, record)
-    (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+    (folder / CARD_FILE).write_text(str(render_card(folder, record)), encoding="utf-8")
     for name, title in NAMES.items():
         row = record["rows"][name]
         print(f"{title}: {row['printed_kept'][0]:.2f} % of the printed cells, {row['kept'][0]:.1f} % of all")

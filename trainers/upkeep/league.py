@@ -23,7 +23,7 @@ from prunezoo.host import encode
 from prunezoo.host.run import run_pruned
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import command
-from trainers.cli.names import CHECKPOINTS, find_pruner, find_vlm, has_weights, methods_shipped, shown
+from trainers.cli.names import CHECKPOINTS, find_pruner, find_vlm, has_weights, pruners_shipped, shown
 from trainers.cli.options import add_option
 from trainers.cli.terminal import Terminal
 from trainers.data.conversation import ConversationCollator
@@ -73,11 +73,7 @@ reads everything; those in front of the tower spare it work too, so they have a 
 def names_of_all() -> list[str]:
     """What is in the league: every method without weights, and what ships."""
     free = [name for name in list_pruners() if name not in (FULL, NONE, *UNMEASURED) and not has_weights(name)]
-    shipped = [
-        shown(CHECKPOINTS / folder)
-        for folder, method in methods_shipped().items()
-        if method in list_pruners() and method != "budget"
-    ]
+    shipped = [shown(CHECKPOINTS / folder) for folder, method in pruners_shipped().items() if method != "budget"]
     return [*free, *VARIANTS, *shipped]
 
 
