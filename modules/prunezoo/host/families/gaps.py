@@ -61,8 +61,7 @@ class Shortening:
             PruneZooError: It cannot.
         """
         raise PruneZooError(
-            f"the vision tower of {self.title} cannot be given some of its patches only: use a pruner of the prompt or "
-            "layer stage"
+            "this vision tower cannot be given some of its patches only: use a pruner of the prompt or layer stage"
         )
 
     def check_gaps(self, kind: Kind, batch: Mapping[str, Any]) -> None:
