@@ -3,10 +3,12 @@
 #   make test     all tests
 #   make quality  ruff and mypy       make style  reformat       make clean  remove what was generated
 #   make test-min the families of models with the oldest transformers that pyproject.toml allows, in .venv-min
+#   make test-newest  the same with the newest, in .venv-newest; NEWEST=git+https://… for one that is not released
 #   make test-extras  lmms-eval with prunezoo as its model, in .venv-extras
 #   make test-serve   vLLM with prunezoo as its plug-in, in .venv-serve (4 GB)
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
+#   make release-check  what must hold before a version is tagged
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
 
@@ -22,6 +24,10 @@ STAMP := $(VENV)/.installed
 VENV_MIN := .venv-min
 PY_MIN := $(VENV_MIN)/bin/python
 STAMP_MIN := $(VENV_MIN)/.installed
+
+VENV_NEWEST := .venv-newest
+PY_NEWEST := $(VENV_NEWEST)/bin/python
+NEWEST ?= transformers
 
 VENV_EXTRAS := .venv-extras
 PY_EXTRAS := $(VENV_EXTRAS)/bin/python
@@ -42,7 +48,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-extras test-serve support speed quality style clean install
+.PHONY: demo test test-min test-newest test-extras test-serve support speed quality style release-check clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -70,6 +76,13 @@ $(STAMP_MIN): pyproject.toml constraints/min.txt
 # Without conftest.py, which needs what training needs.
 test-min: $(STAMP_MIN)
 	@$(PY_MIN) -m pytest --noconftest tests/families/test_families*.py
+
+# Asked for anew each time: what is newest changes without a file that changes.
+test-newest:
+	$(need-python)
+	@$(PY_NEWEST) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_NEWEST)
+	@$(PY_NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade '$(TORCH)' '$(NEWEST)' pytest -e .
+	@$(PY_NEWEST) -m pytest --noconftest tests/families/test_families*.py
 
 $(STAMP_EXTRAS): pyproject.toml constraints/extras.txt
 	$(need-python)
@@ -106,7 +119,13 @@ support: $(STAMP) $(STAMP_MIN)
 speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.benchmark --vlm random:llava-120m --pruner $(TIMED) --keep 1/9 --length 24 \
 		--repeats 5 --json hub_cards/speed.json
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.first_token --repeats 5 --json hub_cards/first_token.json
 	@$(PY) -m trainers.upkeep.readme
+	@$(PY) -m trainers.upkeep.cards
+
+release-check: $(STAMP)
+	@$(PY) -m trainers.upkeep.release
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/hub/test_wheel.py
 
 quality: $(STAMP)
 	@$(PY) -m ruff check .

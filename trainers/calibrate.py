@@ -27,9 +27,9 @@ from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.cli.terminal import Terminal
 from trainers.data.conversation import ConversationCollator
-from trainers.data.suite import Suite, list_suites, load_suite
+from trainers.data.suite import Suite, list_suites
 from trainers.evaluation.loading import load_vlm
-from trainers.evaluation.run import suite_options
+from trainers.evaluation.run import read_suite
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="a folder, a shipped one (ppm), or a Hub id with --output",
     )
-    add_option(p, "suite", required=True, help=f"one of {', '.join(list_suites())}")
-    p.add_argument("--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes")
+    add_option(p, "suite", nargs="+", required=True, help=f"one of {', '.join(list_suites())}")
+    add_option(p, "suite-option")
     add_option(p, "split", default="validation", choices=("validation", "train"), help="never the test split")
     add_option(p, "limit")
     p.add_argument(
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output or Path(split_options(source)[0])
     if not args.output and not folder.is_dir():
         raise PruneZooError(f"--pruner {args.pruner} is no folder: name one to save it into with --output")
-    suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
+    suite = read_suite(args.suite, args.suite_option, args.split, args.limit)
     vlm, processor = load_vlm(find_vlm(args.vlm), args.device, args.dtype)
     pruner = load_pruner(source, vlm=vlm).to(vlm.device)
     if not pruner.distribution:

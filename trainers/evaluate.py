@@ -1,6 +1,7 @@
 """Measure pruners on a suite.
 
     python -m trainers.evaluate --vlm V --pruner P [P2 …] --keep 192 128 1/9 --suite S [--json F] [--report DIR]
+    python -m trainers.evaluate … --suite llava-json questions.json --suite-option images=DIR scorer=exact
 
 A pruner is a registry name (`divprune`), a folder or a Hub id, perhaps with config fields (`FOLDER?adaptive=false`);
 `oracle`, `relevance` and `attention@L` are diagnostics.
@@ -36,10 +37,14 @@ def parser() -> argparse.ArgumentParser:
         default=["1/3", "2/9", "1/9", "1/18"],
         help="tokens (64), shares (1/9, 0.25), or what a pruner sets itself (auto, auto:64)",
     )
-    add_option(p, "suite", required=True, help=f"one of {', '.join(list_suites())}")
-    p.add_argument(
-        "--suite-option", nargs="+", default=[], metavar="KEY=VALUE", help="what the suite takes, e.g. root=…"
+    add_option(
+        p,
+        "suite",
+        nargs="+",
+        required=True,
+        help=f"one of {', '.join(list_suites())}, with a file or id; module:Class",
     )
+    add_option(p, "suite-option")
     add_option(p, "split", choices=SPLITS)
     add_option(p, "limit")
     p.add_argument("--rivals", action="store_true", help=f"add those of {', '.join(RIVALS)} that this model can have")
@@ -57,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--card", type=Path, help="write the model card of this checkpoint folder from what is measured")
     p.add_argument("--any-model", action="store_true", help="take pruners that were trained for another model too")
     p.add_argument("--seed", type=int, default=0, help="moves only what is random in a method")
+    p.add_argument("--devices", type=int, default=1, help="processes that share the work, each with its own GPU")
     for name in ("batch-size", "device", "dtype"):
         add_option(p, name)
     return p

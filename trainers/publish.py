@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from prunezoo.core.hub import read_method
+from prunezoo.core.upload import upload
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner
 from trainers.cli.terminal import Terminal
 from trainers.publishing.package import check, show
-from trainers.publishing.upload import upload
 
 
 @command
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         console.print("dry run: nothing was uploaded")
     else:
-        published = upload(package, args.private)
+        method = package.module.name
+        published = upload(package.repo, lambda _: package.files, method, read_method, args.private)
         word = "published" if published.is_new else "unchanged, nothing was uploaded"
         console.print(f"{word}: {published.address} (revision {published.tag})", soft_wrap=True)
     return 0

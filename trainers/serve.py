@@ -7,46 +7,18 @@ Options that are not ours go on to vLLM's server. The arguments that `--print-ar
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
-from prunezoo.serve import hf_overrides
+from prunezoo.serve import PROMPT_NOTE, hf_overrides, words_of
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option
 
 SERVER = "vllm.entrypoints.openai.api_server"
-PROMPT_NOTE = (
-    "note: '{name}' reads the prompt: another question about the same picture is encoded anew, and nothing behind the "
-    "picture is taken from the prefix cache; a pruner that reads no prompt shares both"
-)
-
-
-def words_of(options: Mapping[str, Any], prefix: str = "--") -> list[str]:
-    """VLLM's arguments for nested options, in its dotted form.
-
-    Raises:
-        PruneZooError: A value with characters that a shell would take apart.
-    """
-    words: list[str] = []
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            words += words_of(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            words += [word for one in value for word in (f"{prefix}{key}+", str(one))]
-        else:
-            words += [f"{prefix}{key}", str(value)]
-    for word in words:
-        if re.search(r"[^\w@%+=:,./-]", word):
-            raise PruneZooError(
-                f"'{word}' holds characters that a shell takes apart: rename it, or use prunezoo.serve.engine_args"
-            )
-    return words
 
 
 def start(words: list[str]) -> None:

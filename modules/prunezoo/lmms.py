@@ -7,9 +7,11 @@ against lmms-eval 0.7.
 """
 
 import inspect
+import json
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ class PruneZooModel(lmms):
         dtype: By default float32 on a CPU, bfloat16 on a GPU.
         positions: "original" or "compact", as `attach` takes it.
         revision: Of the pruner, for a Hub id.
+        stats: File to write the tokens to that the language model read of a picture, mean over pictures and layers, as
+            ``{"images": …, "tokens": …}``.
 
     Raises:
         PruneZooError: An unknown option, or what `load_pruner` and `attach` refuse.
@@ -79,6 +83,7 @@ class PruneZooModel(lmms):
         dtype: str | None = None,
         positions: Positions = "original",
         revision: str | None = None,
+        stats: str | None = None,
         max_batch_size: int | None = None,  # lmms-eval passes it; it is for batch sizes that it finds by itself
         **unknown: Any,
     ) -> None:
@@ -90,6 +95,7 @@ class PruneZooModel(lmms):
         self.vlm, self.processor = load_vlm(pretrained, device, dtype or default_dtype(device))
         self.pruner = load_pruner(pruner, revision, vlm=self.vlm)
         self.keep, self.positions, self.batch_size = parse_keep(keep), positions, int(batch_size)
+        self.stats, self.tokens = stats, list[float]()  # of each picture
         with attach(self.vlm, self.pruner, self.keep, self.positions):
             pass  # refuses here and now what it cannot do
 
@@ -100,6 +106,9 @@ class PruneZooModel(lmms):
             same = list(group)
             for start in range(0, len(same), self.batch_size):
                 answers += self._answer(same[start : start + self.batch_size])
+        if self.stats is not None:
+            mean = sum(self.tokens) / max(len(self.tokens), 1)
+            Path(self.stats).write_text(json.dumps({"images": len(self.tokens), "tokens": mean}), encoding="utf-8")
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -129,8 +138,9 @@ class PruneZooModel(lmms):
         ).to(self.vlm.device)
         options = dict(requests[0].args[2])
         stops = options.pop("until", None) or []
-        with attach(self.vlm, self.pruner, self.keep, self.positions):
+        with attach(self.vlm, self.pruner, self.keep, self.positions) as run:
             ids = self.vlm.generate(**inputs, **generation_options(options))
+        self.tokens += run.stats.tokens
         said = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for stop in [stops] if isinstance(stops, str) else stops:
             said = [text.split(stop)[0] if stop else text for text in said]

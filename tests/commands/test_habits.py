@@ -17,9 +17,21 @@ from trainers import list as zoo
 from trainers.cli import names
 from trainers.cli.names import CHECKPOINTS, ROOT, find_config, find_folder, find_pruner, find_vlm
 from trainers.pretraining.train import Phase
-from trainers.upkeep import policy_record, readme, step_cost, stop_curve, unpickle
+from trainers.upkeep import first_token, policy_record, readme, step_cost, stop_curve, unpickle
 
-COMMANDS = ("evaluate", "benchmark", "publish", "cards", "list", "show", "fit", "teacher", "stop_rule", "serve")
+COMMANDS = (
+    "evaluate",
+    "harness",
+    "benchmark",
+    "publish",
+    "cards",
+    "list",
+    "show",
+    "fit",
+    "teacher",
+    "stop_rule",
+    "serve",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +139,7 @@ EVALUATE = f"--vlm {VLM} --pruner ppm --suite scenes"
         (evaluate.main, f"{EVALUATE} --card FOLDER", "--card FOLDER: not among what is measured"),
         (benchmark.main, f"--vlm {VLM} --pruner uniform --json FOLDER", "--json FOLDER: a folder is there"),
         (step_cost.main, f"--vlm {VLM} --json FOLDER", "--json FOLDER: a folder is there"),
+        (first_token.main, "--size tiny --json FOLDER", "--json FOLDER: a folder is there"),
         (stop_curve.main, f"--vlm {VLM} --pruner x --suite scenes --figure FOLDER", "--figure FOLDER: a folder is"),
         (codec.main, f"speed --tokenizer {TOKENIZER} --json FOLDER", "--json FOLDER: a folder is there"),
         (codec.main, f"measure --tokenizer {TOKENIZER} --images FOLDER --report FILE", "--report FILE: a file is"),
@@ -164,6 +177,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(main, word
         (codec.main, "speed --tokenizer one-d-piece-tiny --batch 0", "--batch 0: at least 1"),
         (codec.main, "measure --tokenizer one-d-piece-tiny --images docs --limit 0", "--limit 0: at least 1"),
         (step_cost.main, "--vlm tiny-llava --repeats 0", "--repeats 0: at least 1"),
+        (first_token.main, "--size tiny --threads 0", "--threads 0: at least 1"),
         (step_cost.main, "--vlm tiny-llava --batch 0", "--batch 0: at least 1"),
         (step_cost.main, "--vlm tiny-lava", "no model is called 'tiny-lava'; did you mean 'tiny-llava'?"),
         (stop_curve.main, "--vlm tiny-llava --pruner tail_drop --suite scenes --mean 0", "--mean 0: at least 1"),

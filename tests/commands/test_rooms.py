@@ -11,7 +11,10 @@ from trainers.cli.names import ROOT
 from trainers.cli.options import OPTIONS
 
 TRAINERS = ROOT / "trainers"
-COMMANDS = "fit calibrate evaluate benchmark show list publish plan teacher codec stop_rule pretrain demo serve".split()
+COMMANDS = [
+    *"fit calibrate evaluate benchmark harness show list publish plan schedule".split(),
+    *"teacher codec stop_rule pretrain demo serve".split(),
+]
 MOST_LINES = 350
 
 

@@ -8,12 +8,13 @@ import shutil
 
 import pytest
 
+from prunezoo.command import main as prunezoo_command
 from prunezoo.core import registry
 from trainers.cli.names import ROOT
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
-RUN = ("quick_start", "choose", "train", "publish", "protocol", "serving", "faq")
+RUN = ("quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command", "serving", "faq")
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
 
@@ -43,8 +44,11 @@ def command_of(name):
 
 
 def run_command(line):
-    """`python -m trainers.NAME …`, in this process."""
+    """`python -m trainers.NAME …` or `prunezoo …`, in this process."""
     words = shlex.split(line.partition(" && ")[0])
+    if words[0] == "prunezoo":
+        assert prunezoo_command(words[1:]) == 0, line
+        return
     assert words[:2] == ["python", "-m"] and words[2].startswith("trainers."), line
     main, code = command_of(words[2]).main, None
     try:
@@ -92,7 +96,8 @@ def test_most_is_run():
     """Of what the pages hold, that is: a page full of blocks that need something would prove nothing."""
     followed = (*RUN, "add_a_method")  # by test_add_a_method.py
     found = [(page, needs) for page in followed for _, needs, _ in blocks(page)]
-    assert {needs for _, needs, _ in blocks("lmms_eval")} <= NEEDS  # which `make test-extras` shows
+    for page in ("lmms_eval", "benchmarks", "real_vlm"):  # which `make test-extras` shows
+        assert {needs for _, needs, _ in blocks(page)} <= NEEDS
     assert sum(not needs for _, needs in found) >= 12
     assert {page for page, needs in found if not needs} == set(followed) - {"faq"}
 

@@ -106,6 +106,16 @@ def test_the_probe_changes_nothing_and_reads_the_true_lengths(vlm, request_of):
         assert torch.equal(vlm.generate(**request(), max_new_tokens=4, min_new_tokens=4, do_sample=False), expected)
 
 
+def test_a_pruner_in_front_of_the_tower_is_timed_beside_it(vlm, request_of):
+    """Its own time is none of the tower's, which does less."""
+    request = request_of(2, 20)
+    reading = timed_request(vlm, request, build_pruner("uniform_input"), 9, decode=1, count=True)
+    bare = timed_request(vlm, request, None, 1.0, decode=1, count=True)
+    assert reading.lengths == (9 + 20,) * 2 and 0 < reading.vision_flops < bare.vision_flops
+    inner = [reading.seconds[part] for part in ("preprocessing", "vision", "pruner", "other", "prefill")]
+    assert min(inner) > 0 and sum(inner) == pytest.approx(reading.seconds["first_token"])
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "inside"),
     [("tome", (9 + 20,) * 2, "vision"), ("fastv", (TOKENS + 20, 9 + 20), "prefill")],

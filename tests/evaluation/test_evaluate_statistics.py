@@ -91,6 +91,7 @@ def test_the_record_has_the_documented_shape(tmp_path):
         "keep",
         "tokens",
         "tokens_spread",
+        "flops",
         "group",
         "n",
         "accuracy",
@@ -119,7 +120,7 @@ def test_the_oracle_scale_is_the_fewest_tokens_that_answer():
     """Four questions: the first needs 1 token, the second 16, the third all, the fourth is answered by none."""
 
     def scores(correct: list[float], tokens: float) -> ItemScores:
-        return ItemScores(np.full((4, 2), tokens), np.array(correct), np.array(correct), np.zeros(4))
+        return ItemScores(np.full((4, 2), tokens), np.array(correct), np.array(correct), np.zeros(4), np.ones(4))
 
     kinds = {"many": scores([1, 1, 0, 0], 16), "one": scores([1, 0, 0, 0], 1)}
     full = {("full", "1.0"): scores([0, 1, 1, 0], 144), ("none", "0"): scores([0, 0, 0, 1], 0)}

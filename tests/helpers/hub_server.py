@@ -100,7 +100,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("trainers.publishing.upload.PAUSE", 0.01)
+    monkeypatch.setattr("prunezoo.core.upload.PAUSE", 0.01)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     yield server
     server.close()

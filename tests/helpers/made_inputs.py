@@ -1,6 +1,7 @@
 """Made-up images for pruners that are called without a model, and comparisons of what they leave."""
 
 import dataclasses
+from zlib import crc32
 
 import torch
 
@@ -31,10 +32,14 @@ HEADS = {"prompt_head_attention": 4}  # as the tiny model
 """H of kinds where it is another."""
 
 
+STATES = {"vision_inputs": DIM, "vision_states": DIM}
+"""C of kinds that are as wide as the tower: in the vision stage the tokens themselves are."""
+
+
 def lengths(name, **others):
     """Of the axes of a signal, behind that of images."""
     kind = parse_signal(name).kind
-    known = {**LENGTHS, "H": HEADS.get(kind, LENGTHS["H"]), **others}
+    known = {**LENGTHS, "H": HEADS.get(kind, LENGTHS["H"]), "C": STATES.get(kind, LENGTHS["C"]), **others}
     return [known[axis] for axis in parse_signal(name).axes[1:]]
 
 
@@ -56,7 +61,9 @@ def make_inputs(grids=GRIDS, seed=0, pad=0, text_pad=0):
         cells[i, :n] = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
         features[i, :n] = torch.randn(n, DIM, generator=random)
         for name in SIGNALS:
-            real = torch.rand(lengths(name, N=n, T=t), generator=random)
+            # Of its own, so that what a new method needs changes nothing for the others.
+            alone = torch.Generator().manual_seed(crc32(f"{name} {i} {seed}".encode()))
+            real = torch.rand(lengths(name, N=n, T=t), generator=alone)
             real = real - 0.5 if "activations" in name else real
             maps[name][i][tuple(slice(length) for length in real.shape)] = real
         text[i, :t] = torch.randn(t, TEXT, generator=random)

@@ -18,7 +18,7 @@ def measurement() -> Measurement:
     right, half = np.ones(100), np.where((group_of == 1) & (np.arange(100) % 2 == 0), 0.0, 1.0)
 
     def scores(correct: np.ndarray, tokens: int) -> ItemScores:
-        return ItemScores(np.full((100, 2), float(tokens)), correct, correct, np.zeros(100))
+        return ItemScores(np.full((100, 2), float(tokens)), correct, correct, np.zeros(100), np.ones(100))
 
     return Measurement(
         ("colour", "count"),
@@ -46,7 +46,8 @@ def measured(full, none, own, groups=1):
     def scores(key):
         right = of[key]
         tokens = {"full": 144.0, "none": 0.0}.get(key[0], 16.0)
-        return replace(template, layers=np.full((len(right), 2), tokens), correct=right, agreement=right, kl=right * 0)
+        own = {"correct": right, "agreement": right, "kl": right * 0, "flops": np.ones(len(right))}
+        return replace(template, layers=np.full((len(right), 2), tokens), **own)
 
     return replace(
         m, groups=names, group_of=np.arange(50 * groups) // 50, chance={}, scores={key: scores(key) for key in of}

@@ -18,7 +18,7 @@ def nearest(places, sizes):
     return next(i for i, distance in enumerate(far) if distance < min(far) + 1e-9)
 
 
-def by_hand(model, tower, pixels, decide, after_block=False):
+def by_hand(model, tower, pixels, decide, after_block=False, kept=None):
     """One picture ``(3, side, side)`` through the tower.
 
     Args:
@@ -28,6 +28,7 @@ def by_hand(model, tower, pixels, decide, after_block=False):
         decide: Is given the block's number, the states of its tokens, their keys (mean over heads), how many patches
             each stands for, and the attention that each receives; gives lists of tokens that become one.
         after_block: Whether it decides on the output of the block.
+        kept: The patches that enter the first block; None: all.
 
     Returns:
         The patches that each token stands for that is left, and the states of these.
@@ -35,6 +36,9 @@ def by_hand(model, tower, pixels, decide, after_block=False):
     hidden, prefix = embed(model, pixels[None])[0], tower.prefix
     count = len(hidden) - prefix
     members, places = [[patch] for patch in range(count)], [divmod(patch, isqrt(count)) for patch in range(count)]
+    if kept is not None:
+        hidden = torch.cat([hidden[:prefix], hidden[prefix:][kept]])
+        members, places = [members[patch] for patch in kept], [places[patch] for patch in kept]
     for number in range(tower.depth):
         block = model.encoder.layers[number]
         attention, normed = block.self_attn, block.layer_norm1(hidden)

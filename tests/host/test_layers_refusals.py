@@ -64,7 +64,7 @@ def test_models_and_stages_that_do_not_fit_are_refused(deep_llava):
         attach(deep_llava.vlm, late, keep=3)
     with pytest.raises(PruneZooError, match=r"ranked \(prompt\), ranked \(prompt\)"):
         attach(deep_llava.vlm, [Ranked(), Ranked()], keep=[3, 3])
-    with pytest.raises(PruneZooError, match="vision, prompt, layer in turn"):
+    with pytest.raises(PruneZooError, match="input, vision, prompt, layer in turn"):
         attach(deep_llava.vlm, [scripted(1), Ranked()], keep=[3, 3])
     with pytest.raises(PruneZooError, match="2 pruners need a list of 2 keeps, got 3"):
         attach(deep_llava.vlm, [Ranked(), scripted(1)], keep=3)

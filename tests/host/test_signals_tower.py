@@ -48,6 +48,7 @@ def test_vision_signals_of_any_block_equal_eager_maps(kind, feature_layer):
             "vision_keys": keys[:, first:],
             "vision_values": values[:, first:],
             "vision_outputs": torch.einsum("rqkh,rkhd->rqhd", heads, values)[:, first:],
+            "vision_inputs": expected.hidden_states[block][:, first:],
             "vision_states": expected.hidden_states[block + 1][:, first:],
         }
         for name in kinds:

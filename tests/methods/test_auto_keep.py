@@ -50,7 +50,7 @@ def test_who_sets_no_budgets_says_so_at_once(tiny_llava):
     for wrong in ("automatic", "auto:", "auto:0", "auto:1.5", "64"):
         with pytest.raises(PruneZooError, match=f"keep='{wrong}' is none: tokens"):
             WordBudget().check_keep(wrong)
-    with pytest.raises(PruneZooError, match="keep='auto' is for one pruner of the prompt stage"):
+    with pytest.raises(PruneZooError, match="keep='auto' is for a pruner of the input or prompt stage"):
         budget("auto", torch.tensor([4]))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from input_oracle import blind_tower
 from layer_oracle import Watch, masked
 from made_inputs import ALL, DIM, GRIDS, TEXT, build, make_inputs, same, take_rows
 from return_oracle import away_by_layer, by_layers, embedded
@@ -134,7 +135,8 @@ def test_unknown_config_key_is_an_error_that_names_it(name):
 
 def test_static_rules(name):
     pruner = build(name)
-    assert pruner.stage in ("vision", "prompt", "layer")
+    assert pruner.stage in ("input", "vision", "prompt", "layer")
+    assert pruner.stage != "input" or not pruner.needs
     assert pruner.stage == "layer" or not pruner.comes_back
     assert pruner.stage == "vision" or not pruner.restore
     assert "module" not in dict(pruner.named_modules())
@@ -226,6 +228,10 @@ def test_keeping_half_equals_a_masking_oracle(name, deep_llava):
         elif pruner.stage == "layer":
             with masked(vlm, *watch.gone(encoded)):
                 oracle = full_forward(vlm, encoded).logits[:, -1]
+        elif pruner.stage == "input":
+            alive = torch.zeros_like(encoded.inputs.valid).scatter(1, run.output.index, True)
+            with blind_tower(vlm, [alive]):
+                oracle = masked_prompt(vlm, encode(vlm, batch), run.output).logits[:, -1]
         else:
             oracle = masked_prompt(vlm, encoded, run.output).logits[:, -1]
         bare = vlm(**batch).logits[:, -1]

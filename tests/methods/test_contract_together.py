@@ -9,7 +9,7 @@ from tiny_llava import SHORT, TWO, make_image
 
 from prunezoo import attach, encode, list_pruners
 from prunezoo.core.registry import pruner_class
-from prunezoo.host import run_pruned
+from prunezoo.host import encode_needs, run_pruned
 
 
 def build(name, **config):
@@ -49,14 +49,14 @@ def test_images_of_one_prompt_see_each_other_and_no_others(name):
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_in_a_model_a_prompt_is_as_if_it_were_alone(name, tiny_llava):
-    vlm, pruner = tiny_llava.vlm, together(name)
+def test_in_a_model_a_prompt_is_as_if_it_were_alone(name, deep_llava):
+    vlm, pruner = deep_llava.vlm, together(name)
     pictures = [make_image(0), make_image(0)]
-    batch = tiny_llava.batch([TWO, SHORT], [pictures, [make_image(1)]])
-    encoded = encode(vlm, batch, pruner.needs)
+    batch = deep_llava.batch([TWO, SHORT], [pictures, [make_image(1)]])
+    encoded = encode(vlm, batch, encode_needs(pruner))
     assert encoded.inputs.sample.tolist() == [0, 0, 1] and encoded.inputs.counts == (36, 36, 36)
     run = run_pruned(vlm, encoded, pruner, 9)
-    alone = run_pruned(vlm, encode(vlm, tiny_llava.batch([TWO], [pictures]), pruner.needs), pruner, 9)
+    alone = run_pruned(vlm, encode(vlm, deep_llava.batch([TWO], [pictures]), encode_needs(pruner)), pruner, 9)
     assert torch.equal(run.output.index[:2], alone.output.index)
     with torch.no_grad(), attach(vlm, pruner, keep=9):
         logits = vlm(**batch).logits[:, -1]

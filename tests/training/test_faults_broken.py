@@ -247,7 +247,10 @@ def test_a_training_on_long_answers_prints_no_nan_and_keeps_the_nearest(tmp_path
     kl = {int(row["step"]): float(row["val/kl"]) for row in (dict(zip(header, line, strict=True)) for line in lines)
           if row["val/kl"]}  # fmt: skip
     assert len(kl) == 2
-    last = torch.load(out / "training" / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    checkpoint = torch.load(out / "training" / "checkpoints" / "last.ckpt", weights_only=False)
+    (chosen,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ExportPruner")]
+    assert chosen["by"] == "val/kl" and any(chosen["best"] == pytest.approx(value, rel=1e-4) for value in kl.values())
+    last = checkpoint["state_dict"]
     written = load_file(out / "model.safetensors")
     is_last = all(torch.equal(last[f"pruner.{name}"], value) for name, value in written.items())
     assert is_last == (min(kl, key=kl.get) == max(kl))

@@ -119,6 +119,9 @@ def test_one_place_by_two_names_is_one_place(tmp_path, monkeypatch):
             pass
         with held("--json", Path("link/other.json")):
             pass
+        Path("alias.json").symlink_to("real/e.json")  # its lock would be another file, but for `resolve`
+        with pytest.raises(PruneZooError), held("--json", Path("alias.json")):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,9 @@ def timed_request(
         done = now(device)
     assert marks.prefill_ends is not None
     stages = attachment.stats.stages if attachment is not None else []
-    between = sum(stage.seconds for stage in stages if stage.stage == "prompt")  # vision and prefill contain the others
+    between = sum(
+        stage.seconds for stage in stages if stage.stage in ("input", "prompt")
+    )  # the others are inside of parts
     seconds = {
         "preprocessing": ready - begun,
         "vision": marks.vision,

@@ -120,3 +120,22 @@ def speed_section(record: Mapping[str, Any], shown: Collection[str] | None = Non
         "",
     ]
     return "\n".join([*lines, "```", record["command"], "```", ""])
+
+
+def first_token_section(record: Mapping[str, Any]) -> str:
+    """The table in Markdown of what `trainers.upkeep.first_token` wrote."""
+    tower, language = (record["parameters"][name] / 1e6 for name in ("tower", "language"))
+    lines = [
+        "| | patches | first token, s | times bare (lowest–highest) | tower, times bare |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        first, inside = row["first_token"], row["tower"]
+        times = f"{first['times']:.2f} ({first['low']:.2f}–{first['high']:.2f})"
+        lines.append(
+            f"| {row['way']} | {row['patches']:,} | {first['seconds']:.2f} | {times} | {inside['times']:.2f} |"
+        )
+    where = f"tower of {tower:.0f} M and language model of {language:.0f} M parameters with random weights"
+    how = f"medians of {record['repeats']} turns, {record['threads']} thread of a CPU, time of the process"
+    lines += ["", f"Qwen2-VL's make, {where}, {record['words']} words; {how}; `{record['command']}`.", ""]
+    return "\n".join(lines)

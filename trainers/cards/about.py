@@ -99,7 +99,7 @@ def _references() -> dict[str, Reference]:
 
 
 def stage_of(method: type[Pruner]) -> str:
-    """Where a method acts: vision, prompt, layer, or several of them."""
+    """Where a method acts: input, vision, prompt, layer, or several of them."""
     return method.stage if method.parts is Pruner.parts else "several"
 
 

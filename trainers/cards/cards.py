@@ -12,12 +12,13 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import file_names
 from prunezoo.core.registry import load_pruner
 from trainers.cli.text import shown_path
-from trainers.data.suite import load_suite
+from trainers.data.suite import list_suites, load_suite
 from trainers.evaluation.budgets import parse_budgets
 from trainers.evaluation.examples import Example, pick_items, show_examples
 from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.methods import build_method
 from trainers.evaluation.record import MEAN, mean_row, select, write_record
+from trainers.evaluation.same_suite import SUITE
 from trainers.evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from trainers.evaluation.sheet import draw_sheet
 from trainers.evaluation.sight import is_blind, notes_of
@@ -71,7 +72,7 @@ def metrics_of(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     if record["split"] != "test":
         raise PruneZooError(f"{folder}: a card needs the held-out test split, the evaluation has {record['split']!r}")
     paired = [row for row in record["paired"] if row["pruner"] == name]
-    kept = ("vlm", "suite", "split", "n", "seed", "command", "versions", "groups", "chance", "left_out", "sight")
+    kept = ("vlm", *SUITE, "split", "n", "seed", "command", "versions", "groups", "chance", "left_out", "sight")
     header = {key: record[key] for key in kept if key in record}
     parts: dict[str, Any] = {"rows": record["rows"], "paired": paired}
     for key in ("oracle_scale", "layers", "histogram"):  # which records of before they were measured have not
@@ -243,6 +244,11 @@ def shipped_copy(card: str, name: str) -> str:
 def card_examples(folder: Path, record: Mapping[str, Any]) -> list[Example]:
     """What the pruner in a folder keeps of the first pictures of the suite that it was measured on."""
     metrics = metrics_of(folder, record)
+    if metrics["suite"] not in list_suites():
+        raise PruneZooError(
+            f"{folder}: measured on {metrics['suite']}, whose pictures are not known here; `trainers.evaluate --card` "
+            "draws them"
+        )
     vlm, processor = load_vlm(metrics["vlm"])
     items = pick_items(load_suite(metrics["suite"], metrics["split"]), 1)[:PICTURES]
     method = build_method(metrics["pruner"])

@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult
 
 from prunezoo.core.budgets import AUTO
 from prunezoo.core.files import read_object
+from prunezoo.core.upload import CARD_FILE as CARD_FILE
+from prunezoo.core.upload import METRICS_FILE as METRICS_FILE
 from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import COLUMNS, ratio, settings_of
 from trainers.data.suite import list_suites
@@ -21,7 +23,7 @@ from trainers.evaluation.tables import budgets_of, display_name, percent, span, 
 ROOT = Path(__file__).parent.parent.parent
 CARDS = ROOT / "hub_cards"
 POLICY_FILE = "policy.json"
-CARD_FILE, METRICS_FILE, WEIGHTS_FILE = "README.md", "metrics.json", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 SPEED_FILE, PICTURE_FILE = "speed.json", "kept.webp"
 STOP_FILE, STOP_FIGURE = "stop_rule.json", "stop_rule.png"
 

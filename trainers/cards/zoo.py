@@ -21,7 +21,7 @@ class Entry:
         name: what commands take.
         method: its registry name.
         kind: learned or training-free.
-        stage: vision, prompt or layer.
+        stage: input, vision, prompt or layer.
         trained_for: the frozen model; empty for what needs no training, None for a learned method that is not shipped.
         line: what was measured of it; None: nothing.
         about: the method in words.
@@ -51,7 +51,7 @@ def entries(zoo: Zoo) -> list[Entry]:
         folders = [folder for folder, of in shipped.items() if of == method]
         for folder in folders:
             stored = read_object(CHECKPOINTS / folder / CONFIG_FILE, what="a config", remedy="save it again")
-            model = stored.get("base_model", {}).get("name", "not noted").rpartition("/")[2]
+            model = stored.get("base_model", {}).get("name", "any").rpartition("/")[2]
             found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
         if not folders:
             found.append(Entry(method, method, "learned", stage, None, None, about(cls)))

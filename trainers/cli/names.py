@@ -28,6 +28,12 @@ def methods_shipped() -> dict[str, str]:
     return found
 
 
+def pruners_shipped() -> dict[str, str]:
+    """Those of them that were trained for the embedded model; no tokenizers."""
+    known = list_pruners()
+    return {name: method for name, method in methods_shipped().items() if name.endswith(TINY) and method in known}
+
+
 def find_pruner(name: str) -> str:
     """What a name on a command line stands for.
 

@@ -16,6 +16,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or Hub id"},
     "keep": {"nargs": "+", "help": "tokens (64) or shares (1/9, 0.25)"},
     "suite": {"help": "a registered suite, e.g. scenes"},
+    "suite-option": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "help": "what the suite takes, e.g. scorer=vqa group=type",
+    },
     "split": {"default": "test"},
     "limit": {"type": int, "help": "only the first so many items"},
     "batch": {"type": int, "default": 1, "help": "pictures at once"},

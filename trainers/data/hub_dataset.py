@@ -4,7 +4,7 @@ A row has a picture (column ``image``) and either LLaVA-style ``conversations`` 
 without a picture holds nothing to prune and is left out; one with several is left out too, and counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from prunezoo.core.errors import PruneZooError
 
 from .pictures import MOST_BYTES, BrokenImage, decode_picture, open_picture
-from .talks import Entry, Talks, read_turns, tell_skipped
+from .talks import Entry, Reader, Talks, read_turns, tell_skipped
 
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -27,6 +27,12 @@ class HubDataset(Talks):
         split: Which of its splits.
         configuration: Which of its configurations, where it has several.
         columns: Other names of the columns, as ``{"image": "picture"}``.
+        read: What a row asks; by default its conversation, or its question and answer.
+        wanted: The columns that ``read`` reads.
+        option: Where columns are named, for messages.
+
+    Attributes:
+        table_fingerprint: Another one for another table.
 
     Raises:
         PruneZooError: It cannot be opened, or has other columns.
@@ -38,6 +44,9 @@ class HubDataset(Talks):
         split: str = "train",
         configuration: str | None = None,
         columns: dict[str, str] | None = None,
+        read: Reader | None = None,
+        wanted: Sequence[str] = (),
+        option: str = "data.columns",
     ) -> None:
         try:
             import datasets
@@ -56,22 +65,22 @@ class HubDataset(Talks):
             reason = str(error).strip().splitlines()[0]
             raise PruneZooError(f"{name}: cannot be opened as a data set, split '{split}' ({reason})") from error
         there = set(table.column_names)
-        talking = named["conversations"] in there
-        wanted = [named["image"], *([named["conversations"]] if talking else [named["question"], named["answer"]])]
-        if missing := [column for column in wanted if column not in there]:
+        words = wanted if read is not None else columns_of_text(named, there)
+        if missing := [column for column in (named["image"], *words) if column not in there]:
             raise PruneZooError(
                 f"{name}: column {', '.join(missing)} is missing, there are: {', '.join(sorted(there))}; name yours in "
-                "data.columns"
+                f"{option}"
             )
+        self.table_fingerprint = str(table._fingerprint)
         self.column = named["image"]
-        self.images = undecoded(name, table.select_columns([self.column]), self.column)
+        self.images = undecoded(name, table.select_columns([self.column]), self.column, option)
         counts = pictures_of_rows(self.images, self.column)
-        words = words_of(table, wanted[1:])
+        rows = words_of(table, list(words), numbers=read is None)
+        read = read or reader_of(words)
         entries = []
-        for number, (count, row) in enumerate(zip(counts, words, strict=True)):
+        for number, (count, row) in enumerate(zip(counts, rows, strict=True)):
             if count == 1:
-                turns = row[wanted[1]] if talking else question_and_answer(row[wanted[1]], row[wanted[2]])
-                entries.append(Entry(f"{split}-{number}", str(number), *read_turns(turns, wrong_row(name, number))))
+                entries.append(Entry(f"{split}-{number}", str(number), *read(row, wrong_row(name, number))))
         tell_skipped(name, [f"{split}-{number}" for number, count in enumerate(counts) if count > 1])
         super().__init__(name, entries)
 
@@ -90,7 +99,22 @@ class HubDataset(Talks):
             raise BrokenImage(str(error)) from error
 
 
-def undecoded(name: str, table: Any, column: str) -> Any:
+def columns_of_text(named: Mapping[str, str], there: Container[str]) -> list[str]:
+    """The column of the conversations, where there is one; else those of question and answer."""
+    if named["conversations"] in there:
+        return [named["conversations"]]
+    return [named["question"], named["answer"]]
+
+
+def reader_of(words: Sequence[str]) -> Reader:
+    """A reader of rows that have these columns, as :func:`columns_of_text` gives them."""
+    if len(words) == 1:
+        return lambda row, wrong: (*read_turns(row[words[0]], wrong), None)
+    question, answer = words
+    return lambda row, wrong: (*read_turns(question_and_answer(row[question], row[answer]), wrong), None)
+
+
+def undecoded(name: str, table: Any, column: str, option: str = "data.columns") -> Any:
     """A table whose pictures, or lists of pictures, are left as bytes and paths: they are opened here.
 
     Raises:
@@ -106,7 +130,7 @@ def undecoded(name: str, table: Any, column: str) -> Any:
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
         kind = getattr(kind, "dtype", type(kind).__name__)
         raise PruneZooError(
-            f"{name}: column '{column}' holds {kind} instead of pictures; name the right one in data.columns.image"
+            f"{name}: column '{column}' holds {kind} instead of pictures; name the right one in {option}: image"
         ) from error
 
 
@@ -126,15 +150,15 @@ def pictures_of_rows(table: Any, column: str) -> list[int]:
     return counts
 
 
-def words_of(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows' texts; of columns that hold numbers or names of classes, as these are written."""
+def words_of(table: Any, columns: list[str], numbers: bool = True) -> Iterator[dict[str, Any]]:
+    """The rows' texts; of columns that hold names of classes, or with ``numbers`` numbers, as these are written."""
     features = {column: table.features[column] for column in columns}
     for row in table.select_columns(columns):
         for column, kind in features.items():
             value = row[column]
             if isinstance(value, int) and hasattr(kind, "int2str"):
                 row[column] = kind.int2str(value)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
+            elif numbers and isinstance(value, int | float) and not isinstance(value, bool):
                 row[column] = str(value)
         yield row
 

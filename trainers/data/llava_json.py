@@ -5,7 +5,6 @@ An entry is ``{"id": …, "image": "coco/train2017/1.jpg", "conversations": [{"f
 several are left out too, and counted.
 """
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,7 +14,7 @@ from prunezoo.core.bounds import parse_json, read_bytes
 from prunezoo.core.errors import PruneZooError
 
 from .pictures import open_picture
-from .talks import PLACEHOLDER, Entry, Talks, read_turns, tell_skipped, whole_text
+from .talks import PLACEHOLDER, Entry, Reader, Talks, Wrong, read_conversation, tell_skipped, whole_text
 
 MOST_BYTES = 1 << 34
 """Of the annotations; LLaVA's own have 1 GB."""
@@ -27,14 +26,18 @@ class LlavaJson(Talks):
     Args:
         annotations: The JSON file; with the ending ``.jsonl``, an entry a line.
         images: Folder that the entries' ``image`` paths are relative to.
+        image: Key of the path in an entry.
+        read: What an entry asks.
 
     Raises:
         PruneZooError: A file is missing, an entry is malformed, its image is missing or lies outside the folder. All
             entries are checked here, without decoding any picture; a picture that proves broken later names its file.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path) -> None:
-        self.annotations, self.images = Path(annotations), Path(images)
+    def __init__(
+        self, annotations: str | Path, images: str | Path, image: str = "image", read: Reader = read_conversation
+    ) -> None:
+        self.annotations, self.images, self.image, self.read = Path(annotations), Path(images), image, read
         if not self.images.is_dir():
             raise PruneZooError(f"{self.images}: no such folder; set data.images to what {annotations} refers to")
         self.skipped: list[str] = []  # entries with several pictures
@@ -87,24 +90,26 @@ class LlavaJson(Talks):
 
         if not isinstance(entry, dict):
             raise wrong("key 'conversations' with a list of turns is missing; add it or drop the entry")
-        images = entry.get("image")
+        images = entry.get(self.image)
         images = [] if images in (None, "") else images if isinstance(images, list) else [images]
         if len(images) > 1:
             self.skipped.append(name)
             return None
         if not images:
             if speaks_of_picture(entry.get("conversations")):
-                raise wrong(f"key 'image' is missing though the text has {PLACEHOLDER}; add it or drop the entry")
+                raise wrong(
+                    f"key '{self.image}' is missing though the text has {PLACEHOLDER}; add it or drop the entry"
+                )
             return None
         (image,) = images
         if not isinstance(image, str) or not image:
-            raise wrong(f"'image' must be a path, not {type(image).__name__}; mend it or drop the entry")
+            raise wrong(f"'{self.image}' must be a path, not {type(image).__name__}; mend it or drop the entry")
         if image not in seen:
             self._look(image, wrong)
             seen.add(image)
-        return Entry(name, image, *read_turns(entry.get("conversations"), wrong))
+        return Entry(name, image, *self.read(entry, wrong))
 
-    def _look(self, image: str, wrong: Callable[[str], PruneZooError]) -> None:
+    def _look(self, image: str, wrong: Wrong) -> None:
         """Whether an image is in the folder."""
         if any(p.is_absolute() or p.drive or ".." in p.parts for p in (PurePosixPath(image), PureWindowsPath(image))):
             raise wrong(f"image '{image}' lies outside {self.images}; use a path inside that folder")

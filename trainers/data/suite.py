@@ -16,8 +16,11 @@ from PIL import Image
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.near import near
 
+from .scorers import find_scorer
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Item:
         relevant: (H, W) float32, at least 0: how much the question is about a pixel, higher = first to keep; what an
             oracle keeps. None where the suite does not know.
         picture_turn: number of the turn whose question the picture stands in.
+        references: all answers that count, where the suite has its answers written and scored; none: `answer` alone.
+        choices: texts of the answers to choose from, in the order of the letters A, B, …; none: it is no such question.
     """
 
     id: str
@@ -40,6 +45,8 @@ class Item:
     group: str
     relevant: np.ndarray | None = None
     picture_turn: int = 0
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -78,17 +85,24 @@ class Items(Sequence[Item]):
 class Suite(Items):
     """A deterministic sequence of items; item ``i`` is made when asked for, so workers can share one suite.
 
-    A suite overrides ``groups``, ``chance``, ``size`` and ``item``.
+    A suite overrides ``groups``, ``size`` and ``item``, and ``chance`` where it is known.
 
     Attributes:
         name: its name in the registry.
+        version: another one whenever its questions, pictures or scoring change, so that no table mixes them.
         groups: the question groups.
         chance: accuracy of guessing in a group, in [0, 1].
+        scorer: how answers are scored that the model writes, a name of `scorers.py`; None: none are written, and right
+            is where greedy decoding would write exactly the reference answer.
+        new_tokens: longest answer that is written.
     """
 
     name: str
+    version: str = "1"
     groups: tuple[str, ...]
-    chance: dict[str, float]
+    chance: dict[str, float] = {}
+    scorer: str | None = None
+    new_tokens: int = 16
 
     def __init__(self, split: str = "test", limit: int | None = None) -> None:
         if split not in SPLITS:
@@ -100,6 +114,15 @@ class Suite(Items):
     @abstractmethod
     def size(self) -> int:
         """Number of items in the whole split."""
+
+    def score(self, item: Item, said: str) -> float:
+        """The score in [0, 1] of what a model wrote, by ``scorer``."""
+        assert self.scorer is not None  # else nothing is written
+        return find_scorer(self.scorer)(said, item.references or (item.answer,), item.choices)
+
+    def lengths(self, places: Sequence[int]) -> list[int] | None:
+        """Characters of the texts of these items, where they can be told without making the items; else None."""
+        return None
 
     def pictures(self) -> Sequence[Path]:
         """Files on this machine that the items are made from, where they are; by default none is."""
@@ -144,7 +167,7 @@ def load_suite(name: str, split: str = "test", limit: int | None = None, **optio
     """Build a suite by name.
 
     Args:
-        name: a registered suite.
+        name: a registered suite, or `module:Class`, a :class:`Suite` of somebody's own, whose code is run.
         split: train, validation or test; the three share no picture, digit or photograph.
         limit: only the first so many items.
         options: what the suite itself takes (photo-grid: ``root``).
@@ -152,15 +175,60 @@ def load_suite(name: str, split: str = "test", limit: int | None = None, **optio
     Raises:
         PruneZooError: an unknown suite or split, or a suite whose data are not there.
     """
-    _import_suites()
-    if name not in _SUITES:
-        raise PruneZooError(f"suite {name!r} is unknown{near(name, _SUITES)}")
-    build = cast(Callable[..., Suite], _SUITES[name])
-    known = [option for option in inspect.signature(build).parameters if option not in ("split", "limit")]
+    cls = suite_class(name)
+    known = options_of(cls)
     for option in options:
         if option not in known:
             raise PruneZooError(f"suite {name}: option {option!r} is unknown{near(option, known)}")
-    return build(split=split, limit=limit, **options)
+    if needed := [option for option, is_needed in known.items() if is_needed and option not in options]:
+        raise PruneZooError(f"suite {name}: it needs {', '.join(needed)}, e.g. --suite {name} {needed[0].upper()}")
+    suite = cast(Callable[..., Suite], cls)(split=split, limit=limit, **options)
+    if not getattr(suite, "groups", ()):
+        raise PruneZooError(f"suite {name}: it has no groups; set groups = ('all',)")
+    if suite.scorer is not None and type(suite).score is Suite.score:
+        find_scorer(suite.scorer)
+    return suite
+
+
+def suite_class(name: str) -> type[Suite]:
+    """The class of a suite; see :func:`load_suite`.
+
+    Raises:
+        PruneZooError: an unknown name, or a class that is no suite.
+    """
+    if ":" in name:
+        return _own_class(name)
+    _import_suites()
+    if name not in _SUITES:
+        raise PruneZooError(f"suite {name!r} is unknown{near(name, _SUITES)}; one of your own is written module:Class")
+    return _SUITES[name]
+
+
+def options_of(suite: type[Suite]) -> dict[str, bool]:
+    """What a suite takes beside split and limit, and whether it must be given; what it hands on by `**` included."""
+    found: dict[str, bool] = {}
+    for cls in suite.__mro__:
+        if "__init__" in vars(cls):
+            takes = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            named = [of for of in list(takes)[1:] if of.kind in NAMED]
+            found = {of.name: of.default is of.empty for of in named} | found
+            if all(of.kind is not of.VAR_KEYWORD for of in takes):
+                break
+    return {name: needed for name, needed in found.items() if name not in ("split", "limit")}
+
+
+def _own_class(name: str) -> type[Suite]:
+    """A suite outside the repository, by `module:Class`: importing it runs its code."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # an empty name, or one with leading dots
+        reason = " ".join(str(error).split())
+        raise PruneZooError(f"suite {name}: no `import {module}` here ({reason}); go where it works") from error
+    if not (isinstance(found, type) and issubclass(found, Suite)) or inspect.isabstract(found):
+        raise PruneZooError(f"suite {name}: must be a trainers.data.suite.Suite that has `size` and `item`")
+    found.name = name
+    return found
 
 
 def _import_suites() -> None:

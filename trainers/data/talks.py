@@ -8,9 +8,9 @@ question to question. A source says what its entries are and opens a picture; `l
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -27,6 +27,10 @@ log = logging.getLogger("prunezoo.data")
 Self = TypeVar("Self", bound="Talks")
 Turns = tuple[tuple[str, str], ...]
 """(question, answer) pairs."""
+Wrong = Callable[[str], PruneZooError]
+"""Makes an error of what is wrong with an entry."""
+Reader = Callable[[Mapping[str, Any], Wrong], tuple[Turns, int, Any]]
+"""From an entry as it is written to its turns, the turn that the picture stands in, and what else is to be noted."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Entry:
     picture: str  # where it is, in the source's own words
     turns: Turns
     picture_turn: int = 0  # the pair whose question the picture stands in; nothing is asked before it is there
+    asked: Any = field(default=None, repr=False)  # what else its reader noted of it
 
 
 class Talks(Items):
@@ -49,7 +54,7 @@ class Talks(Items):
 
     def __init__(self, source: str, entries: list[Entry]) -> None:
         if not entries:
-            raise PruneZooError(f"{source}: holds no entry with a picture; nothing to train on")
+            raise PruneZooError(f"{source}: holds no entry with a picture; there is nothing to ask")
         self.source, self.entries = source, entries
         self.places = [
             (number, turn)
@@ -145,7 +150,7 @@ class Talks(Items):
         return Item(self.id_of(index), picture, turns, group="all", picture_turn=entry.picture_turn)
 
 
-def read_turns(conversation: Any, wrong: Callable[[str], PruneZooError]) -> tuple[Turns, int]:
+def read_turns(conversation: Any, wrong: Wrong) -> tuple[Turns, int]:
     """(question, answer) pairs of a LLaVA-style list of turns, without the placeholder; and the number of the pair
     whose question it stood in, which is where the picture belongs: 0, if it stood in none.
 
@@ -169,6 +174,11 @@ def read_turns(conversation: Any, wrong: Callable[[str], PruneZooError]) -> tupl
     pairs = zip(questions, answers, strict=True)
     place = next((number for number, question in enumerate(questions) if PLACEHOLDER in question), 0)
     return tuple((question.replace(PLACEHOLDER, "").strip(), answer.strip()) for question, answer in pairs), place
+
+
+def read_conversation(entry: Mapping[str, Any], wrong: Wrong) -> tuple[Turns, int, Any]:
+    """A :data:`Reader` of LLaVA-style entries."""
+    return *read_turns(entry.get("conversations"), wrong), None
 
 
 def whole_text(text: str) -> str:

@@ -89,7 +89,7 @@ def planned_mean(pruner: Pruner, keep: Keep, available: Tensor, depth: int) -> T
         if part.restore:  # what it leaves is of the tower
             left = found
         whole = found
-        for place, step in zip(places, part.schedule(left, found, depth) if is_late else [left], strict=True):
+        for place, step in zip(places, part.steps(left, found, depth) if is_late else [left], strict=True):
             cuts.append(Cut(part.stage, place, found, torch.minimum(step, whole if part.comes_back else found)))
             found = cuts[-1].after
     return layer_mean(cuts, depth)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from prunezoo.host import attach, encode
 from prunezoo.host.run import run_pruned
@@ -17,6 +16,7 @@ from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
 from .methods import Method, view_of
+from .written import moved, prompts_of, write
 
 NEW_TOKENS = 16
 """Longest answer that is generated for a picture."""
@@ -32,7 +32,7 @@ class Shown:
         kept: (K, 2) row and column of each token.
         anchors: the tokens were merged or made anew; `kept` only says where they stand.
         answer: what the model generates.
-        right: whether that is the reference answer.
+        right: whether that is right, see :func:`is_right`.
     """
 
     pruner: str
@@ -51,7 +51,7 @@ class Example:
         item: the item.
         grid: rows and columns of its tokens.
         answer: of the full model.
-        right: whether that is the reference answer.
+        right: whether that is right, see :func:`is_right`.
         shown: one entry for each method and budget.
     """
 
@@ -75,20 +75,27 @@ def pick_items(suite: Suite, per_group: int) -> list[Item]:
     return sorted(picked, key=lambda item: suite.groups.index(item.group))
 
 
-def same_answer(answer: str, reference: str) -> bool:
-    """Equal but for case and white space."""
-    return answer.lower().split() == reference.lower().split()
+def is_right(item: Item, answer: str, suite: Suite | None) -> bool:
+    """Whether a suite that scores answers gives it more than half; else, whether it is but for case the reference."""
+    if suite is not None and suite.scorer is not None:
+        return suite.score(item, answer) > 0.5
+    return answer.lower().split() == item.answer.lower().split()
 
 
 @torch.no_grad()
 def answer_of(vlm: Any, processor: Any, item: Item) -> str:
     """What the full model answers."""
-    return _generate(vlm, processor, _to(ConversationCollator(processor, answers=False)([item]), vlm.device))[0]
+    return write(vlm, processor, prompts_of(vlm, processor, [item]), NEW_TOKENS)[0]
 
 
 @torch.no_grad()
 def show_examples(
-    vlm: Any, processor: Any, items: Sequence[Item], methods: Sequence[Method], budgets: Sequence[Budget]
+    vlm: Any,
+    processor: Any,
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    budgets: Sequence[Budget],
+    suite: Suite | None = None,
 ) -> list[Example]:
     """Run every method and budget on a few items, with answers that are really generated.
 
@@ -98,14 +105,17 @@ def show_examples(
         items: one batch.
         methods: whom to show; of a method with several seeds the first.
         budgets: at how many tokens.
+        suite: of the items; says how long answers are and which are right. None: short ones, and the reference.
     """
-    scored, prompt = (_to(ConversationCollator(processor, answers=a)(items), vlm.device) for a in (True, False))
+    longest = NEW_TOKENS if suite is None else suite.new_tokens
+    scored = moved(ConversationCollator(processor)(items), vlm.device)
+    prompt = prompts_of(vlm, processor, items)
     encoded = encode(vlm, scored, needs=tuple(sorted({signal for method in methods for signal in method.needs})))
     view = view_of(vlm, scored, encoded, items, methods)
     cells = encoded.inputs.cells.cpu().numpy()
     examples = [
-        Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, same_answer(answer, item.answer))
-        for item, grid, answer in zip(items, cells, _generate(vlm, processor, prompt), strict=True)
+        Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, is_right(item, answer, suite))
+        for item, grid, answer in zip(items, cells, write(vlm, processor, prompt, longest), strict=True)
     ]
     for budget in budgets:
         for method in methods:
@@ -113,23 +123,12 @@ def show_examples(
             choice = run_pruned(vlm, encoded, pruner, amount, logits_to_keep=1).output
             index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
             with attach(vlm, pruner, amount):
-                answers = _generate(vlm, processor, prompt)
+                answers = write(vlm, processor, prompt, longest)
             for b, answer in enumerate(answers):
                 kept = cells[b, index[b][valid[b]]]
                 kept = kept[(kept[:, 1] >= 0) & (kept[:, 2] >= 0), 1:]
-                right = same_answer(answer, items[b].answer)
+                right = is_right(items[b], answer, suite)
                 examples[b].shown.append(
                     Shown(method.name, budget.label, kept, choice.features is not None, answer, right)
                 )
     return examples
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _generate(vlm: Any, processor: Any, prompt: dict[str, Any]) -> list[str]:
-    """Greedy answers to a left-padded batch of prompts."""
-    written = vlm.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    texts = processor.batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]

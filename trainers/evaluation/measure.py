@@ -7,6 +7,9 @@ first token; then, having written that, if its next choice is the next token; an
 conditions which one teacher-forced pass checks all at once. (What it checks is the tokens of the answer. A model that
 writes the same words in another case, or with a full stop, is counted as wrong.)
 
+A suite with a scorer is measured otherwise: the model writes its answers, with the pruner attached, and its accuracy is
+their mean score. All else is read off the same teacher-forced passes.
+
 Agreement with the full model is defined on the same positions: 1 where the pruned model's first choices equal the full
 model's first choices at every answer position, given the same reference before them. KL is KL(full || pruned) over the
 vocabulary, averaged over these positions.
@@ -14,7 +17,7 @@ vocabulary, averaged over these positions.
 Letters: B items of a batch, L tokens, A answer positions of the whole batch, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +37,14 @@ from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
+from .flops import flops_share
 from .journal import Journal
 from .methods import Method, View, view_of
+from .processes import Processes
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
+from .written import Judge
 
+ALONE = Processes()
 WINDOW = 16
 """Batches that are read ahead and sorted by length together, so that little is padded and little held in memory."""
 
@@ -100,6 +107,7 @@ def measure(
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda passes: None,
     journal: Journal | None = None,
+    processes: Processes = ALONE,
 ) -> Measurement:
     """Measure every method at every budget on every item of a suite, beside the full model and zero tokens.
 
@@ -112,6 +120,7 @@ def measure(
         batch_size: B.
         advance: told after each forward pass how many items it took, for a progress bar.
         journal: where to note what is done after each window, and to read what was done before.
+        processes: who share the batches; each has the whole result then, the same as one process alone.
 
     Raises:
         PruneZooError: an empty suite, a group that the suite does not announce, or a method that cannot cope.
@@ -126,25 +135,32 @@ def measure(
     group_names: list[str] = [""] * len(suite)
     needs = tuple(sorted({signal for method in methods for signal in method.needs}))
 
-    done = journal.read(scores, group_names) if journal else 0
-    advance(done * passes(methods, budgets))
+    per_item = passes(methods, budgets)
+    done = processes.first_says(journal.read(scores, group_names) if journal and processes.rank == 0 else 0)
+    _gather(suite, range(done), scores, group_names, processes)
+    advance(done * per_item)
 
-    for places, items, ends in _batches(suite, batch_size, done):
-        batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
-        encoded = encode(vlm, batch, needs=needs)
-        view = view_of(vlm, batch, encoded, items, methods)
-        for key, weight, values in _passes(vlm, encoded, view, methods, budgets):
-            for whole, part in zip(vars(scores[key]).values(), values, strict=True):
-                whole[places] += weight * part.double().cpu().numpy()
-            advance(len(items))
-        for place, item in zip(places, items, strict=True):
-            group_names[place] = item.group
-        if journal and ends:
-            journal.write(scores, group_names, ends)
+    for begin in range(done, len(suite), WINDOW * batch_size):
+        window = range(begin, min(begin + WINDOW * batch_size, len(suite)))
+        own = 0
+        for places, items in _batches(suite, window, batch_size, processes):
+            batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
+            encoded = encode(vlm, batch, needs=needs)
+            view = view_of(vlm, batch, encoded, items, methods)
+            judge = Judge(vlm, processor, suite, items) if suite.scorer is not None else None
+            for key, weight, values in _passes(vlm, encoded, view, methods, budgets, judge):
+                for whole, part in zip(vars(scores[key]).values(), values, strict=True):
+                    whole[places] += weight * part.double().cpu().numpy()
+                advance(len(items))
+            own += len(items)
+            for place, item in zip(places, items, strict=True):
+                group_names[place] = item.group
+        _gather(suite, window, scores, group_names, processes)
+        if own < len(window):
+            advance((len(window) - own) * per_item)
+        if journal and processes.rank == 0:
+            journal.write(scores, group_names, window.stop)
 
-    unknown = set(group_names) - set(suite.groups)
-    if unknown:
-        raise PruneZooError(f"suite {suite.name}: items of unknown group {', '.join(sorted(unknown))}")
     groups = tuple(group for group in suite.groups if group in set(group_names))
     group_of = np.array([groups.index(name) for name in group_names], dtype=np.int64)
     return Measurement(groups, group_of, suite.chance, scores)
@@ -172,12 +188,17 @@ def of_pruner(name: str, why: str) -> str:
 
 
 def _passes(
-    vlm: Any, encoded: Encoded, view: View, methods: Sequence[Method], budgets: Sequence[Budget]
-) -> Iterator[tuple[Key, float, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Every forward pass over one batch.
+    vlm: Any,
+    encoded: Encoded,
+    view: View,
+    methods: Sequence[Method],
+    budgets: Sequence[Budget],
+    judge: Judge | None = None,
+) -> Iterator[tuple[Key, float, tuple[Tensor, ...]]]:
+    """Every forward pass over one batch; with a judge, right is what it says of the written answers.
 
     Yields:
-        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) three times.
+        Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) four times.
     """
     items = len(view.items)
     assert encoded.labels is not None  # the collator wrote them
@@ -190,11 +211,15 @@ def _passes(
 
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
     everything = encoded.tokens[:, None].expand(-1, find_family(vlm).decoder().depth)
-    yield (FULL, ALL_TOKENS), 1.0, (everything, *full.compare(full, items))
+    right, agreement, kl = full.compare(full, items)
+    share = flops_share(vlm, encoded, None)
+    yield (FULL, ALL_TOKENS), 1.0, (everything, judge() if judge else right, agreement, kl, share)
 
-    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, ...]:
         run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
-        return run.layers, *answers(run.host).compare(full, items)
+        right, agreement, kl = answers(run.host).compare(full, items)
+        share = flops_share(vlm, encoded, run)
+        return run.layers, judge(pruner, keep) if judge else right, agreement, kl, share
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:
@@ -204,13 +229,35 @@ def _passes(
                 yield (method.name, budget.label), 1 / method.replicas, values
 
 
-def _batches(suite: Suite, batch_size: int, start: int) -> Iterator[tuple[list[int], list[Item], int]]:
-    """Batches of items of like length, their places in the suite, and, where its window ends with it."""
-    for begin in range(start, len(suite), WINDOW * batch_size):
-        end = min(begin + WINDOW * batch_size, len(suite))
-        window = [(i, suite[i]) for i in range(begin, end)]
-        window.sort(key=lambda pair: sum(len(text) for turn in pair[1].turns for text in turn))
-        for first in range(0, len(window), batch_size):
-            part = window[first : first + batch_size]
-            is_last = first + batch_size >= len(window)
-            yield [place for place, _ in part], [item for _, item in part], end if is_last else 0
+def _batches(
+    suite: Suite, window: range, batch_size: int, processes: Processes
+) -> Iterator[tuple[list[int], list[Item]]]:
+    """This process' batches of items of like length, with their places in the suite; all processes cut them alike."""
+    lengths, made = suite.lengths(window), dict[int, Item]()
+    if lengths is None:
+        made = {place: suite[place] for place in window}
+        lengths = [sum(len(text) for turn in item.turns for text in turn) for item in made.values()]
+    order = [place for _, place in sorted(zip(lengths, window, strict=True))]
+    for places in processes.share([order[first : first + batch_size] for first in range(0, len(order), batch_size)]):
+        yield places, [made[place] if made else suite[place] for place in places]
+
+
+def _gather(
+    suite: Suite, window: range, scores: Mapping[Key, ItemScores], group_names: list[str], processes: Processes
+) -> None:
+    """Bring together what the processes found in a window.
+
+    Raises:
+        PruneZooError: a group that the suite does not announce.
+    """
+    here = slice(window.start, window.stop)
+    unknown = set(group_names[here]) - {*suite.groups, ""}
+    if unknown:
+        raise PruneZooError(f"suite {suite.name}: items of unknown group {', '.join(sorted(unknown))}")
+    if processes.world == 1:
+        return
+    numbers = np.array([suite.groups.index(name) + 1 if name else 0 for name in group_names[here]], dtype=np.float64)
+    group_names[here] = [suite.groups[int(number) - 1] for number in processes.sum(numbers)]
+    for of in scores.values():
+        for values in vars(of).values():
+            values[here] = processes.sum(values[here])

@@ -31,15 +31,16 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     """One row for each method x budget x group, and one for the mean over groups.
 
     Returns:
-        `{pruner, keep, tokens, tokens_spread, group, n, accuracy, retention, agreement, kl, ci}`: the spread is the
-        standard deviation over items, above 0 where a method decides by itself; accuracy and agreement in [0, 1], kl in
-        nats, retention and its 95 % interval in percent of the full model (None where there is none to give,
-        see `sight_of`).
+        `{pruner, keep, tokens, tokens_spread, flops, group, n, accuracy, retention, agreement, kl, ci}`: the spread is
+        the standard deviation over items, above 0 where a method decides by itself; flops are operations of tower and
+        language model, as a share of those with all tokens (None where not known); accuracy and agreement in [0, 1], kl
+        in nats, retention and its 95 % interval in percent of the full model (None where there is none to give, see
+        `sight_of`).
     """
     retention, draws = resampled.retention(), resampled.retention_draws()
     rows = []
     for m, ((pruner, keep), scores) in enumerate(measurement.scores.items()):
-        per_group: dict[str, list[float]] = {"tokens": [], "accuracy": [], "agreement": [], "kl": []}
+        per_group: dict[str, list[float]] = {"tokens": [], "flops": [], "accuracy": [], "agreement": [], "kl": []}
         for g, group in enumerate((*measurement.groups, MEAN)):
             here = measurement.group_of == g if group != MEAN else np.ones(measurement.items, dtype=bool)
             if group == MEAN:
@@ -47,6 +48,7 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
             else:
                 values = {
                     "tokens": float(scores.tokens[here].mean()),
+                    "flops": float(scores.flops[here].mean()),
                     "accuracy": float(scores.correct[here].mean()),
                     "agreement": float(scores.agreement[here].mean()),
                     "kl": float(scores.kl[here].mean()),
@@ -60,6 +62,7 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
                     "keep": keep,
                     "tokens": _number(values["tokens"]),
                     "tokens_spread": _number(float(scores.tokens[here].std())),
+                    "flops": _number(values["flops"]),
                     "group": group,
                     "n": int(here.sum()),
                     "accuracy": _number(values["accuracy"]),
@@ -151,8 +154,8 @@ def histogram_of(measurement: Measurement) -> list[Row]:
 def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list[Row]:
     """Each contender with the fewest tokens that answer each question, as one who knew the answers would choose them.
 
-    After Matryoshka Multimodal Models (arXiv 2405.17430). The choice is among its budgets and all tokens; a question
-    that none of them answers counts the fewest tokens, since more would not help.
+    After Matryoshka Multimodal Models (arXiv 2405.17430). The choice is among its budgets and all tokens, of the best
+    scores the one with the fewest; a question that none of them answers counts the fewest of all.
 
     Returns:
         `{pruner, group, tokens, accuracy}` for each group and for the mean over groups.
@@ -161,9 +164,9 @@ def oracle_scale_of(measurement: Measurement, contenders: Sequence[str]) -> list
     for contender in contenders:
         scales = [scores for (pruner, _), scores in measurement.scores.items() if pruner == contender]
         scales = sorted([*scales, measurement.scores[FULL, ALL_TOKENS]], key=lambda scores: scores.tokens.mean())
-        right = np.stack([scores.correct == 1 for scores in scales])  # (scales, I)
+        right = np.stack([scores.correct for scores in scales])  # (scales, I)
         fewest = np.take_along_axis(np.stack([scores.tokens for scores in scales]), right.argmax(0)[None], 0)[0]
-        values = np.stack([fewest, right.any(0)])
+        values = np.stack([fewest, right.max(0)])
         means = [values[:, measurement.group_of == group].mean(1) for group in range(len(measurement.groups))]
         for group, (tokens, accuracy) in zip(
             (*measurement.groups, MEAN), (*means, np.mean(means, axis=0)), strict=True

@@ -17,7 +17,7 @@ from .pictures import data_uri, enlarge
 from .record import MEAN, Row
 from .scores import FULL, NONE, is_diagnostic
 from .sight import is_blind, notes_of
-from .tables import display_name, methods_of, percent, rows_at, span, tokens_of
+from .tables import display_name, methods_of, percent, rows_at, span, times, tokens_of
 
 PAGE, FIGURE = "index.html", "retention.png"
 
@@ -67,7 +67,9 @@ def page_templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of, json=to_json)
+    environment.filters.update(
+        name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of, json=to_json, times=times
+    )
     return environment
 
 

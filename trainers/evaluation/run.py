@@ -25,8 +25,9 @@ from .examples import pick_items, show_examples
 from .instrument import BUDGETS, judge
 from .journal import Journal
 from .loading import load_vlm
-from .measure import measure, of_pruner, passes, why_not
+from .measure import ALONE, measure, of_pruner, passes, why_not
 from .methods import RANDOM, RIVALS, Method, PrunerMethod, build_method, layer_attentions
+from .processes import Processes, launch, own_device
 from .record import build_record, write_record
 from .report import write_report
 from .scores import FULL, NONE, ORACLE, Measurement
@@ -84,12 +85,26 @@ def contenders(methods: Sequence[Method]) -> list[str]:
     return list(dict.fromkeys([methods[0].name, *learned]))
 
 
-def suite_options(pairs: Sequence[str]) -> dict[str, str]:
-    """`key=value` words as a dict."""
-    for pair in pairs:
+def read_suite(words: Sequence[str], options: Sequence[str], split: str, limit: int | None) -> Suite:
+    """The suite of a command line.
+
+    Args:
+        words: of `--suite`: its name, and its source where it takes one.
+        options: of `--suite-option`, each `key=value`.
+        split: train, validation or test.
+        limit: only the first so many items.
+
+    Raises:
+        PruneZooError: too many words, no `key=value`, or what `load_suite` refuses.
+    """
+    name, *source = words
+    if len(source) > 1:
+        raise PruneZooError(f"--suite {' '.join(words)}: a name and one source; a path with spaces needs quotes")
+    for pair in options:
         if "=" not in pair:
             raise PruneZooError(f"--suite-option {pair!r}: write key=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+    named = {"source": source[0]} if source else {}
+    return load_suite(name, split, limit, **{**named, **dict(pair.split("=", 1) for pair in options)})
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -111,8 +126,8 @@ def journal_of(
     """Where an interrupted run goes on from, beside the JSON; None where none is asked for."""
     if not args.json:
         return None
-    names = [args.vlm, args.suite, args.split, *args.suite_option, *(method.name for method in methods)]
-    options = [args.seed, args.batch_size, args.equal_tokens, weights_digest(args.vlm), weights]
+    names = [args.vlm, *args.suite, args.split, *args.suite_option, *(method.name for method in methods)]
+    options = [args.seed, args.batch_size, args.equal_tokens, weights_digest(args.vlm), weights, suite.version]
     return Journal(
         args.json.with_name(f"{args.json.name}.partial.npz"),
         json.dumps([len(suite), suite.fingerprint(), *facts, *options, *names]),
@@ -128,17 +143,18 @@ def measure_with_progress(
     batch_size: int,
     journal: Journal | None,
     console: Console,
+    processes: Processes = ALONE,
 ) -> Measurement:
     """Measure, and show how it goes."""
     with progress_bar(console, "answers") as progress:
         task = progress.add_task(f"{suite.name} {suite.split}", total=len(suite) * passes(methods, budgets))
         return measure(
-            vlm, processor, suite, methods, budgets, batch_size, lambda n: progress.advance(task, n), journal
+            vlm, processor, suite, methods, budgets, batch_size, lambda n: progress.advance(task, n), journal, processes
         )
 
 
 def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[str, Any]:
-    """Measure, write what was asked for, and print; gives the record back.
+    """Measure, write what was asked for, and print; gives the record back, of several processes in the first.
 
     The numbers are written first: whatever fails afterwards, they are there.
     """
@@ -147,9 +163,10 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     if args.instrument:
         budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())
     check_at_least_one(args, "batch-size")
-    suite = load_suite(args.suite, args.split, args.limit, **suite_options(args.suite_option))
+    device = own_device(args.devices, args.device)
+    suite = read_suite(args.suite, args.suite_option, args.split, args.limit)
     hold("--json", args.json)
-    vlm, processor = load_vlm(args.vlm, args.device, args.dtype)
+    vlm, processor = load_vlm(args.vlm, device, args.dtype)
     methods = build_methods(args, vlm.config.get_text_config().num_hidden_layers, vlm.device)
     for method in methods:
         if isinstance(method, PrunerMethod) and not args.any_model:
@@ -157,10 +174,19 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     missing = leave_out(vlm, processor, suite, methods, budgets, args.pruner)
     weights = {method.name: weights_digest(method.name.partition("?")[0]) for method in methods}
     journal = journal_of(args, suite, [str(vlm.dtype), [b.label for b in budgets]], methods, weights)
-    measurement = measure_with_progress(vlm, processor, suite, methods, budgets, args.batch_size, journal, console)
+    processes = launch(args.devices, vlm.device)  # when all that a user can mistake has been looked at
+    console.quiet |= processes.rank > 0
+    measurement = measure_with_progress(
+        vlm, processor, suite, methods, budgets, args.batch_size, journal, console, processes
+    )
+    processes.end()
+    if processes.rank > 0:
+        return {}
     header = {
         "vlm": args.vlm,
-        "suite": args.suite,
+        "suite": suite.name,
+        "suite_version": suite.version,
+        **({"scorer": suite.scorer} if suite.scorer else {}),
         "split": args.split,
         "seed": args.seed,
         "command": command_line,
@@ -181,12 +207,12 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     if args.report:
         named = [method for method in methods if method.name in (*args.pruner, *RIVALS, ORACLE)]
         items = pick_items(suite, args.examples)
-        examples = show_examples(vlm, processor, items, named, budgets) if items and named else []
+        examples = show_examples(vlm, processor, items, named, budgets, suite) if items and named else []
         console.print(f"report: {write_report(record, examples, args.report)}")
     if args.card:
         own = [method for method in methods if Path(method.name).resolve() == args.card.resolve()]
         items = pick_items(suite, 1)[:PICTURES]
-        pictures = show_examples(vlm, processor, items, own, budgets) if own else []
+        pictures = show_examples(vlm, processor, items, own, budgets, suite) if own else []
         console.print(f"card: {write_card(args.card, record, pictures)[0]}")
     if journal:
         journal.remove()

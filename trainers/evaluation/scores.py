@@ -33,12 +33,14 @@ class ItemScores:
         correct: (I,) 1 where the greedy answer is the reference answer, to the end token.
         agreement: (I,) 1 where every answer position has the full model's first choice.
         kl: (I,) KL(full || pruned) in nats, mean over the answer positions.
+        flops: (I,) operations of tower and language model, as a share of those with all tokens; nan where not known.
     """
 
     layers: NDArray[np.float64]
     correct: NDArray[np.float64]
     agreement: NDArray[np.float64]
     kl: NDArray[np.float64]
+    flops: NDArray[np.float64]
 
     @property
     def tokens(self) -> NDArray[np.float64]:
@@ -48,7 +50,7 @@ class ItemScores:
     @classmethod
     def empty(cls, items: int, depth: int) -> "ItemScores":
         """Zeros for so many items and layers, to be filled."""
-        return cls(np.zeros((items, depth)), *(np.zeros(items) for _ in range(3)))
+        return cls(np.zeros((items, depth)), *(np.zeros(items) for _ in range(4)))
 
 
 @dataclass(frozen=True)

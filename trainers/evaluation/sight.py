@@ -48,6 +48,12 @@ def left_out_note(record: Mapping[str, Any]) -> str | None:
     return f"Left out, since this model cannot have them: {'; '.join(parts)}." if parts else None
 
 
+def scorer_note(record: Mapping[str, Any]) -> str | None:
+    """One sentence on how written answers were scored; None where right is what greedy decoding writes exactly."""
+    scorer = record.get("scorer")
+    return f"Accuracy is the mean score, by `{scorer}`, of the answers that the model writes." if scorer else None
+
+
 def notes_of(record: Mapping[str, Any]) -> list[str]:
     """What stands beside the numbers of a record: these sentences, as far as there is something to say."""
-    return [note for note in (sight_note(record), left_out_note(record)) if note]
+    return [note for note in (sight_note(record), left_out_note(record), scorer_note(record)) if note]

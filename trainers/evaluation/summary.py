@@ -11,12 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.registry import list_pruners
-from trainers.cli.names import CHECKPOINTS, ROOT, methods_shipped
+from trainers.cli.names import CHECKPOINTS, ROOT, pruners_shipped
 
 from . import league
 from .league import FLOORS
 from .record import MEAN, Row, mean_row, read_record, select
+from .same_suite import check_same_suite
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
 from .tables import methods_of, percent, span
 
@@ -25,7 +25,7 @@ SHARES = ("1/2", "1/3", "2/9", "1/9", "1/18", "1/36")
 """Columns: shares of all image tokens."""
 NEAR = 0.05
 """A figure stands in a column whose tokens it was measured with, up to this share of them."""
-COMMON = ("vlm", "suite", "split", "seed")
+COMMON = ("vlm", "split", "seed")
 """What records that stand in one table agree in."""
 NOTES = {
     "pyramiddrop": "its authors number the positions of what is left anew at every stage; here they stay, and "
@@ -80,8 +80,7 @@ class Zoo:
 
 def read_zoo() -> Zoo:
     """What ships."""
-    pruners = [folder for folder, method in methods_shipped().items() if method in list_pruners()]  # not tokenizers
-    own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners}
+    own = {folder: read_record(CHECKPOINTS / folder / "metrics.json") for folder in pruners_shipped()}
     return gather(own, [*(read_record(path) for path in sorted(OTHERS.glob("*.json"))), *league.read_league()])
 
 
@@ -98,6 +97,7 @@ def gather(own: Mapping[str, Record], others: Sequence[Record] = ()) -> Zoo:
     records = [*own.values(), *others]
     usual = Counter(record["n"] for record in records).most_common(1)[0][0]
     first = next(record for record in records if record["n"] == usual)
+    check_same_suite([first, *records])
     for record in records:
         for key in COMMON:
             if record[key] != first[key]:

@@ -48,6 +48,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def times(value: float | None, factor: float) -> float | None:
+    """A product; None where the value is not known."""
+    return None if value is None else factor * value
+
+
 def tokens_of(row: Row) -> str:
     """Measured tokens, `16.0`; with their standard deviation over items where a method decides by itself."""
     spread = row.get("tokens_spread", 0.0)  # not in older records
@@ -87,8 +92,8 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
                 top = pruner not in (FULL, NONE) and of[group]["retention"] == best[group]
                 shown = 100 * of[group]["accuracy"] if blind else of[group]["retention"]
                 cells.append(Text(percent(shown), style="bold green" if top else ""))
-            shares = [f"{100 * mean[name]:.1f}" for name in ("accuracy", "agreement")]
-            cells += [span(mean), *shares, f"{mean['kl']:.3f}"] if wide else []
+            shares = [times(mean[name], 100) for name in ("accuracy", "agreement")]
+            cells += [span(mean), *map(percent, shares), percent(mean["kl"], 3)] if wide else []
             table.add_row(*cells, style="dim" if pruner in (FULL, NONE) else None)
         console.print(table)
     console.print(TOKENS, style="dim")

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from prunezoo.core.base_model import public_name
 from prunezoo.core.bounds import file_inside
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import CONFIG_FILE, Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
+from prunezoo.core.upload import check_public, check_repo
+from prunezoo.learned.patch_classifier import PatchClassifier
 from prunezoo.tokenizers.one_d_piece import OneDPiece
+from trainers.cards import cells as cells_card
 from trainers.cards.cards import render_card
 from trainers.cards.parts import (
     CARD_FILE,
@@ -78,6 +78,18 @@ TOKENIZER = Kind(
     "python -m trainers.codec card {folder} …",
 )
 
+CELLS = Kind(
+    load_pruner,
+    cells_card.read_measurement,
+    cells_card.measured_weights,
+    cells_card.render_card,
+    (METRICS_FILE, RUN_FILE),
+    (),
+    "python -m trainers.upkeep.cells {folder}",
+)
+KINDS = {OneDPiece.name: TOKENIZER, PatchClassifier.name: CELLS}
+"""Of what is no pruner of a model."""
+
 
 @dataclass(frozen=True)
 class Package:
@@ -104,15 +116,10 @@ def check(folder: Path, repo: str) -> Package:
     Raises:
         PruneZooError: a bad name, a missing file, weights that do not load strictly, or not those that were measured.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise PruneZooError(f"{repo!r} is no Hub id: {one_line(error)}") from None
-    if repo.count("/") != 1:
-        raise PruneZooError(f"{repo!r} is no Hub id: write ORG/NAME")
+    check_repo(repo)
     if not folder.is_dir():
         raise PruneZooError(f"{folder}: no such folder")
-    kind = TOKENIZER if read_method(Source(folder)) == OneDPiece.name else PRUNER
+    kind = KINDS.get(read_method(Source(folder)), PRUNER)
     module = kind.load(folder)
     how = f"write it with `{kind.how.format(folder=folder)}`"
     for name in kind.required:
@@ -121,11 +128,7 @@ def check(folder: Path, repo: str) -> Package:
     for name in (*kind.required, *kind.optional):
         if (folder / name).exists():
             file_inside(folder, name)  # before any of them is read
-    if module.base_model and module.base_model.name != public_name(module.base_model.name):
-        raise PruneZooError(
-            f"{folder / CONFIG_FILE}: base_model.name {module.base_model.name!r} is a folder of a machine; write "
-            f"{public_name(module.base_model.name)!r}, or the model's Hub id"
-        )
+    check_public(module.base_model, str(folder / CONFIG_FILE))
     metrics = kind.read(folder / METRICS_FILE)
     try:
         if kind.measured(metrics) != {weights_digest(folder)}:

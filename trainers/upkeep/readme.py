@@ -5,8 +5,9 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
     python -m trainers.upkeep.readme     write them anew
 
 No number and no "yes" in them is typed: `support` and `methods` come from tests/families/*.json, which `make support`
-writes, `speed` from hub_cards/speed.json, which `make speed` writes, `measured`, `zoo` and those of the league from the
-records beside the shipped modules, in hub_cards/league/ and in hub_cards/measured/.
+writes, `speed` from hub_cards/speed.json and `first token` from hub_cards/first_token.json, which `make speed` writes,
+`measured`, `zoo` and those of the league from the records beside the shipped modules, in hub_cards/league/ and in
+hub_cards/measured/.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
-from trainers.benchmarking.tables import speed_section
+from trainers.benchmarking.tables import first_token_section, speed_section
 from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
 from trainers.evaluation import league
@@ -54,6 +55,11 @@ def speed(shown: Sequence[str] | None = None) -> str:
     return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"), shown)
 
 
+def first_token() -> str:
+    """The time to the first token under the stages, at Qwen-VL's proportions."""
+    return first_token_section(_read(ROOT / "hub_cards" / "first_token.json", "speed"))
+
+
 SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": partial(speed, TIMED)}
 """What makes a section, by name."""
 
@@ -63,6 +69,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": partial(support, whole=True), "methods": methods},
     ROOT / "docs" / "protocol.md": {"speed": speed},
+    ROOT / "docs" / "input.md": {"first token": first_token},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
         "floors": league.floors,

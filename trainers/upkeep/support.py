@@ -24,7 +24,7 @@ from trainers.cli.errors import command
 ROOT = Path(__file__).parent.parent.parent
 MATRIX = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "families").glob("test_families*.py"))
 OUTCOMES = ROOT / "tests" / "families" / "support.json"
-STAGES = {"vision": "vision stage", "prompt": "prompt stage", "layer": "layer stage"}
+STAGES = {"input": "input stage", "vision": "vision stage", "prompt": "prompt stage", "layer": "layer stage"}
 
 
 def run_matrix(python: str, files: Sequence[str] = MATRIX, test: str = "test_matrix") -> dict[str, Any]:

@@ -113,7 +113,7 @@ def budget(keep: Keep, available: Tensor) -> Tensor:
     """
     check_keep(keep)
     if isinstance(keep, str):
-        raise PruneZooError(f"keep='{keep}' is for one pruner of the prompt stage: here give tokens or a share")
+        raise PruneZooError(f"keep='{keep}' is for a pruner of the input or prompt stage: here give tokens or a share")
     if isinstance(keep, Tensor):
         if keep.shape != available.shape:
             raise PruneZooError(f"keep has {keep.shape[0]} entries for {available.shape[0]} images")

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .budgets import Keep, auto_mean, check_keep
 from .checks import require
 from .errors import PruneZooError
 from .gates import topk_mask
 from .hub import Pretrained
-from .mass import Mass
+from .mass import Mass, check_mean
 from .select import Select, mmr_mask, tile_mask
 from .signals import DECODER_SIGNALS, parse_signal
 
@@ -29,6 +30,7 @@ class Choosing(Pretrained):
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     needs: ClassVar[tuple[str, ...]]  # of :class:`contract.Pruner`
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated
+    threshold: float | None = None  # `auto` keeps what scores above it; a property where it depends on the config
     _select = Select()
 
     @property
@@ -81,6 +83,24 @@ class Choosing(Pretrained):
             return tile_mask(scores, inputs.cells[..., 0], inputs.valid, keep, inputs.tiles)
         return topk_mask(scores, inputs.valid, keep)
 
+    def above(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """``(B,)`` long, at least 1: how many of ``scores (B, N)``, where ``valid (B, N)``, are above the threshold."""
+        assert self.threshold is not None  # the caller has looked
+        return ((scores > self.threshold) & valid).sum(1).clamp_min(1)
+
+    def check_keep(self, keep: Keep) -> None:
+        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
+        check_keep(keep)
+        if isinstance(keep, str) and self.distribution:
+            check_mean(self.name, self.mass, keep)
+        elif isinstance(keep, str) and self.threshold is not None:
+            if auto_mean(keep) is not None:
+                raise PruneZooError(f"keep='{keep}': '{self.name}' keeps what passes its threshold, so give 'auto'")
+        elif isinstance(keep, str) and not self.sets_budgets:
+            raise PruneZooError(
+                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
+            )
+
     def asked_of(self, inputs: Any, keep: Tensor) -> Any:
         """The inputs of `reduce`, whose numbers of the host are those of ``keep (B,)``.
 
@@ -122,4 +142,9 @@ class Choosing(Pretrained):
     @property
     def scores_tokens(self) -> bool:
         """Whether the method rates tokens; else it chooses or makes them itself."""
+        raise NotImplementedError
+
+    @property
+    def sets_budgets(self) -> bool:
+        """Whether ``keep="auto"`` works."""
         raise NotImplementedError

@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 
 
-def density_peaks(tokens: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def density_peaks(
+    tokens: Tensor, valid: Tensor, count: Tensor, most: int, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Take dense tokens that are far from any denser one as centres, and put each token into the nearest one's cluster.
 
-    Distance is that of Euclid over the root of C. Density is exp(- mean squared distance to the ``count`` nearest
-    tokens, itself among them); a centre has the largest product of density and distance to the nearest denser token
-    (for the densest: the largest distance there is). Of equally dense tokens, which two that are nearest to each other
-    are where ``count`` is 2, the first is the denser; of equal products and distances the first is taken.
+    Distance is that of Euclid over the root of C. Density is exp(- mean squared distance to the nearest tokens, as many
+    as there are clusters or ``neighbours``, itself among them); a centre has the largest product of density and
+    distance to the nearest denser token (for the densest: the largest distance there is). Of equally dense tokens,
+    which two that are nearest to each other are where two are counted, the first is the denser; of equal products and
+    distances the first is taken.
 
     Args:
         tokens: ``(B, N, C)``; padding may hold anything finite.
         valid: ``(B, N)`` bool.
         count: ``(B,)`` long, clusters of each image, at most the number of its valid tokens.
         most: M, the largest of them, at most N.
+        neighbours: How many are the nearest, at least 1; all, where there are fewer. None: ``count``.
 
     Returns:
         The centres ``(B, M)`` long, the largest product first, and the cluster of each token ``(B, N)`` long. What an
@@ -34,9 +38,12 @@ def density_peaks(tokens: Tensor, valid: Tensor, count: Tensor, most: int) -> tu
     both = valid[:, None] & valid[..., None]
     used = torch.arange(most, device=tokens.device) < count[:, None]  # (B, M)
 
-    nearest = distance.masked_fill(~both, torch.inf).topk(most, largest=False).values  # (B, N, M)
-    squares = nearest.square().masked_fill(~used[:, None], 0).sum(-1)
-    density = (-squares / count.clamp_min(1)[:, None]).exp().masked_fill(~valid, -1)
+    near = count if neighbours is None else valid.sum(1).clamp_max(neighbours)
+    width = most if neighbours is None else min(neighbours, tokens.shape[1])
+    nearest = distance.masked_fill(~both, torch.inf).topk(width, largest=False).values  # (B, N, width)
+    counted = torch.arange(width, device=tokens.device) < near[:, None]
+    squares = nearest.square().masked_fill(~counted[:, None], 0).sum(-1)
+    density = (-squares / near.clamp_min(1)[:, None]).exp().masked_fill(~valid, -1)
     before = torch.ones_like(itself).tril(-1)
     other, own = density[:, None], density[..., None]
     denser = both & ((other > own) | ((other == own) & before))

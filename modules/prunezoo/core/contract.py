@@ -10,19 +10,7 @@ image into belong to one row, and so do the frames of a clip. Its tokens are pat
 put behind each row of them are not shown to pruners and not counted in budgets; the host keeps one as long as a patch
 of its row is left.
 
-To add a method, write one file in ``learned/``, ``training_free/`` or ``tokenizers/``::
-
-    @dataclass(frozen=True)
-    class NormConfig(PrunerConfig):
-        power: float = 1.0  # exponent of the norm
-
-    @register_pruner("norm")
-    class NormPruner(Pruner):
-        config_class = NormConfig
-
-        def score(self, inputs):
-            return inputs.features.norm(dim=-1) ** self.config.power
-
+A method is one file in ``learned/``, ``training_free/`` or ``tokenizers/``; docs/add_a_method.md has an example.
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
@@ -36,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .budgets import Keep, auto_mean, check_keep, counts_of, upload
+from .budgets import Keep, auto_mean, counts_of, upload
 from .checks import require, require_no_nan
 from .choosing import Choosing
 from .errors import PruneZooError
 from .gates import topk_gates
-from .mass import check_mean
 from .plan import gather_rows, group_sum, mask_to_index
 from .signals import follow_tokens
 from .staging import Staging
@@ -51,15 +38,16 @@ from .staging import Staging
 class PruneInputs:
     """Everything a pruner may look at. Values on padding are finite, arbitrary, and must not matter."""
 
-    features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them
+    features: Tensor  # (B, N, D) projected visual tokens, as the language model would read them; input stage: pixels
     valid: Tensor  # (B, N) bool, False for padding
     cells: Tensor  # (B, N, 3) long: tile (crop, thumbnail, frame), row and column of the patch in it; -1 on padding
     text: Tensor | None = None  # (B, T, D) embeddings of the prompt, without image placeholders and without the answer
     text_valid: Tensor | None = None  # (B, T) bool
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # by name, those that the pruner `needs`
     layer: int | None = None  # decoder layer (layer stage) or vision block (vision stage) we stand at; else None
+    depth: int | None = None  # how many decoder layers, or vision blocks that run, there are where `layer` is one
     step: int = 0  # which of the pruner's `stages` this is, from 0
-    sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, where tokens were merged before
+    sizes: Tensor | None = None  # (B, N) float, patches that a token stands for, or what an earlier stage said instead
     away: Tensor | None = None  # (B, N) bool, for pruners that `comes_back`: left earlier, here to be chosen again
     sample: Tensor | None = None  # (B,) long: the prompt that an image belongs to; images of one prompt share it
     known: tuple[int, ...] | None = None  # (B) tokens of each image, where the host knows; see `counts`
@@ -68,6 +56,7 @@ class PruneInputs:
     text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: from its stage before this one
+    pixels: tuple[int, int, int, int] | None = None  # input stage: frames, channels, rows, columns, whose product is D
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -115,7 +104,9 @@ class PruneInputs:
         A merged token has the cell, the signals and the carry of the token whose slot it takes.
         """
         index, valid, sizes = output.index, output.valid, self.sizes
-        if output.groups is not None:
+        if output.sizes is not None:
+            sizes = output.sizes
+        elif output.groups is not None:
             whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
             sizes = group_sum(whole, output.groups, valid.shape[1])
         elif sizes is not None:
@@ -146,6 +137,12 @@ class PruneOutput:
     groups: Tensor | None = None  # (B, N) long, where tokens were merged: the column of K each went into, -1 for none
     known: tuple[int, ...] | None = None  # (B) tokens left of each image, where the host knows; see `counts`
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: for the pruner's next stage to find
+    sizes: Tensor | None = None  # (B, K) float: how often each counts in attention from here on, if not as its group
+    back: Tensor | None = None  # (B, N, K) vision stage, `restore`: shares of what is left that make each token again
+    heads: Tensor | None = None  # (B, H) bool, vision stage: False for heads that give nothing in the blocks to come
+    blocks: Tensor | None = (
+        None  # (B, blocks, 2) long, on the host: tokens in attention and MLP, where a tower got less
+    )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -184,7 +181,7 @@ class Pruner(Staging, Choosing):
         return type(self).score is not Pruner.score
 
     def parts(self, keep: Keep) -> Sequence[tuple["Pruner", Keep]]:
-        """The pruners that this one consists of, each with its own ``keep``, in the order vision, prompt, layer.
+        """The pruners that this one consists of, each with its own ``keep``, in the order input, vision, prompt, layer.
 
         Itself by default. A combination of pruners of several stages, kept in one folder, names them here.
         """
@@ -222,13 +219,21 @@ class Pruner(Staging, Choosing):
         By default those that `select` takes by :meth:`score`; in training the best, with gates. The next stage finds
         the scores in ``inputs.carry["scores"]``.
         """
-        scores = self._checked_scores(inputs)
+        return self._keep_best(self._checked_scores(inputs), inputs, keep)
+
+    def _keep_best(self, scores: Tensor, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
+        """What :meth:`reduce` does by default, with ``scores (B, N)``."""
         self.check_gates()
         inputs = self.asked_of(inputs, keep)
         gates = topk_gates(scores, inputs.valid, keep, self.gate_temperature) if self.training else None
         index, valid = mask_to_index(self.choose(scores.detach(), inputs, keep), inputs.most_asked)
         carry = {"scores": scores.masked_fill(~inputs.valid, 0)}
-        return PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
+        output = PruneOutput(index=index, valid=valid, scores=scores, gates=gates, carry=carry)
+        return self.beside(inputs, output)
+
+    def beside(self, inputs: PruneInputs, output: PruneOutput) -> PruneOutput:
+        """What a method that scores tokens says besides; the output as it is by default."""
+        return output
 
     def _checked_scores(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` by :meth:`score`, -inf on padding."""
@@ -263,10 +268,17 @@ class Pruner(Staging, Choosing):
         if inputs.valid.numel() == 0:  # a batch of text
             nothing, scores = inputs.valid, inputs.features.new_zeros(inputs.valid.shape)
             return PruneOutput(nothing.long(), nothing, scores=scores, gates=scores if self.training else None)
-        asked: Keep = self.choose_budget(inputs, auto_mean(keep)) if isinstance(keep, str) else keep
+        asked: Keep = keep
+        found: Tensor | None = None
+        if isinstance(keep, str) and self.threshold is not None:  # scored once, to count and to choose
+            found = self._checked_scores(inputs)
+            asked = self.above(found.detach(), inputs.valid)
+        elif isinstance(keep, str):
+            asked = self.choose_budget(inputs, auto_mean(keep))
         counts = counts_of(asked, inputs.counts)
         wanted = upload(counts, inputs.valid.device)
-        output = self.reduce(replace(inputs, asked=counts), wanted)
+        inputs = replace(inputs, asked=counts)
+        output = self.reduce(inputs, wanted) if found is None else self._keep_best(found, inputs, wanted)
         if self.exact:
             count = output.count
             require((count != wanted).any(), lambda: self._wrong_counts(count, counts))
@@ -283,13 +295,15 @@ class Pruner(Staging, Choosing):
 
     @property
     def sets_budgets(self) -> bool:
-        """Whether ``keep="auto"`` works: by its own :meth:`choose_budget`, or as a distribution that is calibrated."""
-        return type(self).choose_budget is not Pruner.choose_budget or self.mass is not None
+        """Whether ``keep="auto"`` works: by a threshold, :meth:`choose_budget`, or a calibrated distribution."""
+        own = type(self).choose_budget is not Pruner.choose_budget
+        return own or self.mass is not None or self.threshold is not None
 
     def choose_budget(self, inputs: PruneInputs, mean: float | None) -> Tensor:
-        """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt stage only.
+        """How many tokens each image keeps, where the caller leaves that to the pruner; of the prompt and input stage.
 
-        By default what :class:`mass.Mass` says of a `distribution`: the fewest that hold enough of the probability.
+        By default those above the `threshold`, or what :class:`mass.Mass` says of a `distribution`: the fewest that
+        hold enough of the probability.
 
         Args:
             inputs: As in :meth:`forward`.
@@ -298,19 +312,11 @@ class Pruner(Staging, Choosing):
         Returns:
             ``(B,)`` long, at least 1.
         """
+        if self.threshold is not None:
+            return self.above(self._checked_scores(inputs).detach(), inputs.valid)
         if self.mass is None:
             raise NotImplementedError(f"{type(self).__name__} sets no budgets")
         return self.mass.counts(self._checked_scores(inputs).detach(), inputs.valid, mean)
-
-    def check_keep(self, keep: Keep) -> None:
-        """Raise PruneZooError unless ``keep`` is what :func:`check_keep` takes, and "auto" only if it sets budgets."""
-        check_keep(keep)
-        if isinstance(keep, str) and self.distribution:
-            check_mean(self.name, self.mass, keep)
-        elif isinstance(keep, str) and not self.sets_budgets:
-            raise PruneZooError(
-                f"keep='{keep}' is for pruners that set budgets, and '{self.name}' sets none: give tokens or a share"
-            )
 
     def remember(self, inputs: PruneInputs, output: PruneOutput) -> Sequence[Mapping[str, Tensor]]:
         """What a pruner that `remembers` wants to find in ``inputs.memory`` next time, of each image.

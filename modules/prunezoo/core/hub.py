@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from .base_model import BaseModel
+from .bounds import file_inside
 from .config import Configured
 from .errors import PruneZooError
 from .files import digest, read_header, read_json, read_metadata, read_tensors, write_tensors, wrong_weight
 from .near import near
 from .source import Source
+from .upload import Published, check_public, check_repo, upload, with_card
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -282,12 +284,51 @@ def _read_config(path: Path) -> dict[str, Any]:
     return stored
 
 
+def short_card(module: Configured, repo: str) -> str:
+    """A model card that says what it is and how it is loaded, and nothing of how good it is."""
+    base = module.base_model.name if module.base_model and "/" in module.base_model.name else None
+    lines = ["---", "library_name: prunezoo", "tags:", "- prunezoo", f"- {module.name}"]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += ["---", f"# {repo.partition('/')[2]}", "", f"Weights of the method `{module.name}` of prunezoo."]
+    lines += [f"Trained for `{base}`."] if base else []
+    loader = (
+        f"{type(module).__name__}.from_pretrained" if not hasattr(module, "stage") else "AutoPruner.from_pretrained"
+    )
+    return "\n".join([*lines, "Nothing was measured for this card.", "", f'    {loader}("{repo}")', ""])
+
+
 class Pretrained(Configured):
     """A configured module that is saved into a folder, and loaded strictly from one or from the Hub."""
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``; :func:`save`."""
         return save(self, folder)
+
+    def push_to_hub(self, repo: str, private: bool = False, token: str | None = None) -> Published:
+        """Upload it to the Hub in one commit, which gets the next tag (`v1`, `v2`, …); the same again is no commit.
+
+        It is saved and loaded strictly first. A repository without a card gets a short one, which says that nothing was
+        measured; `python -m trainers.publish` makes one of measurements.
+
+        Args:
+            repo: ``ORG/NAME``, made where it is not there.
+            private: Make a new repository private.
+            token: Of the Hub; by default that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            Its address, its tag, and whether anything was uploaded.
+
+        Raises:
+            PruneZooError: No Hub id, weights that do not load strictly, a base model that is a folder of a machine, a
+                repository that holds something else or measurements of other weights, or the Hub refuses.
+        """
+        check_repo(repo)
+        check_public(self.base_model, f"'{self.name}'")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(scratch)
+            load(type(self), Source(folder))
+            files = {name: file_inside(folder, name).read_bytes() for name in file_names(self)}
+        return upload(repo, with_card(repo, files, short_card(self, repo)), self.name, read_method, private, token)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None, **options: Any) -> Self:

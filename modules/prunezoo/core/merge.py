@@ -3,6 +3,8 @@
 Letters: B images, N tokens of an image (padded), K groups of an image (padded).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,25 @@ def place_groups(
     index, valid = mask_to_index(is_slot, most)
     number = (is_slot.cumsum(1) - 1).gather(1, slot.clamp_max(width - 1))
     return index, valid, number.masked_fill(groups < 0, -1)
+
+
+def matching_rounds(counts: Sequence[int], asked: Sequence[int], most: float = 0.5) -> list[list[int]]:
+    """How many tokens of each image each bipartite matching merges, until ``asked`` are left.
+
+    Args:
+        counts: (B) tokens of each image.
+        asked: (B) tokens wanted of each, at least 1.
+        most: Share of the tokens that one matching may merge, in (0, 0.5]; at least one token.
+
+    Returns:
+        (B) numbers a matching.
+    """
+    left, rounds = list(counts), []
+    while left != list(asked):
+        able = [min(max(int(n * most), 1), n // 2) for n in left]
+        rounds.append([min(n - k, m) for n, k, m in zip(left, asked, able, strict=True)])
+        left = [n - merged for n, merged in zip(left, rounds[-1], strict=True)]
+    return rounds
 
 
 def kept_groups(output: PruneOutput, width: int) -> Tensor:

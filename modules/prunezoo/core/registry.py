@@ -25,6 +25,7 @@ from .contract import Pruner
 from .errors import PruneZooError
 from .hub import Pretrained, load, read_method
 from .near import near
+from .schedule import Schedule
 from .signals import parse_signal
 from .source import Source
 
@@ -57,8 +58,9 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} is a distribution: it must override score() and not choose_budget()")
         if cls.remembers and (cls.stage != "prompt" or cls.remember is Pruner.remember):
             raise PruneZooError(f"{cls.__name__} remembers: it must be of the prompt stage and override remember()")
-        if "select" in {field.name for field in fields(cls.config_class)}:
-            raise PruneZooError(f"{cls.__name__}: config field 'select' is taken, it says how any scorer chooses")
+        for taken_field, what in {"select": "how any scorer chooses", "schedule": "a file of counts by block"}.items():
+            if taken_field in {field.name for field in fields(cls.config_class)}:
+                raise PruneZooError(f"{cls.__name__}: config field '{taken_field}' is taken, it says {what}")
         if isinstance(cls.needs, tuple):  # else a property, which depends on the config
             for signal in cls.needs:
                 parse_signal(signal)
@@ -127,7 +129,8 @@ def load_pruner(
     Args:
         source: A registry name of a method without weights (``divprune``), a folder written by ``save_pretrained``,
             or a Hub id (``org/ppm-llava-1.5-7b``). A string may go on with options: config fields to be set otherwise,
-            and ``select``, see :attr:`Pruner.select`; ``checkpoints/ppm-tiny?select=mmr``.
+            ``select``, see :attr:`Pruner.select`, ``checkpoints/ppm-tiny?select=mmr``, and ``schedule``, a file of a
+            :class:`schedule.Schedule`, ``tome?schedule=half.json``.
         revision: Branch, tag or commit, for a Hub id.
         vlm: The model it is for: refuses, here and now, a pruner that was trained for a model of another build. Without
             it `attach` does.
@@ -141,11 +144,13 @@ def load_pruner(
     """
     name, changes = split_options(source)
     pruner = _load_plain(name, revision, **options)
-    select = changes.pop("select", None)
+    select, schedule = changes.pop("select", None), changes.pop("schedule", None)
     if changes:
         pruner = _vary(pruner, changes, str(source))
     if select is not None:
         pruner.select = select
+    if schedule is not None:
+        pruner.given_schedule = Schedule.load(str(schedule))
     if any_model:
         pruner.base_model = None
     if vlm is not None:

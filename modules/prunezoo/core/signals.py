@@ -57,6 +57,7 @@ VISION_KINDS = {
     "vision_keys": Kind("R N H d", "keys of a vision block"),
     "vision_values": Kind("R N H d", "values likewise"),
     "vision_outputs": Kind("R N H d", "what each head of a vision block gives a patch, before they are joined"),
+    "vision_inputs": Kind("R N C", "what a vision block is given; of the first, what the patch embedding puts out"),
     "vision_states": Kind("R N C", "what a vision block puts out, not in the vision stage: before the projector"),
 }
 """Read of one block of the tower. A patch sees nothing of pictures (or windows) that are not its own: 0."""

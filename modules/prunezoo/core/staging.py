@@ -3,13 +3,22 @@
 Letters: B images, N image tokens that a stage finds of an image (padded).
 """
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .config import Configured
+from .errors import PruneZooError
+from .schedule import PLACES, Schedule
 
-class Staging:
+Stage = Literal["input", "vision", "prompt", "layer"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""In the order in which they act: in front of the vision tower, in it, behind it, in the language model."""
+
+
+class Staging(Configured):
     """The part of a pruner that places it on a model. All of its stages run in one pass.
 
     What one stage finds out of the tokens, the next one can have: ``PruneOutput.carry``, tensors by name of all the
@@ -17,11 +26,14 @@ class Staging:
     instance, which may serve several threads and batches at once.
     """
 
-    stage: ClassVar[Literal["vision", "prompt", "layer"]] = "prompt"
+    stage: ClassVar[Stage] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
+    exact: ClassVar[bool] = True  # see the base class of pruners
+    comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # likewise
+    _given: Schedule | None = None
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        """Where a pruner of the layer or vision stage acts; nothing in the prompt stage.
+        """Where a pruner of the layer or vision stage acts; nothing in the input and prompt stage.
 
         Args:
             depth: Number of decoder layers (layer stage) or of vision blocks that run (vision stage).
@@ -61,3 +73,49 @@ class Staging:
             ``(B,)`` long, at least 1; on the device if need be, which the host then waits for.
         """
         return keep
+
+    @property
+    def given_schedule(self) -> Schedule | None:
+        """A schedule that an instance was given, by ``?schedule=FILE`` or here; saved with it.
+
+        It takes the place of :meth:`schedule` and :meth:`pace`.
+
+        Raises:
+            PruneZooError: On setting: it is of another stage, or the method does not keep to counts.
+        """
+        return self._given
+
+    @given_schedule.setter
+    def given_schedule(self, given: Schedule) -> None:
+        if self.stage not in PLACES or self.comes_back or not self.exact:
+            raise PruneZooError(
+                f"pruner '{self.name}' takes no schedule: it is for methods of the vision or layer stage that leave "
+                "exactly so many tokens at each of several blocks or layers"
+            )
+        if given.stage != self.stage:
+            raise PruneZooError(
+                f"a schedule of the {given.stage} stage is not for '{self.name}', of the {self.stage} stage"
+            )
+        self._given = given
+
+    def steps(self, keep: Tensor, available: Tensor, depth: int) -> list[Tensor]:
+        """As :meth:`schedule`, or as the :attr:`given_schedule` has it."""
+        if self._given is None:
+            return self.schedule(keep, available, depth)
+        return self._given.at(self.stages(depth), keep, available, depth)
+
+    def step(self, inputs: Any, keep: Tensor, to_go: int) -> Tensor:
+        """As :meth:`pace`; a :attr:`given_schedule` is kept to."""
+        return self.pace(inputs, keep, to_go) if self._given is None else keep
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class: the schedule, if one was given."""
+        own = super().settings()
+        return own if self._given is None else {**own, "schedule": self._given.to_dict()}
+
+    def apply_settings(self, settings: Mapping[str, Any], where: str = "") -> None:
+        """See the base class."""
+        others = dict(settings)
+        if "schedule" in others:
+            self.given_schedule = Schedule.from_dict(others.pop("schedule"), where)
+        super().apply_settings(others, where)

@@ -203,8 +203,8 @@ def attach(
 
     Args:
         vlm: A supported model, perhaps with PEFT adapters around it.
-        pruner: A pruner, or what :func:`load_pruner` takes; or several, of the vision, prompt and layer stage in turn,
-            one of each at most. They are moved to the model's device and run in eval mode.
+        pruner: A pruner, or what :func:`load_pruner` takes; or several, of the input, vision, prompt and layer
+            stage in turn, one of each at most. They are moved to the model's device and run in eval mode.
         keep: Tokens per image (int), or a share of them (float in (0, 1]); one for each pruner where there are several.
             A share, also as "1/9", is of the tokens that the stage finds. In the layer stage it is what the last of
             its layers leaves. "auto", and "auto:64" for a mean of 64 over images, are for pruners that set budgets.

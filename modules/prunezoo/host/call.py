@@ -37,13 +37,12 @@ from .encoded import Encoded
 from .families import PIXELS, find_family
 from .hold import Hold, Turn
 from .parts.model import VLM, find_cache
-from .run import reduce_early, split_parts
-from .signals.language import check_signals, encode_needs
+from .run import check_parts, reduce_early, split_parts
+from .signals.language import encode_needs
 from .stages.cut import Cut
 from .stages.layer import LayerStage
 from .stages.layer_prompt import Prompt
 from .stages.prompt import Positions, check_positions
-from .stages.vision import check_vision_stage
 from .stats import AttachStats, StageStats, kv_bytes_saved
 
 ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -97,10 +96,7 @@ class Calls:
         self.vlm, self.positions = vlm, positions
         self.given, self.keeps = list(pruners), [read_keep(keep) for keep in keeps]
         parts = self.parts(self.keeps)
-        for pruner, _ in parts:
-            check_signals(pruner.needs)
-            if pruner.stage == "vision":
-                check_vision_stage(family.tower(), pruner)
+        check_parts(family, parts)
         self.early, layer = split_parts(parts, self.depth)
         self.layers = LayerStage(vlm, *layer, positions) if layer else None
         self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
@@ -193,11 +189,13 @@ class Calls:
         """Encode the images of a call and prune before the language model: what is run now, and with what."""
         self._encoding = True
         try:
-            # A pruner of the vision stage runs the tower itself; what others need is of all tokens.
-            alone = not self.needs and any(pruner.stage == "vision" for pruner, _ in self.early)
-            encoded = encode(self.vlm, kwargs, self.needs, not alone, *self.text)
+            # Pruners of the input and vision stage run the tower themselves. What others need is of all tokens that
+            # the tower sees.
+            stages = {pruner.stage for pruner, _ in self.early}
+            alone = "input" in stages or (not self.needs and "vision" in stages)
+            encoded = encode(self.vlm, kwargs, () if alone else self.needs, not alone, *self.text)
             with deferred() as checks:
-                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory)
+                early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory, self.needs)
         finally:
             self._encoding = False
         rewritten = not all(plan.identity for plan in early.plans)

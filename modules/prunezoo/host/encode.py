@@ -18,9 +18,10 @@ from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.roles import ChatMarkers, JointEncoder, Role, TextEncoder
-from ..core.signals import follow_tokens, stack_images
-from .encoded import IGNORED, Encoded, Newlines, Words
+from ..core.signals import DECODER_SIGNALS, follow_tokens, parse_signal, stack_images
+from .encoded import IGNORED, Encoded, Newlines, Source, Words
 from .families import Family, Visual, find_family
+from .families.gaps import Gaps, no_gaps
 from .parts.model import VLM, execution_device
 from .signals.language import check_signals, decoder_signals
 from .signals.vision import watch_tower
@@ -34,6 +35,7 @@ def encode(
     run_tower: bool = True,
     markers: ChatMarkers | None = None,
     text_encoder: TextEncoder | None = None,
+    gaps: Gaps = no_gaps,
 ) -> Encoded:
     """Run vision tower and projector once, and lay out what pruners and forwards need.
 
@@ -42,11 +44,12 @@ def encode(
         batch: What the processor returned, perhaps with ``labels (B, L)``. With labels the pruner's ``text`` is the
             unlabelled tokens before the last labelled one, so an answer never leaks into it.
         needs: Signals to compute, `Pruner.needs`.
-        run_tower: False leaves tower and projector to a pruner of the vision stage; until then features are zeros, and
-            there are no signals to be had.
+        run_tower: False leaves tower and projector to a pruner of the input or vision stage; until then features are
+            zeros, and there are no signals to be had.
         markers: Of the chat template that wrote the prompts, by which `text_roles` are read; from :func:`chat_markers`.
         text_encoder: Makes the signal `text_features`, of all words of a prompt where no markers tell the question; and
             `image_features`, if it has a method of that name.
+        gaps: Entered around each run of the tower; leaves patches out of it, whose tokens are zeros then.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images; `text_features`
@@ -71,7 +74,7 @@ def encode(
     joint = _joint_encoder(text_encoder) if "image_features" in needs else None
     watch = partial(watch_tower, family.tower, (*needs, "vision_states") if joint else needs)
     seen = {**given, "input_ids": torch.from_numpy(host.ids)}
-    visuals = family.visuals(seen, watch) if run_tower else family.outlines(seen, embedded)
+    visuals = family.visuals(seen, watch, gaps) if run_tower else family.outlines(seen, embedded)
     pixels = {k: v for k, v in given.items() if k in family.consumed}
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
@@ -96,14 +99,8 @@ def encode(
     if joint and inputs.signals:  # there are images
         signals = {**inputs.signals, "image_features": encode_images(joint, inputs.signal("vision_states"))}
         inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
-    wanted = {"word_behind", "word_match"}.intersection(needs)
-    if wanted and len(encoded.sample):
-        behind = words_behind(columns[encoded.sample], real[encoded.sample], encoded.slots)
-        beside = {"word_behind": behind.float()}
-        if "word_match" in wanted:
-            beside["word_match"] = match_words(inputs.features, inputs.valid, text, behind)
-        inputs = replace(inputs, signals={**inputs.signals, **{name: beside[name] for name in wanted}})
-    return add_decoder_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels), needs)
+    source = Source(batch, markers, text_encoder)
+    return add_late_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels, source=source), needs)
 
 
 def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) -> Tensor:
@@ -146,6 +143,25 @@ def encode_images(encoder: JointEncoder, states: Tensor) -> Tensor:
             f"({rows}, {tokens}, E)"
         )
     return made
+
+
+def is_late(name: str) -> bool:
+    """Whether a signal is made of the tokens that the language model reads: where some have gone, of the others."""
+    return parse_signal(name).kind in (*DECODER_SIGNALS, "relevance", "word_behind", "word_match")
+
+
+def add_late_signals(vlm: VLM, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:
+    """The same with the signals among ``needs`` that :func:`is_late`."""
+    inputs, wanted = encoded.inputs, {"word_behind", "word_match"}.intersection(needs)
+    if wanted and len(encoded.sample):
+        columns, real = (part[encoded.sample] for part in encoded.words)
+        behind = words_behind(columns, real, encoded.slots)
+        beside = {"word_behind": behind.float()}
+        if "word_match" in wanted:
+            assert inputs.text is not None  # it is the words, embedded
+            beside["word_match"] = match_words(inputs.features, inputs.valid, inputs.text, behind)
+        inputs = replace(inputs, signals={**inputs.signals, **{name: beside[name] for name in wanted}})
+    return add_decoder_signals(vlm, replace(encoded, inputs=inputs), needs)
 
 
 def add_decoder_signals(vlm: VLM, encoded: Encoded, needs: tuple[str, ...]) -> Encoded:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.merge import group_mean
 from ..core.plan import KeepPlan, gather_rows
+from ..core.roles import ChatMarkers, TextEncoder
 from .families import PIXELS, find_family
 from .families.base import Kind
 from .parts.model import VLM
@@ -48,6 +49,15 @@ Words = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a batch was encoded from, for stages that have the tower run again."""
+
+    batch: Mapping[str, Any] = field(repr=False)  # as the caller gave it
+    markers: ChatMarkers | None = None
+    text_encoder: TextEncoder | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A batch whose images have been through tower and projector, once."""
 
@@ -63,6 +73,8 @@ class Encoded:
     newlines: Newlines | None = None  # where the family puts them
     deep: tuple[Tensor, ...] = field(default=(), repr=False)  # (R, N, D) each: added behind the first decoder layers
     pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
+    source: Source | None = field(default=None, repr=False)  # None: it cannot be encoded again
+    start: PruneOutput | None = None  # what an input stage left, of which the tower is to be given no more
     planned: tuple[Tensor, ...] = ()  # (R,) long each, on the host: what later stages of a begun pruner leave
 
     @property

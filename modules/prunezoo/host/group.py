@@ -101,7 +101,8 @@ def repeat_samples(encoded: Encoded, copies: int) -> tuple[Encoded, Tensor]:
     columns, real = (part.repeat_interleave(copies, 0) for part in encoded.words)
     many = replace(
         encoded, inputs=inputs, batch=batch, labels=labels, sample=sample[source], slots=encoded.slots[image],
-        newlines=newlines, deep=deep, words=(columns, real), kinds=tuple(encoded.kinds[number] for number in order),
+        newlines=newlines, source=None, deep=deep, words=(columns, real),
+        kinds=tuple(encoded.kinds[number] for number in order),
         rows=tuple(encoded.rows[number] * copies + copy for number, copy in placed),
         real=tuple(count for count in encoded.real for _ in range(copies)),
     )  # fmt: skip

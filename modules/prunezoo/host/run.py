@@ -14,16 +14,18 @@ from ..core.contract import PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.memory import Memory
 from ..core.plan import KeepPlan, gather_rows
-from .encode import add_decoder_signals
+from ..core.staging import STAGES
+from .encode import add_decoder_signals, add_late_signals
 from .encoded import Encoded
-from .families import find_family
+from .families import Family, find_family
 from .parts.model import VLM
+from .signals.language import check_signals, encode_needs
 from .stages.cut import Cut, Timer, layer_tokens
+from .stages.input import check_input_stage, choose_by_pixels
 from .stages.layer import LayerStage
 from .stages.prompt import HostOutput, Positions, full_forward, gated_forward, shorten_prompt
-from .stages.vision import choose
+from .stages.vision import check_vision_stage, choose
 
-STAGES = ("vision", "prompt", "layer")
 Parts = Sequence[tuple[Pruner, Keep]]
 
 
@@ -35,11 +37,22 @@ class PrunedRun:
     layers: Tensor  # (R, depth) long: image tokens that each layer of the language model read
     output: PruneOutput  # what is left at the end, in slots of `encoded.inputs`; scores only where one stage ran
     cuts: tuple[Cut, ...]  # what each stage did
+    blocks: Tensor | None = None  # (R, blocks, 2) of the tower, see PruneOutput; None: it ran on all tokens
 
     @property
     def tokens(self) -> Tensor:
         """``(R,)`` float: image tokens in the language model, mean over its layers."""
         return self.layers.float().mean(1)
+
+
+def check_parts(family: Family, parts: Parts) -> None:
+    """Raise PruneZooError on signals that there are not, or a tower that a stage cannot act in front of or inside."""
+    for pruner, _ in parts:
+        check_signals(pruner.needs)
+        if pruner.stage == "input":
+            check_input_stage(family, pruner)
+        if pruner.stage == "vision":
+            check_vision_stage(family.tower(), pruner)
 
 
 def split_parts(parts: Parts, depth: int) -> tuple[Parts, tuple[Pruner, Keep] | None]:
@@ -57,7 +70,7 @@ def split_parts(parts: Parts, depth: int) -> tuple[Parts, tuple[Pruner, Keep] | 
     order = [STAGES.index(pruner.stage) for pruner, _ in parts]
     if order != sorted(set(order)):
         names = ", ".join(f"{pruner.name} ({pruner.stage})" for pruner, _ in parts)
-        raise PruneZooError(f"pruners together must be of different stages, vision, prompt, layer in turn: {names}")
+        raise PruneZooError(f"pruners together must be of different stages, {', '.join(STAGES)} in turn: {names}")
     layer = parts[-1] if parts and parts[-1][0].stage == "layer" else None
     if layer is None:
         return parts, None
@@ -95,10 +108,11 @@ def find_early(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep) -> tuple[
         return encoded, keep
     counts = encoded.inputs.counts
     asked, found = (torch.tensor(numbers) for numbers in (counts_of(keep, counts), counts))
-    first, *later = pruner.schedule(asked, found, find_family(vlm).decoder().depth)
+    depth = find_family(vlm).decoder().depth
+    first, *later = pruner.steps(asked, found, depth)
     encoded = add_decoder_signals(vlm, encoded, pruner.needs)
-    inputs = replace(encoded.inputs, layer=0, step=0)
-    return replace(encoded, inputs=inputs, planned=tuple(later)), pruner.pace(inputs, first, len(later))
+    inputs = replace(encoded.inputs, layer=0, depth=depth, step=0)
+    return replace(encoded, inputs=inputs, planned=tuple(later)), pruner.step(inputs, first, len(later))
 
 
 def reduce_early(
@@ -108,17 +122,20 @@ def reduce_early(
     positions: Positions,
     generating: bool = False,
     memory: Memory | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Early:
     """Prune in front of the language model.
 
     Args:
         vlm: The model that made ``encoded``.
-        encoded: From :func:`encode`, with the signals that the pruners need.
+        encoded: From :func:`encode`, with the signals that the pruners need, if none of them is of the input stage.
         parts: The pruners that act there, each with its ``keep``; from :func:`split_parts`.
         positions: As in :func:`attach`.
         generating: As in :func:`shorten_prompt`.
         memory: What those that remember hold of the streams; None: each call is the first.
+        needs: Signals that are wanted behind a pruner of the input stage, here or in the layer stage.
     """
+    inside = any(pruner.stage == "vision" for pruner, _ in parts)  # which runs the tower itself
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
         timer = Timer(encoded.slots.device)
@@ -126,11 +143,17 @@ def reduce_early(
             found, asked = find_early(vlm, early.encoded, pruner, keep)
         if memory is not None:
             found = replace(found, inputs=memory.recall(pruner, found.inputs, found.sample, len(found.mask)))
-        output = choose(vlm, found, pruner, asked, timer)
+        by_pixels = pruner.stage == "input" and len(found.sample) > 0
+        if by_pixels:
+            found, output = choose_by_pixels(vlm, found, pruner, asked, needs, not inside, timer)
+        else:
+            output = choose(vlm, found, pruner, asked, timer)
         if memory is not None:
             memory.note(pruner, found.inputs, output, found.sample, len(found.mask))
         layer = 0 if pruner.stage == "layer" else None
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
+        if by_pixels:
+            encoded = add_late_signals(vlm, encoded, needs)
         cut = Cut(pruner.stage, layer, found.tokens, encoded.tokens, timer)
         early = Early(encoded, (*early.plans, plan), (*early.outputs, output), (*early.cuts, cut))
     return early
@@ -160,7 +183,7 @@ def run_pruned(
     depth = find_family(vlm).decoder().depth
     before, layer = split_parts(parts, depth)
     with adapted(vlm, [pruner, *(part for part, _ in parts)]), deferred() as checks:
-        early = reduce_early(vlm, encoded, before, positions, memory=memory)
+        early = reduce_early(vlm, encoded, before, positions, memory=memory, needs=encode_needs(pruner))
         cuts, outputs, labels = list(early.cuts), list(early.outputs), early.encoded.labels
         if layer is None or not len(encoded.sample):
             host = full_forward(vlm, early.encoded, **options)
@@ -173,7 +196,8 @@ def run_pruned(
             checks += prompt.checks
             host = replace(host, labels=labels)
     settle(checks)
-    return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts))
+    blocks = next((output.blocks for output in outputs if output.blocks is not None), None)
+    return PrunedRun(host, layer_tokens(cuts, depth), _chain(outputs), tuple(cuts), blocks)
 
 
 def run_gated(
@@ -198,7 +222,7 @@ def run_gated(
         ``encoded.inputs``.
 
     Raises:
-        PruneZooError: A stage without gates: the vision stage, merging, or a pruner that is not in training mode.
+        PruneZooError: A stage without gates (input, vision), merging, or a pruner that is not in training mode.
     """
     parts = pruner.parts(keep)
     before, layer = split_parts(parts, find_family(vlm).decoder().depth)
@@ -209,7 +233,7 @@ def run_gated(
         for part, share in before:
             found, asked = find_early(vlm, left, part, share)
             output = part(found.inputs, asked)
-            if part.stage == "vision" or output.gates is None or output.features is not None:
+            if part.stage in ("input", "vision") or output.gates is None or output.features is not None:
                 raise PruneZooError(f"pruner '{part.name}' gave no gates: put it in training mode; merging has none")
             gates = output.gates if gates is None else gates * output.gates
             left = found.still_open(output)

@@ -17,8 +17,7 @@ from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.registry import build_pruner, pruner_class, register_pruner
-
-STAGES = ("vision", "prompt", "layer")
+from ..core.staging import STAGES
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,21 @@ vLLM finds the architecture by its entry point once prunezoo is installed beside
 against vLLM 0.32, which is imported in `config`, `processor` and `model` alone.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core.budgets import read_keep
+from ..core.errors import PruneZooError
 from .settings import ARCHITECTURE, Settings
 
-__all__ = ["engine_args", "hf_overrides", "register"]
+__all__ = ["PROMPT_NOTE", "engine_args", "hf_overrides", "register", "words_of"]
+
+PROMPT_NOTE = (
+    "note: '{name}' reads the prompt: another question about the same picture is encoded anew, and nothing behind the "
+    "picture is taken from the prefix cache; a pruner that reads no prompt shares both"
+)
 
 
 def engine_args(vlm: str | Path, pruner: str | Path, keep: Any, positions: str = "original") -> dict[str, Any]:
@@ -36,6 +44,28 @@ def hf_overrides(pruner: str | Path, keep: Any, positions: str = "original") -> 
     settings = Settings(pruner, read_keep(keep), positions)
     settings.load()
     return {"architectures": [ARCHITECTURE], "prunezoo": settings.to_dict()}
+
+
+def words_of(options: Mapping[str, Any], prefix: str = "--") -> list[str]:
+    """VLLM's arguments for nested options, in its dotted form.
+
+    Raises:
+        PruneZooError: A value with characters that a shell would take apart.
+    """
+    words: list[str] = []
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            words += words_of(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            words += [word for one in value for word in (f"{prefix}{key}+", str(one))]
+        else:
+            words += [f"{prefix}{key}", str(value)]
+    for word in words:
+        if re.search(r"[^\w@%+=:,./-]", word):
+            raise PruneZooError(
+                f"'{word}' holds characters that a shell takes apart: rename it, or use prunezoo.serve.engine_args"
+            )
+    return words
 
 
 def register() -> None:

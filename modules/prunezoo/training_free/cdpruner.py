@@ -36,7 +36,7 @@ from ..core.cosines import Cosines
 from ..core.errors import PruneZooError
 from ..core.plan import mask_to_index, picks_mask
 from ..core.registry import register_pruner
-from ._question import question
+from ._question import mean_word
 
 CHOICES = {"relevance": ("words", "clip"), "scaling": ("image", "batch"), "kernel": ("product", "blend")}
 ROUNDING = 1e-6
@@ -103,10 +103,7 @@ class CDPruner(Pruner):
         if self.config.relevance == "clip":
             images = functional.normalize(inputs.signal("image_features").float(), dim=-1)
             return -(images @ inputs.signal("text_features").float()[..., None])[..., 0]
-        asked, text = question(inputs, self.name)
-        words = functional.normalize(text.float(), dim=-1).masked_fill(~asked[..., None], 0.0)
-        mean = words.sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
-        return (unit @ mean[..., None])[..., 0]
+        return (unit @ mean_word(inputs, self.name)[..., None])[..., 0]
 
     def _scaled(self, raw: Tensor, part: Tensor) -> Tensor:
         """Relevance ``(B, N)`` in (0, 1] over the tokens ``part (B, N)``; 1 where all are alike."""

@@ -29,7 +29,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
-from ..core.merge import group_mean, merge_tokens
+from ..core.merge import group_mean, matching_rounds, merge_tokens
 from ..core.registry import register_pruner
 
 METRICS = ("keys", "states")
@@ -89,7 +89,8 @@ class ToMe(Pruner):
         width = vectors.shape[1]
         alive, leader = inputs.valid, torch.arange(width, device=vectors.device).expand_as(inputs.valid)
         means = vectors
-        for step in self.rounds(inputs):
+        assert inputs.asked is not None  # `forward` has set it
+        for step in matching_rounds(inputs.counts, inputs.asked, self.config.most):
             first = alive & (alive.cumsum(1) % 2 == 0)
             second = alive & ~first
             unit = functional.normalize(means, dim=-1)
@@ -101,13 +102,3 @@ class ToMe(Pruner):
             alive = alive & ~merged
             means = group_mean(vectors, leader.masked_fill(~inputs.valid, -1), sizes, width)
         return merge_tokens(inputs, leader)
-
-    def rounds(self, inputs: PruneInputs) -> list[list[int]]:
-        """How many tokens of each image each matching merges, ``(B)`` a matching, which counts alone tell."""
-        assert inputs.asked is not None  # `forward` has set it
-        left, rounds = list(inputs.counts), []
-        while left != list(inputs.asked):
-            most = [min(max(int(n * self.config.most), 1), n // 2) for n in left]
-            rounds.append([min(n - k, m) for n, k, m in zip(left, inputs.asked, most, strict=True)])
-            left = [n - merged for n, merged in zip(left, rounds[-1], strict=True)]
-        return rounds

@@ -5,7 +5,7 @@ import torch
 
 from prunezoo import PruneInputs, build_pruner
 
-INPUTS = ("seed", "kept_count", "elbow_rank")  # how many is ours to be told, not to find by an elbow
+INPUTS = ("seed",)
 
 
 def answer(case):
@@ -19,11 +19,14 @@ def answer(case):
     text, text_valid = torch.zeros(1, 45, 1), torch.ones(1, 45, dtype=torch.bool)
     signals = {"mlp_activations@previous": image, "word_mlp_activations@previous": words}
     inputs = PruneInputs(torch.zeros(1, 576, 1), valid, torch.zeros(1, 576, 3).long(), text, text_valid, signals)
-    output = build_pruner("corematching")(inputs, case["kept_count"])
+    pruner = build_pruner("corematching", count="elbow")
+    output = pruner(inputs, pruner.pace(inputs, torch.tensor([576]), 0))
     kept, scores = output.index[0], output.scores[0]
     rest = torch.ones(576, dtype=torch.bool).index_fill(0, kept, False)
     return {
         "kept": kept.tolist(),
+        "kept_count": int(output.count[0]),
         "score_first20": scores[:20].tolist(),
         "elbow_value": scores[rest].max().item(),
+        "elbow_rank": int((scores > scores[rest].max()).sum()),
     }

@@ -19,12 +19,10 @@ from ...core.errors import PruneZooError
 from ...core.plan import gather_rows, mask_to_index
 from ..parts.decoder import Decoder
 from ..parts.tower import Tower
+from .gaps import PIXELS, Gaps, Kind, Shortening, no_gaps
 from .spread import Values, spread
 
-Kind = Literal["image", "video"]
 Order = Literal["tower", "given"]
-PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""The input that brings the pixels of each kind."""
 TAKES_FEATURES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 """Whether models take encoded images beside ``input_ids``. 5.18 does, but deals them out to the wrong beams."""
 
@@ -47,7 +45,7 @@ class Visual:
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # (n, ...) each, by name: those of the tower
 
 
-class Family:
+class Family(Shortening):
     """Adapter of a family: where its parts are, what its tokens are, and in which form it takes its inputs.
 
     Args:
@@ -57,7 +55,6 @@ class Family:
         PruneZooError: A configuration of the family that would be pruned wrongly without a word.
     """
 
-    title: ClassVar[str]  # how people call the family
     encoder_keys: ClassVar[Mapping[Kind, tuple[str, ...]]] = {"image": ("pixel_values",)}  # inputs of the encoder
     position_keys: ClassVar[tuple[str, ...]] = ()  # those among them that the positions depend on too
     as_tensor: ClassVar[tuple[Kind, ...]] = ()  # kinds whose features the model wants as one tensor, not as a list
@@ -92,12 +89,13 @@ class Family:
         """``(B, L)`` bool: which ids are placeholders."""
         return torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
 
-    def visuals(self, batch: Mapping[str, Any], watch: Watch = no_signals) -> list[Visual]:
+    def visuals(self, batch: Mapping[str, Any], watch: Watch = no_signals, gaps: Gaps = no_gaps) -> list[Visual]:
         """Run tower and projector once: all images, in the order of their placeholders, then all clips.
 
         Args:
             batch: The processor's output, on the model's device, but ``input_ids``, which are on the host.
             watch: Entered around each run of the tower; gives the signals that it made of it, by name.
+            gaps: Likewise; leaves patches out.
 
         Raises:
             PruneZooError: Inputs that the family does not know, or that do not fit one another; what ``watch`` raises.
@@ -105,7 +103,7 @@ class Family:
         found = []
         for kind in self.kinds(batch):
             cells = self.cells(kind, batch)  # first: it tells plainly which inputs are missing
-            with watch() as seen:
+            with gaps(kind, batch) as gap, watch() as seen:
                 output = self.run_encoder(kind, batch)
             sizes = [len(own) for own in cells]
             levels = [_rows(level) for level in getattr(output, "deepstack_features", None) or ()]
@@ -115,7 +113,8 @@ class Family:
                     f"{self.title}: the prompt's placeholders stand for {sum(sizes)} {kind} tokens, the pixels make "
                     f"{len(rows)}: use one processor for text and images"
                 )
-            signals = {name: spread(self, kind, batch, name, values, sizes) for name, values in seen.items()}
+            whole = {name: values if name == "pixels" else gap.whole(values) for name, values in seen.items()}
+            signals = {name: spread(self, kind, batch, name, values, sizes) for name, values in whole.items()}
             parts = zip(rows.split(sizes), cells, *(level.split(sizes) for level in levels), strict=True)
             for i, (own, where, *deep) in enumerate(parts):
                 own_signals = {name: values[i] for name, values in signals.items()}

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.errors import PruneZooError
-from .base import Family, Kind
-from .cells import grid, runs
+from ..parts.tower import Tower
+from .base import Family, Kind, Order
+from .cells import blocks, grid, runs
+from .gaps import Short, before_joining
 
 Run = tuple[int, int, int]
 
@@ -88,6 +90,15 @@ class AyaVisionFamily(SquaresFamily):
         """Patches are joined by a pixel shuffle."""
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // self.config.downsample_factor
+
+    def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
+        """The patches that the shuffle joins."""
+        return blocks(values, self.config.downsample_factor)
+
+    def short(self) -> Short:
+        """Before the shuffle, which needs the square."""
+        layer = getattr(self.config, "vision_feature_layer", -1)
+        return before_joining(Tower(self.vlm.model.vision_tower, layer, has_cls=False))
 
 
 class Cohere2VisionFamily(AyaVisionFamily):

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from ..parts.tower import Tower
 from .base import Family, Kind, Order
 from .cells import blocks, grid
+from .gaps import Short, before_joining
 
 
 class Gemma3Family(Family):
@@ -31,6 +32,10 @@ class Gemma3Family(Family):
     def tower(self) -> Tower:
         """SigLIP."""
         return Tower(self.vlm.model.vision_tower, -1, has_cls=False, joined="Gemma 3 pools patches behind it")
+
+    def short(self) -> Short:
+        """Before pooling, which needs the square."""
+        return before_joining(self.tower())
 
     def visible(self, batch: Mapping[str, Any], real: Tensor) -> Tensor:
         """Causal, and whole images."""
@@ -148,6 +153,10 @@ class PaliGemmaFamily(Family):
     def tower(self) -> Tower:
         """SigLIP."""
         return Tower(self.vlm.model.vision_tower, -1, has_cls=False)
+
+    def short(self) -> Short:
+        """Behind the projector, patch by patch."""
+        return Short(self.tower(), (self.vlm.model.multi_modal_projector,))
 
     def visible(self, batch: Mapping[str, Any], real: Tensor) -> Tensor:
         """Causal, and the whole prompt within itself."""

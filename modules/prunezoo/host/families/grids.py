@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import PruneZooError
-from ..parts.tower import Tower
+from ..parts.tower import QwenTower, Tower
 from .base import Family, Kind
 from .cells import grid
+from .gaps import Short
 from .qwen import QwenVLFamily
 
 
@@ -30,6 +31,11 @@ class Glm4vFamily(QwenVLFamily):
     def tower(self) -> Tower:
         """Patches are joined by a convolution behind it."""
         return Family.tower(self)
+
+    def short(self) -> Short:
+        """Before that convolution, which reads the patches of a token and no others."""
+        tower = QwenTower(self.vlm.model.visual, -1, has_cls=False)
+        return Short(tower, (tower.blocks[-1],), packed=True)
 
 
 class Glm46vFamily(Glm4vFamily):
@@ -54,6 +60,10 @@ class PaddleOcrFamily(Glm4vFamily):
     """PaddleOCR-VL."""
 
     title = "PaddleOCR-VL"
+
+    def short(self) -> Short:
+        """Of another make."""
+        return Family.short(self)
 
 
 class Ernie45Family(QwenVLFamily):

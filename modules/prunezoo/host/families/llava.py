@@ -13,6 +13,7 @@ from ...core.errors import PruneZooError
 from ..parts.tower import Tower
 from .base import Family, Kind, Order
 from .cells import grid
+from .gaps import Short
 
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # what leaves the patches and only these
 
@@ -48,6 +49,10 @@ class LlavaFamily(Family):
         """CLIP or SigLIP."""
         has_cls = self.config.vision_config.model_type == "clip_vision_model"
         return Tower(self.vlm.model.vision_tower, self.config.vision_feature_layer, has_cls, self.joined)
+
+    def short(self) -> Short:
+        """Behind the projector, patch by patch."""
+        return Short(self.tower(), (self.vlm.model.multi_modal_projector,))
 
 
 class LlavaNextFamily(LlavaFamily):
@@ -97,11 +102,19 @@ class LlavaNextFamily(LlavaFamily):
 
     def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """Put together to grids as features are."""
+        newline = values.new_zeros(values.shape[2])
+        return torch.cat(self.pack(values.split(self.tile_counts(batch)), batch["image_sizes"], newline))[:, None]
+
+    def tile_counts(self, batch: Mapping[str, Any]) -> list[int]:
+        """Pictures that the tower sees of each image: the thumbnail and its crops."""
         points, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         sizes = zip(batch["image_sizes"].tolist(), self.tiled(batch), strict=True)
-        counts = [1 + tiled * math.prod(get_anyres_image_grid_shape(size, points, side)) for size, tiled in sizes]
-        newline = values.new_zeros(values.shape[2])
-        return torch.cat(self.pack(values.split(counts), batch["image_sizes"], newline))[:, None]
+        return [1 + tiled * math.prod(get_anyres_image_grid_shape(size, points, side)) for size, tiled in sizes]
+
+    def pictures(self, kind: Kind, batch: Mapping[str, Any]) -> Tensor:
+        """Without those that fill up a batch, which the model takes out."""
+        pixels = zip(batch["pixel_values"], self.tile_counts(batch), strict=True)
+        return torch.cat([own[:count] for own, count in pixels])
 
     def pack(self, values: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
         """The model's own way from the tiles of each image, ``(tiles, N, C)``, to its tokens ``(n, C)``."""
@@ -168,6 +181,15 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         clips = len(batch["pixel_values_videos"])
         pooled = self.vlm.model.apply_pooling(values).reshape(clips, -1, values.shape[2])
         return pad(pooled, (0, 0, 0, 1)).flatten(0, 1)[:, None]
+
+    def check_gaps(self, kind: Kind, batch: Mapping[str, Any]) -> None:
+        """Whole cells only."""
+        if self.interpolates(kind, batch):
+            raise PruneZooError(
+                f"{self.title} makes the tokens of clips and of large pictures by interpolation, so a cell that is "
+                "left out before the tower would leak into others: use a pruner of the prompt stage, or smaller "
+                "pictures"
+            )
 
     def interpolates(self, kind: Kind, batch: Mapping[str, Any]) -> bool:
         """Whether any token is made of neighbouring patches by interpolation."""

@@ -12,6 +12,7 @@ from ...core.errors import PruneZooError
 from ..parts.tower import Tower
 from .base import Family, Kind, Order
 from .cells import grid, tiles
+from .gaps import Short
 from .llava import LlavaFamily, LlavaNextFamily
 
 
@@ -27,6 +28,11 @@ class VipLlavaFamily(LlavaFamily):
     def tower(self) -> Tower:
         """The states of several blocks make a token."""
         return Family.tower(self)
+
+    def short(self) -> Short:
+        """Behind the projector, which joins the states of a patch."""
+        tower = Tower(self.vlm.model.vision_tower, self.config.vision_feature_layers)
+        return Short(tower, (self.vlm.model.multi_modal_projector,))
 
 
 class LlavaNextVideoFamily(LlavaNextFamily):
@@ -47,6 +53,18 @@ class LlavaNextVideoFamily(LlavaNextFamily):
     def tower(self) -> Tower:
         """Frames are pooled behind it by a kernel of the config."""
         return Family.tower(self)
+
+    def short(self) -> Short:
+        """Of images; behind the projector, patch by patch."""
+        return Short(LlavaFamily.tower(self), (self.vlm.model.multi_modal_projector,))
+
+    def check_gaps(self, kind: Kind, batch: Mapping[str, Any]) -> None:
+        """Images only."""
+        if kind == "video":
+            raise PruneZooError(
+                f"{self.title} pools the patches of a frame by a kernel of its config: for clips use a pruner of the "
+                "prompt stage"
+            )
 
 
 class VideoLlavaFamily(LlavaFamily):

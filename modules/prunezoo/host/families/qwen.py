@@ -11,6 +11,7 @@ from ...core.errors import PruneZooError
 from ..parts.tower import QwenTower, Tower
 from .base import Family, Kind, Order
 from .cells import grid
+from .gaps import Short
 
 TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # of tokens, in mm_token_type_ids
 
@@ -41,6 +42,15 @@ class QwenVLFamily(Family):
     def tower(self) -> Tower:
         """Qwen's own."""
         return QwenTower(self.vlm.model.visual, -1, has_cls=False, joined=f"{self.title} merges {self.patches}")
+
+    def short(self) -> Short:
+        """Merged patches come back, and the levels of deepstack."""
+        return self.merging(self.tower())
+
+    def merging(self, tower: Tower) -> Short:
+        """Of Qwen's make."""
+        ends = (tower.model.merger, *getattr(tower.model, "deepstack_merger_list", ()))
+        return Short(tower, ends, packed=True, joined=self.config.vision_config.spatial_merge_size**2)
 
     def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
         """Time, height and width; for `generate` the place in the text before them."""
@@ -110,7 +120,7 @@ class Qwen35MoeFamily(Qwen35Family):
     title = "Qwen3.5-MoE"
 
 
-class Qwen25OmniFamily(QwenVLFamily):
+class Qwen25OmniFamily(Qwen25VLFamily):
     """The thinker of Qwen2.5-Omni: as Qwen2.5-VL; sound passes by untouched, but not the sound of a clip."""
 
     title = "Qwen2.5-Omni"
@@ -126,6 +136,10 @@ class Qwen25OmniFamily(QwenVLFamily):
     def tower(self) -> Tower:
         """Its queries, keys and values are apart, which no reader knows."""
         return Family.tower(self)
+
+    def short(self) -> Short:
+        """It need not be read for that."""
+        return self.merging(QwenTower(self.vlm.model.visual, -1, has_cls=False))
 
     def positions(self, batch: Mapping[str, Any], real: Tensor, generating: bool) -> Tensor:
         """Counted by the outer class, from ids, for text too."""

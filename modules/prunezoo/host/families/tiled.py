@@ -9,6 +9,7 @@ from ...core.errors import PruneZooError
 from ..parts.tower import InternVLTower, Tower
 from .base import Family, Kind, Order
 from .cells import blocks, runs, tiles
+from .gaps import Short, before_joining
 
 
 class InternVLFamily(Family):
@@ -35,6 +36,10 @@ class InternVLFamily(Family):
     def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """The patches that the shuffle joins."""
         return blocks(values, round(1 / self.config.downsample_ratio))
+
+    def short(self) -> Short:
+        """Before the shuffle, which needs the square."""
+        return before_joining(self.tower())
 
     def tower(self) -> Tower:
         """InternVL's own."""
@@ -77,6 +82,15 @@ class Idefics3Family(Family):
     def deal(self, kind: Kind, batch: Mapping[str, Any], values: Tensor, order: Order = "tower") -> Tensor:
         """The patches that the shuffle joins."""
         return blocks(values, self.config.scale_factor)
+
+    def pictures(self, kind: Kind, batch: Mapping[str, Any]) -> Tensor:
+        """Without those that fill up a batch, which the model takes out."""
+        pictures = batch["pixel_values"].flatten(0, 1)
+        return pictures[(pictures != 0).flatten(1).any(1)]
+
+    def short(self) -> Short:
+        """Before the shuffle, which needs the square."""
+        return before_joining(self.tower())
 
     def tower(self) -> Tower:
         """Of SigLIP's make."""

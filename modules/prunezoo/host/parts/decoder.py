@@ -188,12 +188,16 @@ class Decoder:
 
     def _known(self, layer: int) -> Any:
         """A layer, of a decoder whose make is known."""
+        self.check_known()
+        return self.layers[layer]
+
+    def check_known(self) -> None:
+        """Raise PruneZooError on a decoder of a make of which nobody has checked what its layers compute."""
         if self.config.model_type not in KINDS:
             raise PruneZooError(
                 f"signals of layers are not supported for decoder '{self.config.model_type}'; "
                 f"they are for {', '.join(KINDS)}"
             )
-        return self.layers[layer]
 
     def attend(self, layer: int, hidden: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The first half of a layer: its attention, run once more, with no cache and past all hooks on it.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ...core.errors import PruneZooError
 from ...core.signals import NEXT, parse_signal
+from ..families.gaps import cut_patches
 from ..parts.tower import CONTEXT, KEY, OUTPUT, QUERY, VALUE, Seen, Tower
 
 ROWS = 1024  # of a map of attention that are in memory at a time
 MAP = (QUERY, KEY, CONTEXT)
-STATES = "states"
+STATES, ENTERED = "states", "entered"
 PARTS = {
     "cls_attention": MAP,
     "cls_head_attention": MAP,
@@ -32,6 +33,7 @@ PARTS = {
     "vision_keys": (KEY,),
     "vision_values": (VALUE,),
     "vision_outputs": (OUTPUT,),
+    "vision_inputs": (ENTERED,),
     "vision_states": (STATES,),
 }
 """What of an attention each vision signal is made from; of the block itself, its states."""
@@ -61,8 +63,14 @@ class VisionTap:
         self.seen: Seen = {}
         parts = {part for kind in kinds for part in PARTS[kind]}
         self.handles = self.attention.watch(parts, self.seen)
+        if ENTERED in parts:
+            self.handles.append(tower.blocks[block].register_forward_pre_hook(self._write_inputs))
         if STATES in parts:
-            self.handles.append(tower.blocks[block].register_forward_hook(self._write_states))
+            # In front of hooks that give the places of dropped patches back: signals are of what the block has seen.
+            self.handles.append(tower.blocks[block].register_forward_hook(self._write_states, prepend=True))
+
+    def _write_inputs(self, _module: nn.Module, args: Any) -> None:
+        self.seen[ENTERED] = args[0] if args[0].dim() == 3 else args[0][None]
 
     def _write_states(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.seen[STATES] = output if output.dim() == 3 else output[None]  # packed pictures are one row
@@ -196,9 +204,7 @@ class PixelTap:
         (pictures,) = self.seen
         if isinstance(self.embedding, nn.Conv3d):  # single patches already, of several frames
             return pictures.transpose(1, 2).flatten(1, 2)[None]
-        high, wide = self.embedding.kernel_size
-        patches = pictures.unfold(2, high, high).unfold(3, wide, wide)  # (R, C, rows, columns, p, p)
-        return patches.movedim(1, 3).flatten(1, 2)
+        return cut_patches(pictures, *self.embedding.kernel_size)
 
     def __enter__(self) -> Self:
         """Leave the hook on for the block."""

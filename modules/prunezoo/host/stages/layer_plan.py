@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
 from ...core.budgets import Keep
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
@@ -36,6 +38,9 @@ class LayerPlan:
         family = find_family(vlm)
         decoder = family.decoder()
         stages = pruner.stages(decoder.depth)
+        if pruner.given_schedule is not None:
+            one = torch.ones(1, dtype=torch.long)
+            pruner.steps(one, one, decoder.depth)  # which says whether it fits
         begun = stages[:1] == (0,)
         stages = stages[begun:]
         check_model(family, decoder, pruner.name, stages, positions)

@@ -41,7 +41,7 @@ class Prompt:
             self.encoded = replace(self.encoded, inputs=replace(encoded.inputs, carry={}))  # of a pruner before
             counts = encoded.inputs.counts
             asked, found = (torch.tensor(numbers) for numbers in (counts_of(plan.keep, counts), counts))
-            self.schedule = plan.pruner.schedule(asked, found, self.decoder.depth)
+            self.schedule = plan.pruner.steps(asked, found, self.decoder.depth)
         self.origin = torch.arange(encoded.slots.shape[1], device=encoded.slots.device).expand_as(
             encoded.slots
         )  # (R, N)
@@ -141,11 +141,12 @@ class Prompt:
             text=gather_rows(hidden, columns)[encoded.sample],
             text_valid=real[encoded.sample],
             layer=layer,
+            depth=self.decoder.depth,
             step=step + self.plan.begun,
         )
         with self.timer.running(), deferred() as checks:
             asked = self.schedule[step].minimum(torch.tensor(inputs.counts)).clamp_min(1)
-            output = self.plan.pruner(inputs, self.plan.pruner.pace(inputs, asked, len(self.schedule) - 1 - step))
+            output = self.plan.pruner(inputs, self.plan.pruner.step(inputs, asked, len(self.schedule) - 1 - step))
         self.checks += checks
         self.outputs.append(output)
         self.encoded = replace(encoded, inputs=inputs)

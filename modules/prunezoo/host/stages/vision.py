@@ -57,7 +57,7 @@ def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep, timer: Timer)
             return pruner(encoded.inputs, keep)
     family = find_family(vlm)
     counts = counts_of(keep, encoded.inputs.counts)
-    with VisionStage(family.tower(), pruner, encoded.inputs, counts, timer) as stage:
+    with VisionStage(family.tower(), pruner, encoded.inputs, counts, timer, encoded.start) as stage:
         features = family.run_encoder("image", {**encoded.batch, **encoded.pixels}).pooler_output
     return stage.output(features if isinstance(features, Tensor) else torch.stack(list(features)))
 
@@ -71,6 +71,9 @@ def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
             f"pruner '{pruner.name}' acts inside vision blocks {list(blocks)}, and of this tower {tower.depth} run "
             "up to the projected one: configure blocks that it has, in ascending order"
         )
+    if pruner.given_schedule is not None:
+        one = torch.ones(1, dtype=torch.long)
+        pruner.steps(one, one, tower.depth)  # which says whether it fits
     for name in pruner.needs:
         if name not in INSIDE_SIGNALS:
             raise PruneZooError(
@@ -82,7 +85,15 @@ def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
 class VisionStage:
     """A pruner inside a tower, from ``__enter__`` to ``__exit__``, for one pass over R images."""
 
-    def __init__(self, tower: Tower, pruner: Pruner, inputs: PruneInputs, keep: tuple[int, ...], timer: Timer) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        pruner: Pruner,
+        inputs: PruneInputs,
+        keep: tuple[int, ...],
+        timer: Timer,
+        start: PruneOutput | None = None,
+    ) -> None:
         """Plan the pass.
 
         Args:
@@ -91,6 +102,7 @@ class VisionStage:
             inputs: The patches of the images; their features are not looked at.
             keep: (R) tokens that the last block leaves of each image.
             timer: Of what the pruner takes.
+            start: Which patches of each picture ``inputs`` are, where an input stage left some; None: all.
 
         Raises:
             PruneZooError: As :func:`check_vision_stage` does.
@@ -99,22 +111,28 @@ class VisionStage:
         blocks = pruner.stages(tower.depth)
         self.tower, self.pruner = tower, pruner
         asked, found = (torch.tensor(counts, dtype=torch.long) for counts in (keep, inputs.counts))
-        self.steps = dict(zip(blocks, pruner.schedule(asked, found, tower.depth), strict=True))
+        self.steps = dict(zip(blocks, pruner.steps(asked, found, tower.depth), strict=True))
         """By block, how many tokens it leaves of each image as scheduled, ``(R,)`` on the host."""
         self.patches, self.alive = inputs, inputs
         self.owner = torch.arange(inputs.valid.shape[1], device=inputs.valid.device).masked_fill(~inputs.valid, -1)
         """``(R, N)``: the token that each patch went into, -1 for none."""
         self.mask: Tensor | None = None  # (R, 1, 1, P + M) for the attention of the blocks to come
         self.dropped: Tensor | None = None  # (R, N, D) for `restore`: what dropped patches were when they were dropped
-        self.timer = timer
+        self.back: Tensor | None = None  # (R, N, M) instead: shares of tokens that make each patch again
+        self.heads: Tensor | None = None  # (R, H): which heads give something in the blocks to come
+        self.left: dict[int, tuple[int, ...]] = {}  # tokens of each image behind blocks where the pruner has acted
+        self.timer, self.start = timer, start
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
         """Put the hooks on."""
         with self.stack:  # which takes them off again if one of them cannot be put on
-            for block in range(min(self.steps) + 1, self.tower.depth):
-                attention = self.tower.attention(block).module
-                self._hook(attention.register_forward_pre_hook, self._add_mask, with_kwargs=True)
+            if self.start is not None:
+                self._hook(self.tower.blocks[0].register_forward_pre_hook, self._begin)
+            for block in range(0 if self.start is not None else min(self.steps) + 1, self.tower.depth):
+                attention = self.tower.attention(block)
+                self._hook(attention.module.register_forward_pre_hook, self._add_mask, with_kwargs=True)
+                self._hook(getattr(attention.module, attention.joiner).register_forward_pre_hook, self._silence)
             if self.pruner.restore:  # put in front before the hooks of `_act_…` are, it comes behind them
                 self._hook(self.tower.blocks[self.tower.depth - 1].register_forward_hook, self._restore, prepend=True)
             for block in self.steps:
@@ -134,17 +152,35 @@ class VisionStage:
             features: ``(R, K, D)``, what was made, for the language model, of the tokens that left the tower; K is N
                 where the pruner says `restore`.
         """
+        blocks = self._work()
         if self.pruner.restore:
             counts = self.patches.counts
             index, valid = mask_to_index(self.patches.valid, max(counts))
-            return PruneOutput(index, valid, gather_rows(features, index), known=counts)
+            return PruneOutput(index, valid, gather_rows(features, index), known=counts, blocks=blocks)
         sizes, width = (self.owner >= 0).float(), features.shape[1]
         index, valid, groups = place_groups(self.owner, self.patches.cells, sizes, width, max(self.alive.counts))
         order = gather_rows(self.owner, index).clamp_min(0)
-        return PruneOutput(index, valid, gather_rows(features, order), groups=groups, known=self.alive.counts)
+        features = gather_rows(features, order)
+        return PruneOutput(index, valid, features, groups=groups, known=self.alive.counts, blocks=blocks)
+
+    def _work(self) -> Tensor:
+        """``(R, blocks, 2)`` long: tokens in the attention and in the MLP of each block."""
+        found, blocks = self.patches.counts, []
+        for block in range(self.tower.depth):
+            left = self.left.get(block, found)
+            blocks.append((found, found if self.pruner.after_block else left))
+            found = left
+        return torch.tensor(blocks).permute(2, 0, 1)
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
         self.stack.callback(register(hook, **options).remove)
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Take out what an input stage did not leave."""
+        assert self.start is not None  # else the hook is not on
+        hidden, prefix = args[0], self.tower.prefix
+        self.mask = self._make_mask(hidden.dtype)
+        return (torch.cat([hidden[:, :prefix], gather_rows(hidden[:, prefix:], self.start.index)], 1), *args[1:])
 
     def _act_behind(self, block: int, tap: VisionTap) -> None:
         """Hook a block so that its output gets shorter."""
@@ -186,15 +222,19 @@ class VisionStage:
         prefix = self.tower.prefix
         signals = {name: tap.read(name) for name in self.pruner.needs}
         step = list(self.steps).index(block)
-        inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, layer=block, step=step)
+        inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, step=step)
+        inputs = replace(inputs, layer=block, depth=self.tower.depth)
         with self.timer.running():
-            output = self.pruner(inputs, self.pruner.pace(inputs, self.steps[block], len(self.steps) - 1 - step))
+            output = self.pruner(inputs, self.pruner.step(inputs, self.steps[block], len(self.steps) - 1 - step))
+        self.heads, self.left[block] = output.heads, output.counts
         if output.counts == inputs.counts:
             self.alive = replace(self.alive, carry=output.carry)
             return None
         groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
         before, self.owner = self.owner, torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
-        if self.pruner.restore:
+        if output.back is not None:
+            self.back = output.back if self.back is None else self.back @ output.back
+        elif self.pruner.restore:
             states = gather_rows(hidden[:, prefix:], before.clamp_min(0))
             gone = ((before >= 0) & (self.owner < 0))[..., None]
             self.dropped = states if self.dropped is None else states.where(gone, self.dropped)
@@ -204,10 +244,13 @@ class VisionStage:
 
     def _restore(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """``(R, P + N, D)`` for ``output (R, P + K, D)``; None where nothing went."""
-        if self.dropped is None:
-            return None
         prefix, own = self.tower.prefix, self.owner[..., None]
-        states = gather_rows(output[:, prefix:], self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+        if self.back is not None:
+            states = self.back.to(output.dtype) @ output[:, prefix:]
+        elif self.dropped is not None:
+            states = gather_rows(output[:, prefix:], self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+        else:
+            return None
         return torch.cat([output[:, :prefix], states], 1)
 
     def _make_mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -221,9 +264,17 @@ class VisionStage:
                 f"pruner '{self.pruner.name}' needs attn_implementation 'sdpa' or 'eager' in the vision tower, which "
                 f"has '{kernel}': it weighs merged tokens by size, or keeps different numbers of tokens in a batch"
             )
-        weight = torch.zeros(valid.shape, device=valid.device) if sizes is None else sizes.clamp_min(1).log()
-        weight = weight.to(dtype).masked_fill(~valid, torch.finfo(dtype).min)
+        sizes = torch.ones(valid.shape, device=valid.device) if sizes is None else sizes.float()
+        weight = sizes.clamp_min(torch.finfo(torch.float32).tiny).log().to(dtype)
+        weight = weight.masked_fill(~valid, torch.finfo(dtype).min)
         return functional.pad(weight, (self.tower.prefix, 0))[:, None, None]
+
+    def _silence(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """What the heads of a block give, before they are joined: 0 for those that are out."""
+        if self.heads is None:
+            return None
+        given = args[0].unflatten(-1, (self.heads.shape[1], -1))
+        return (given.masked_fill(~self.heads[:, None, :, None], 0).flatten(-2),)
 
     def _add_mask(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         return None if self.mask is None else (args, {**kwargs, "attention_mask": self.mask})
