@@ -44,7 +44,7 @@ def test_commands_are_ones_that_the_repository_has(tmp_path):
     assert words[:2] == ["-m", "trainers.evaluate"]
     args = evaluate.parser().parse_args(words[2:])
     assert args.rivals
-    assert (args.vlm, args.suite, args.keep, args.limit) == (demo.VLM, SUITE, [KEEP], 70)
+    assert (args.vlm, args.suite, args.keep, args.limit) == (demo.VLM, [SUITE], [KEEP], 70)
     fit = demo.fit_words(10, "runs/demo/ppm")
     assert (ROOT / fit[fit.index("--config") + 1]).is_file()
     assert "--trainer.max_steps=10" in fit

@@ -22,6 +22,7 @@ from prunezoo.core.errors import PruneZooError
 
 from .loading import ResumableLoader, begin_worker
 from .pages_render import FACES
+from .pictures import decode_picture
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;-()%$/"
 SIZES = (9, 40)
@@ -107,7 +108,7 @@ def _printed(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         written = io.BytesIO()
         picture.save(written, "JPEG", quality=int(rng.integers(50, 96)))
-        picture = Image.open(written).convert("RGB")
+        picture = decode_picture(written.getvalue())
     return np.asarray(picture)
 
 

@@ -12,13 +12,13 @@ import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
 from packaging.version import InvalidVersion, Version
 
 from prunezoo.core.bounds import MOST_JSON_BYTES, read_bytes
 from prunezoo.core.errors import PruneZooError
 from trainers.cli.errors import command
 from trainers.cli.names import CHECKPOINTS, ROOT, methods_shipped
+from trainers.cli.recipes import load_yaml
 from trainers.publishing.package import check
 from trainers.upkeep.readme import PAGES, rendered
 
@@ -34,7 +34,7 @@ def version_of(root: Path) -> str:
         Version(version)
     except InvalidVersion:
         raise PruneZooError(f"pyproject.toml: version '{version}' is none, see PEP 440; write 1.2.3") from None
-    cited = str(yaml.safe_load(text_of(root / "CITATION.cff")).get("version"))
+    cited = str(load_yaml(text_of(root / "CITATION.cff")).get("version"))
     if cited != version:
         raise PruneZooError(f"CITATION.cff: version is {cited}, that of pyproject.toml {version}; make them one")
     return version

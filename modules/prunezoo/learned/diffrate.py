@@ -23,6 +23,7 @@ its similarity, and its logarithm is added in the attention of later blocks.
 What it learns serves other methods: `python -m trainers.schedule read FOLDER --out FILE`, then `tome?schedule=FILE`.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -107,6 +108,7 @@ class DiffRate(Pruner):
         self.first = min(1, self.config.blocks - 1)  # the block that has the first rates
         shape = self.config.blocks - self.first, len(range(self.config.tokens, 0, -self.config.granularity))
         self.drop, self.merge = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self._read: tuple[tuple[torch.dtype, int, int], list[tuple[int, int, int]]] | None = None  # see `trained`
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured
@@ -132,11 +134,20 @@ class DiffRate(Pruner):
 
     def trained(self) -> list[tuple[int, int, int]]:
         """Of each block: the tokens that it finds, those left when some are dropped, and when some are merged."""
-        for rates in (self.drop, self.merge):
-            require_no_nan(rates.detach(), self.name, "has rates that are")
-        dropping, merging = (numbers.detach().int().tolist() for numbers in self.numbers())
-        behind = [self.config.tokens, *accumulate(map(min, dropping, merging), min)]
-        return [(n, min(n, drop), left) for n, drop, left in zip(behind, dropping, behind[1:], strict=False)]
+        now = (self.drop.dtype, self.drop._version, self.merge._version)
+        if self._read is None or self._read[0] != now:
+            for rates in (self.drop, self.merge):
+                require_no_nan(rates.detach(), self.name, "has rates that are")
+            dropping, merging = torch.stack(self.numbers()).detach().int().tolist()
+            behind = [self.config.tokens, *accumulate(map(min, dropping, merging), min)]
+            counts = zip(behind, dropping, behind[1:], strict=False)
+            self._read = now, [(n, min(n, drop), left) for n, drop, left in counts]
+        return self._read[1]
+
+    def adapt(self, vlm: nn.Module) -> AbstractContextManager[None]:
+        """See the base class: the counts are read here, so that no prefill waits for the device."""
+        self.trained()
+        return super().adapt(vlm)
 
     def as_schedule(self) -> Schedule:
         """The trained counts, for any method of the vision stage."""

@@ -1,7 +1,10 @@
 """Patch classifier: tell the cells of a page that something is printed on from bare paper, before the vision tower.
 
-After an index-preserving patch classifier for documents, 2025, https://arxiv.org/abs/2509.06415. Written from a
-description of the code; how its crops are drawn is not known to us, so the pages it is trained on are ours.
+Index-Preserving Lightweight Token Pruning for Efficient Document Understanding in Vision-Language Models, Son et al.,
+2025, https://arxiv.org/abs/2509.06415, code https://github.com/jaeminSon/index-preserving-lightweight-token-pruning.
+
+Written from a description of the code; how its crops are drawn is not known to us, so the pages it is trained on are
+ours.
 
 Each cell, the part of a picture that becomes one visual token, is judged by itself: layer norm over its pixels, a
 linear map (a convolution whose kernel is its stride), GELU, a linear map to one logit. Cells of a logit above 0 stay,

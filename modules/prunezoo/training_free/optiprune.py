@@ -1,7 +1,10 @@
 """OptiPrune: one base token in each 2 x 2 cell of the picture, and of the others those that are least like any base.
 
-After the pruning part of OptiPrune, https://arxiv.org/abs/2507.00789, a method for diffusion models. Reconstructed: its
-own code could not be had, and the rule is that of SiTo, on which it builds, code https://github.com/EvelynZhang-epiclab/SiTo.
+OptiPrune: Boosting Prompt-Image Consistency with Attention-Guided Noise and Dynamic Token Selection, Lu et al., 2025,
+https://arxiv.org/abs/2507.00789.
+
+Its pruning part, which it has for diffusion models. Reconstructed: its own code could not be had, and the rule is that
+of SiTo, on which it builds, code https://github.com/EvelynZhang-epiclab/SiTo.
 
 The base of a cell is the token whose cosines to all of the image add up to most. Of the other tokens those leave that
 are most like a base. So every part of the picture is seen, and what leaves has a likeness among what stays: for losses

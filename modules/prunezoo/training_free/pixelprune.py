@@ -1,6 +1,7 @@
 """PixelPrune: leave out the cells of a picture that their neighbours predict, before the vision tower.
 
-PixelPrune, 2026, https://arxiv.org/abs/2604.00886, https://github.com/OPPO-Mente-Lab/PixelPrune.
+PixelPrune: Pixel-Level Adaptive Visual Token Reduction via Predictive Coding, Wang et al., 2026,
+https://arxiv.org/abs/2604.00886, code https://github.com/OPPO-Mente-Lab/PixelPrune.
 
 A cell is predicted by the one to its left (A) or the one above (B): by B where the cell above left (C) is like A and
 not like B, since then the picture changes from row to row there, else by A. It stays where it is not like that. Cells

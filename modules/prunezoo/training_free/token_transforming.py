@@ -78,7 +78,7 @@ class TokenTransforming(Pruner):
         logs = self.log_map(inputs, index, scores * sizes)
         # An image that keeps everything keeps it as it is.
         whole = (keep >= inputs.valid.sum(1))[:, None, None]
-        own = functional.one_hot(index, scores.shape[1]).bool()
+        own = index[..., None] == torch.arange(scores.shape[1], device=index.device)
         logs = torch.where(whole, torch.zeros_like(logs).masked_fill(~own, -torch.inf), logs)
         logs = logs.masked_fill(~valid[..., None], -torch.inf)
         features = (logs.exp() @ inputs.features.float()).to(inputs.features.dtype)

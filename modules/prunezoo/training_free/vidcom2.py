@@ -1,7 +1,7 @@
 """VidCom²: of a clip, keep what stands out from its frame and from the clip, more of the frames that stand out.
 
-VidCom2 (Video Compression Commander), EMNLP 2025, https://arxiv.org/abs/2505.14454,
-https://github.com/xuyang-liu16/VidCom2.
+Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models, Liu et al.,
+EMNLP 2025, https://arxiv.org/abs/2505.14454, code https://github.com/xuyang-liu16/VidCom2.
 
 Of the channels the half that varies least over the clip is looked at. A token is compared with the mean of the clip and
 with the mean of its frame, by Gaussian kernels of five widths; what is least like both stays. A frame is given the more
