@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -145,6 +145,46 @@ class ResumableLoader(TellingLoader):
         pin_memory: For copies to a GPU that do not wait.
         lengths: Of all items, if batches are to be of items of like length.
     """
+
+    @classmethod
+    def for_training(
+        cls,
+        module: Any,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any],
+        what: str,
+        lengths: list[int] | None = None,
+    ) -> Self:
+        """The training batches of a data module.
+
+        Args:
+            module: With `batch_size`, `workers` and `seed`; its trainer, if it has one, says which process this is.
+            dataset: Any sequence.
+            collate_fn: As above.
+            what: The items are, for the message.
+            lengths: As above.
+
+        Raises:
+            PruneZooError: There are too few items for one step.
+        """
+        trainer = module.trainer
+        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if len(dataset) < module.batch_size * world_size:
+            raise PruneZooError(
+                f"{len(dataset)} training {what} do not fill one step of {world_size} x batch_size="
+                f"{module.batch_size}; lower batch_size"
+            )
+        return cls(
+            dataset,
+            module.batch_size,
+            collate_fn,
+            num_workers=module.workers,
+            world_size=world_size,
+            rank=rank,
+            seed=module.seed,
+            pin_memory=torch.cuda.is_available(),
+            lengths=lengths,
+        )
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
 from prunezoo.core.errors import PruneZooError
@@ -99,23 +98,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, endless over epochs, resumable in mid-epoch."""
         assert self.train_set is not None
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        if len(self.train_set) < self.batch_size * world_size:
-            raise PruneZooError(
-                f"{len(self.train_set)} training items do not fill one step of {world_size} x batch_size="
-                f"{self.batch_size}; lower batch_size"
-            )
-        return ResumableLoader(
-            self.train_set,  # type: ignore[arg-type]  # any sequence is a map-style data set
-            self.batch_size,
-            self.train_collate,
-            num_workers=self.workers,
-            world_size=world_size,
-            rank=rank,
-            seed=self.seed,
-            pin_memory=torch.cuda.is_available(),
-            lengths=self.lengths(),
-        )
+        return ResumableLoader.for_training(self, self.train_set, self.train_collate, "items", self.lengths())
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Take the ids out of a batch: no step needs them, but whoever must say which batch it was."""

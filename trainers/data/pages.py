@@ -5,17 +5,13 @@ Eight groups: field (the number at a name), cell (at the names of a row and a co
 count (lines, rows or bars) and dialogue (the second turn leans on the first). Answers are balanced.
 """
 
-import hashlib
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .pages_render import CELLS, KINDS, LINES, NAMES, Bar, Page, Text, make_page, relevance, render
-from .suite import Item, Suite, register_suite
+from .suite import Item, Suite, code_digest, register_suite
 
 GROUPS = ("field", "cell", "exist", "where", "chart", "compare", "count", "dialogue")
 KINDS_OF = dict.fromkeys(GROUPS, KINDS) | {
@@ -118,14 +114,9 @@ class Asker:
         return (first, ("where is it ?", self.page.names[name].cell)), [self.page.names[name]]
 
 
-@cache
 def drawn_by() -> str:
     """A hash of all the code that makes a page out of its number."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("pages*.py")):
-        digest.update(path.read_bytes())
-    digest.update(" ".join(map(version, ("numpy", "pillow", "matplotlib"))).encode())
-    return digest.hexdigest()
+    return code_digest("pages*.py", "numpy", "pillow", "matplotlib")
 
 
 @register_suite("pages")

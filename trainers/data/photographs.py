@@ -88,22 +88,7 @@ class PhotographDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, endless over epochs, resumable in mid-epoch."""
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        if len(self.train_set) < self.batch_size * world_size:
-            raise PruneZooError(
-                f"{len(self.train_set)} training pictures do not fill one step of {world_size} x batch_size="
-                f"{self.batch_size}; lower batch_size"
-            )
-        return ResumableLoader(
-            self.train_set,
-            self.batch_size,
-            torch.stack,
-            num_workers=self.workers,
-            world_size=world_size,
-            rank=rank,
-            seed=self.seed,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return ResumableLoader.for_training(self, self.train_set, torch.stack, "pictures")
 
     def val_dataloader(self) -> DataLoader:
         """In order."""

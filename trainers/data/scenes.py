@@ -5,18 +5,14 @@ things, compare their places), grounding (which of 4×4 grid cells), reading (1 
 dialogue (the second turn leans on the first). Answers are balanced, and every reference picks out exactly one thing.
 """
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .scenes_render import CELLS, COLORS, SHAPES, Thing, make_things, relevance, render
-from .suite import Item, Suite, register_suite
+from .suite import Item, Suite, code_digest, register_suite
 
 GROUPS = ("attribute", "existence", "counting", "relation", "grounding", "reading", "dialogue")
 NUMBERS = tuple(str(n) for n in range(10))
@@ -168,14 +164,9 @@ class Asker:
         return Question("dialogue", turns, [other])
 
 
-@cache
 def drawn_by() -> str:
     """A hash of all the code that makes a scene out of its number."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("scenes*.py")):
-        digest.update(path.read_bytes())
-    digest.update(" ".join(map(version, ("numpy", "pillow", "scikit-learn"))).encode())
-    return digest.hexdigest()
+    return code_digest("scenes*.py", "numpy", "pillow", "scikit-learn")
 
 
 @register_suite("scenes")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from prunezoo.core.errors import PruneZooError
 
@@ -30,8 +31,6 @@ SIZES = (9, 40)
 SEEDS = {"train": 101, "validation": 211, "test": 307}
 LEAST_INK = 2.0
 """Pixels' worth of ink from which a cell counts as printed on."""
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""By which Qwen-VL's and CLIP's image processors normalise."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,11 @@ def cells_of(sheet: Sheet, cell: int) -> tuple[Tensor, Tensor]:
         cell: Pixels along a cell.
 
     Returns:
-        ``(rows, columns, 3 * cell * cell)`` normalised pixels, channels first, and ``(rows, columns)`` bool.
+        ``(rows, columns, 3 * cell * cell)`` pixels, channels first, normalised as Qwen-VL and CLIP do; and
+        ``(rows, columns)`` bool.
     """
-    values = (torch.tensor(sheet.picture).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
+    values = (torch.tensor(sheet.picture).float() / 255 - mean) / std
     pixels = values.unfold(0, cell, cell).unfold(1, cell, cell).flatten(2)  # (rows, columns, 3 * cell * cell)
     ink = torch.tensor(sheet.ink).unfold(0, cell, cell).unfold(1, cell, cell).sum((2, 3))
     return pixels, ink >= LEAST_INK
@@ -186,17 +187,7 @@ class SheetDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, resumable in mid-epoch."""
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return ResumableLoader(
-            self.train_set,
-            self.batch_size,
-            stacked,
-            num_workers=self.workers,
-            world_size=world_size,
-            rank=rank,
-            seed=self.seed,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return ResumableLoader.for_training(self, self.train_set, stacked, "sheets")
 
     def val_dataloader(self) -> DataLoader:
         """In order."""

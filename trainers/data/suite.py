@@ -7,6 +7,8 @@ import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast, get_args, overload
 
@@ -21,6 +23,21 @@ from .scorers import find_scorer
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@cache
+def code_digest(files: str, *libraries: str) -> str:
+    """A hash of code beside this file that draws pictures, and of the releases that it draws with.
+
+    Args:
+        files: Pattern of their names, ``scenes*.py``.
+        libraries: Names of distributions.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob(files)):
+        digest.update(path.read_bytes())
+    digest.update(" ".join(map(version, libraries)).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from prunezoo.learned.patch_classifier import CHANNELS, PatchClassifier
 
 from .optimizer import adamw_cosine
 
-FIGURES = ("printed", "kept", "printed_kept")
-
 
 class CellsModule(L.LightningModule):
     """The classifier and its loss.
@@ -116,7 +114,7 @@ class Counts(Metric):
         super().__init__()
         self.found: Tensor
         self.cells: Tensor
-        self.add_state("found", torch.zeros(len(FIGURES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("found", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("cells", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, printed: Tensor, kept: Tensor) -> None:
