@@ -1,6 +1,7 @@
 """What `trainers.benchmark` does: measure in turns, write the numbers, print."""
 
 import argparse
+from itertools import product
 from typing import Any
 
 from rich.console import Console
@@ -49,8 +50,9 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
     widths = model.width, model.tower_width
     pruners = [(name, load_for_timing(name, *widths).to(vlm.device)) for name in dict.fromkeys(named)]
-    for _, pruner in pruners:
-        attach(vlm, pruner, budgets[0].keep)  # refuses here and now what it cannot do
+    for budget, (_, pruner) in product(budgets, pruners):
+        with attach(vlm, pruner, budget.keep):  # refuses here and now what it cannot do
+            pass
     settings = [
         Setting(
             vlm, Request(vlm, processor, batch, length, picture), cases_of(pruners, budgets), args.decode, args.repeats

@@ -28,6 +28,7 @@ class Staging(Configured):
 
     stage: ClassVar[Stage] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
+    merges: ClassVar[bool] = False  # vision stage: makes tokens of several, and cannot do without; see `drop_only`
     exact: ClassVar[bool] = True  # see the base class of pruners
     comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # likewise
     _given: Schedule | None = None

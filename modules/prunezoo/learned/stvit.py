@@ -72,6 +72,7 @@ class STViT(Pruner):
 
     stage = "vision"
     after_block = True
+    merges = True
     config_class = STViTConfig
     config: STViTConfig
 
