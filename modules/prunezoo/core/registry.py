@@ -122,10 +122,13 @@ def pruner_class(name: str) -> type[Pruner]:
 def build_pruner(name: str, /, vlm: Any = None, **config: Any) -> Pruner:
     """A new, untrained instance of the method ``name`` with these config fields.
 
-    Where they do not say the width of the tokens, it is that of ``vlm``, if there is one.
+    Where they do not say the width of the tokens or of the tower, it is that of ``vlm``, if there is one.
     """
     pruner = pruner_class(name)(**config)
-    return pruner if vlm is None else fit_width(pruner, BaseModel.describe(vlm).width)
+    if vlm is None:
+        return pruner
+    model = BaseModel.describe(vlm)
+    return fit_width(pruner, model.width, model.tower_width)
 
 
 def load_pruner(
