@@ -134,5 +134,5 @@ def test_other_models_are_refused_by_name():
     with pytest.raises(ValueError, match="pruner 'tome' cannot be served: it acts in the vision stage"):
         ServedConfig.verify_and_update_model_config(model_config)
     model_config.hf_config = SimpleNamespace(model_type="gemma3", prunezoo={"pruner": "uniform", "keep": 8})
-    with pytest.raises(ValueError, match="model_type 'gemma3' cannot be served yet: llava can"):
+    with pytest.raises(ValueError, match="model_type 'gemma3' cannot be served; llava, llava_next"):
         ServedConfig.verify_and_update_model_config(model_config)

@@ -31,9 +31,16 @@ def methods_shipped() -> dict[str, str]:
 
 
 def pruners_shipped() -> dict[str, str]:
-    """Those of them that were trained for the embedded model; no tokenizers."""
+    """Those of them that were trained for the embedded model and are in the league; no tokenizers.
+
+    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own.
+    """
     known = list_pruners()
-    return {name: method for name, method in methods_shipped().items() if name.endswith(TINY) and method in known}
+    return {
+        name: method
+        for name, method in methods_shipped().items()
+        if name.endswith(TINY) and method in known and pruner_class(method).stage != "input"
+    }
 
 
 def find_pruner(name: str) -> str:
@@ -54,10 +61,8 @@ def find_pruner(name: str) -> str:
         return name
     shipped = methods_shipped()
     of_method = [folder for folder, method in shipped.items() if method == short]
-    if short in shipped:
-        of_method = [short]
-    elif short + TINY in of_method:
-        of_method = [short + TINY]
+    named = short.replace("_", "-")  # a folder called as its method comes before others of it
+    of_method = next(([own] for own in (short, named, named + TINY) if own in shipped), of_method)
     if not of_method:
         if short not in list_pruners():
             raise PruneZooError(f"no pruner is called '{short}'{near(short, [*list_pruners(), *shipped])}")

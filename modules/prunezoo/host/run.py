@@ -20,6 +20,7 @@ from .encoded import Encoded
 from .families import Family, find_family
 from .parts.model import VLM
 from .signals.language import check_signals, encode_needs
+from .stages.cell_runs import choose_by_cells
 from .stages.cut import Cut, Timer, layer_tokens
 from .stages.input import check_input_stage, choose_by_pixels
 from .stages.layer import LayerStage
@@ -151,6 +152,8 @@ def reduce_early(
         by_pixels = pruner.stage == "input" and len(found.sample) > 0
         if by_pixels:
             found, output = choose_by_pixels(vlm, found, pruner, asked, needs, not inside, timer)
+        elif pruner.stage == "vision" and len(found.sample) and find_family(vlm).tower().joined is not None:
+            found, output = choose_by_cells(vlm, found, pruner, asked, timer)
         else:
             output = choose(vlm, found, pruner, asked, timer)
         if memory is not None:
