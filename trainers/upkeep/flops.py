@@ -1,7 +1,7 @@
 """Methods of the vision stage at equal operations of the tower, each with its own schedule and with one from a file.
 
     python -m trainers.schedule read checkpoints/diffrate-tiny --out runs/schedule.json
-    python -m trainers.upkeep.flops --schedule runs/schedule.json --json hub_cards/measured/tower_flops.json
+    python -m trainers.upkeep.flops --schedule runs/schedule.json --json hub_cards/tower/flops.json
 
 A schedule decides how much of a picture each block reads, so at equal tokens behind the tower two of them cost
 differently. Here each method is brought down, by `keep`, to the tower's operations that are asked for, as near as whole
