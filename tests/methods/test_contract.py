@@ -205,7 +205,8 @@ def ragged_batch(tiny):
 
 @pytest.mark.parametrize("exact", [*EXACT, "full"])
 def test_keeping_everything_is_the_bare_model(exact, deep_llava):
-    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(exact)
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(exact, vlm=vlm)
     with torch.no_grad():
         logits, sequences = vlm(**batch).logits, vlm.generate(**batch, max_new_tokens=5)
         with attach(vlm, pruner, keep=1.0) as run:
@@ -216,8 +217,8 @@ def test_keeping_everything_is_the_bare_model(exact, deep_llava):
 
 def test_keeping_half_equals_a_masking_oracle(name, deep_llava):
     """Nothing shorter: the dropped tokens stay and no one may look at them; merged ones stand at their anchors."""
-    vlm, pruner = deep_llava.vlm, build(name)
-    batch = ragged_batch(deep_llava)
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(name, vlm=vlm)
     with torch.no_grad():
         encoded = encode(vlm, batch, encode_needs(pruner))
         with Watch(pruner) as watch:
@@ -255,7 +256,8 @@ def masked_prompt(vlm, encoded, output):
 
 
 def test_detaching_restores_the_model(name, deep_llava):
-    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(name).train()
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(name, vlm=vlm).train()
     for part in [*pruner.children()][:1]:
         part.eval()
     modes = [part.training for part in pruner.modules()]

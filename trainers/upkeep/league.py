@@ -57,8 +57,9 @@ NOT_YET = (
     *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
     *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
     *("token_correlation", "vflowopt", "catp", "holitom"),
+    *("stvit", "token_routing"),
 )
-"""Added since the last run over all questions; of `diffrate`, `dtop` and `a_clip` nothing is shipped yet."""
+"""Added since the last run over all questions; of some that are learned nothing is shipped yet."""
 BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
     *("combined", "budget", "changed", "evs", "vidcom2", "tome_unmerge", "token_transforming_inverse"),

@@ -75,6 +75,21 @@ class Staging(Configured):
         """
         return keep
 
+    def recover(self, gone: Tensor, left: Tensor, valid: Tensor) -> Tensor | None:
+        """Vision stage with `restore`: what the tower puts out for every patch, where the method makes that itself.
+
+        By default nothing is made: a patch has the state of the token that it went into, or the one that it left with.
+
+        Args:
+            gone: ``(B, N, C)`` the patches' states when the first of them left.
+            left: ``(B, K, C)`` the tokens behind the last block.
+            valid: ``(B, K)`` bool, False for filler.
+
+        Returns:
+            ``(B, N, C)``, or None; of images that lost nothing it is not asked for.
+        """
+        return None
+
     @property
     def given_schedule(self) -> Schedule | None:
         """A schedule that an instance was given, by ``?schedule=FILE`` or here; saved with it.

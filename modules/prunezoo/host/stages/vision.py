@@ -263,10 +263,15 @@ class VisionStage:
     def _restore(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """``(R, P + N, D)`` for ``output (R, P + K, D)``; None where nothing went."""
         prefix, own = self.tower.prefix, self.owner[..., None]
+        left = output[:, prefix:]
         if self.back is not None:
-            states = self.back.to(output.dtype) @ output[:, prefix:]
+            states = self.back.to(output.dtype) @ left
         elif self.dropped is not None:
-            states = gather_rows(output[:, prefix:], self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+            states = gather_rows(left, self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+            made = self.pruner.recover(self.dropped, left, self.alive.valid)
+            if made is not None:
+                whole = self.alive.valid.sum(1) == self.patches.valid.sum(1)
+                states = states.where(whole[:, None, None], made.to(states.dtype))
         else:
             return None
         return torch.cat([output[:, :prefix], states], 1)
