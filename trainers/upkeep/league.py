@@ -55,10 +55,10 @@ VARIANTS = (
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 NOT_YET = (
     *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
-    *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
-    *("token_correlation", "vflowopt", "catp", "holitom"),
+    *("recoverable", "aim", "transprune", "optiprune", "fopru"),
+    *("token_correlation", "catp", "holitom", "fast3d", "region_focus"),
 )
-"""Added since the last run over all questions; of `diffrate`, `dtop` and `a_clip` nothing is shipped yet."""
+"""Added since the last run over all questions; of the learned ones nothing is shipped yet."""
 BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
     *("combined", "budget", "changed", "evs", "vidcom2", "tome_unmerge", "token_transforming_inverse"),
