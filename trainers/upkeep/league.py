@@ -55,8 +55,8 @@ VARIANTS = (
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 NOT_YET = (
     *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
-    *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
-    *("token_correlation", "vflowopt", "catp", "holitom"),
+    *("recoverable", "aim", "transprune", "optiprune", "fopru"),
+    *("token_correlation", "catp", "holitom", "fast3d", "region_focus"),
     *("stvit", "token_routing"),
 )
 """Added since the last run over all questions; of some that are learned nothing is shipped yet."""
