@@ -56,7 +56,7 @@ VARIANTS = (
 NOT_YET = (
     *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
     *("recoverable", "aim", "transprune", "optiprune", "fopru", "todre"),
-    *("token_correlation", "vflowopt", "catp", "holitom"),
+    *("token_correlation", "vflowopt", "catp", "holitom", "vla_pruner"),
 )
 """Added since the last run over all questions; of `diffrate`, `dtop` and `a_clip` nothing is shipped yet."""
 BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
