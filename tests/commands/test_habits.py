@@ -30,6 +30,7 @@ COMMANDS = (
     "fit",
     "teacher",
     "stop_rule",
+    "search",
     "serve",
 )
 

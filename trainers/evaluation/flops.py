@@ -24,20 +24,21 @@ def flops_share(vlm: Any, encoded: Encoded, run: PrunedRun | None) -> Tensor:
 
     Args:
         vlm: The model.
-        encoded: Its batch, one image a sample.
+        encoded: Its batch.
         run: What was pruned of it; None: nothing.
 
     Returns:
-        ``(B,)`` double; nan where an image's patches are not the tokens of the language model, or its decoder is of
-        another kind.
+        ``(B,)`` double; nan where a sample has several images, where an image's patches are not the tokens of the
+        language model, or where its decoder is of another kind.
     """
     family = find_family(vlm)
     counts = torch.tensor(encoded.inputs.counts, dtype=torch.long)
     depth = family.decoder().depth
     layers = counts[:, None].expand(-1, depth) if run is None else run.layers.cpu()
     text = vlm.config.get_text_config()
-    nothing = torch.full((len(layers),), torch.nan, dtype=torch.double)
-    if not all(hasattr(text, name) for name in NEEDED) or len(encoded.mask) != len(layers):
+    nothing = torch.full((len(encoded.mask),), torch.nan, dtype=torch.double)
+    one_each = encoded.rows == tuple(range(len(encoded.mask))) and not encoded.clips
+    if not all(hasattr(text, name) for name in NEEDED) or not one_each:
         return nothing
     tower = family.tower()
     vision = tower.model.config

@@ -68,7 +68,7 @@ def leave_out(
     if not len(suite):
         return {}  # `measure` says so
     first = suite[0]
-    found = {method.name: why_not(vlm, processor, first, method, budgets) for method in methods}
+    found = {method.name: why_not(vlm, processor, first, method, budgets, suite.clips) for method in methods}
     missing = {name: why for name, why in found.items() if why}
     for name, why in missing.items():
         if name in named or name not in RIVALS:

@@ -139,6 +139,11 @@ def reduce_early(
     inside = any(pruner.stage == "vision" for pruner, _ in parts)  # which runs the tower itself
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
+        if encoded.clips and pruner.stage in ("input", "vision"):
+            raise PruneZooError(
+                f"pruner '{pruner.name}' acts where the tower sees frames one by one, so images cannot be one clip to "
+                "it: leave `clips` out, or use a pruner of the prompt or layer stage"
+            )
         timer = Timer(encoded.slots.device)
         with timer.running():
             found, asked = find_early(vlm, early.encoded, pruner, keep)
