@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
+from trainers import evaluate
 from trainers.data import several_icl, several_steps, several_video
+from trainers.data.conversation import ConversationCollator
 from trainers.data.digest import digest_of
 from trainers.data.scenes_render import COLORS
 from trainers.data.several_render import SHAPES, WAYS, new_piece, scatter
 from trainers.data.suite import SPLITS, load_suite
+from trainers.evaluation.loading import load_vlm
+from trainers.evaluation.measure import see
+from trainers.evaluation.methods import build_method
 
 SUITES = {"scenes-icl": several_icl, "scenes-video": several_video, "scenes-steps": several_steps}
 
@@ -163,3 +169,44 @@ def test_a_clip_of_another_length_is_refused():
     assert len(load_suite("scenes-video", frames="16")[0].pictures) == 16
     with pytest.raises(PruneZooError, match="frames=9 must be 8 or 16"):
         load_suite("scenes-video", frames=9)
+
+
+def test_frames_of_a_clip_are_measured_one_by_one_too(tmp_path, request, capsys):
+    """A budget is of the clip, or with `frames:` of each frame; who is named is compared with all others."""
+    vlm, json = request.config.rootpath / "checkpoints" / "tiny-llava", tmp_path / "record.json"
+    words = f"--vlm {vlm} --suite scenes-video --limit 4 --keep 8 --pruner evs uniform frames:uniform --json {json}"
+    evaluate.main([*words.split(), "--compare", "frames:uniform"])
+    record = read_object(json, what="a record", remedy="")
+    tokens = {row["pruner"]: row["tokens"] for row in record["rows"] if row["group"] == "mean"}
+    assert tokens == {"full": 8 * 144, "none": 0, "evs": 8, "uniform": 8, "frames:uniform": 64}
+    pairs = {(row["pruner"], row["rival"]) for row in record["paired"]}
+    assert {("frames:uniform", "evs"), ("frames:uniform", "uniform"), ("evs", "uniform")} <= pairs
+    assert ("uniform", "frames:uniform") not in pairs
+    with pytest.raises(SystemExit):
+        evaluate.main([*words.split(), "--compare", "random"])
+    assert "--compare random: not among what is measured" in capsys.readouterr().err
+
+
+def test_an_oracle_keeps_what_matters_in_each_picture(request):
+    vlm, processor = load_vlm(str(request.config.rootpath / "checkpoints" / "tiny-llava"), "cpu", "float32")
+    oracle = build_method("oracle")
+    for name, clips in (("scenes-icl", False), ("scenes-video", True), ("scenes-video", False)):
+        items = load_suite(name)[1:3]  # of two and four examples
+        _, view = see(vlm, ConversationCollator(processor)(items), items, [oracle], (), clips)
+        kept = oracle.pruner(view)(view.inputs, 6)
+        for row, (item, number) in enumerate(view.pictures):
+            for cell in view.inputs.cells[row, kept.index[row, :3]].tolist():
+                relevant = items[item].relevant[number + cell[0]]
+                high, wide = (slice(4 * place, 4 * place + 4) for place in cell[1:])  # 144 tokens of 48×48 pixels
+                assert relevant[high, wide].any() or not relevant.any()
+
+
+def test_the_suite_of_all_asks_the_questions_of_each():
+    suite = load_suite("several")
+    items = suite[:20]
+    assert [item.group for item in items] == list(suite.groups) * 2
+    assert digest_of(items[1]) == digest_of(load_suite("scenes-icl")[1])
+    assert digest_of(items[14]) == digest_of(load_suite("scenes-video")[4])
+    assert digest_of(items[18]) == digest_of(load_suite("scenes-steps")[2 * 6 + 1])
+    ids = [suite[index].id + suite[index].group for index in range(8, len(suite), 997)]
+    assert len(set(ids)) == len(ids)

@@ -4,7 +4,7 @@ The tower is not trained, so a bank of pictures is encoded once. Sequences are m
 patches are left, what is asked, and in-context examples, which are put together out of single pictures.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,13 @@ from .several_steps import SEEN, STEPS, Episode, make_episode
 from .several_video import COUNTS, FRAMES, Clip, coming, moving
 
 GROUPS = (*several_icl.GROUPS, *several_video.GROUPS, *several_steps.GROUPS)
-KINDS = ("icl-2", "icl-4", "moving", "coming", "steps")
+SCENES = ("icl", "moving", "staying", "steps", "coming")
+"""Kinds of scenes: single pictures; clips of things that move, or stand still for two frames; episodes; clips of things
+that are there for one frame.
+"""
+CLIPS = ("moving", "staying", "coming")
+KINDS = ("icl-2", "icl-4", *SCENES[1:])
+"""Kinds of sequences."""
 GRID = SIDE // PATCH
 PATCHES = GRID * GRID
 QUERIES = 5
@@ -52,6 +58,7 @@ class Query:
     turns: tuple[tuple[str, str], ...]
     wanted: dict[int, np.ndarray]  # (36,) by picture
     picture: int | None = None  # its own, which no other question sees
+    value: str = ""  # the colour or shape that is to be found on the way to the answer
 
 
 class Sequencer:
@@ -69,7 +76,7 @@ class Sequencer:
         self, word_ids: dict[str, int], rng: np.random.Generator, keep: int, firsts: np.ndarray, most_hidden: float
     ) -> None:
         self.word_ids, self.rng, self.keep, self.firsts, self.most_hidden = word_ids, rng, keep, firsts, most_hidden
-        self.columns: list[tuple[int, int, int, int, int]] = []  # id, target, segment, place, group
+        self.columns: list[tuple[int, ...]] = []  # id, target, segment, place, group, value
         self.shown: list[tuple[int, int]] = []  # picture and patch of each column, -1 for words
         self.places = {0: 0}
         self.queries: list[Query] = []
@@ -80,15 +87,17 @@ class Sequencer:
         left = np.sort(np.argsort(-first, kind="stable")[: self.keep])
         begin = self._begin(segment)
         for patch in left.tolist():
-            self.columns.append((self.word_ids["<image>"], -100, segment, begin + patch, group))
+            self.columns.append((self.word_ids["<image>"], -100, segment, begin + patch, group, -100))
             self.shown.append((number, patch))
         self.places[segment] = begin + PATCHES
 
-    def words(self, tokens: Sequence[int], targets: Sequence[int], segment: int = 0, group: int = -1) -> None:
+    def words(
+        self, tokens: Sequence[int], targets: Sequence[int], segment: int = 0, group: int = -1, values: Any = None
+    ) -> None:
         """Words, one behind the other."""
-        begin = self._begin(segment)
-        for number, (token, target) in enumerate(zip(tokens, targets, strict=True)):
-            self.columns.append((token, target, segment, begin + number, group))
+        begin, values = self._begin(segment), values or [-100] * len(tokens)
+        for number, (token, target, value) in enumerate(zip(tokens, targets, values, strict=True)):
+            self.columns.append((token, target, segment, begin + number, group, value))
             self.shown.append((-1, -1))
         self.places[segment] = begin + len(tokens)
 
@@ -97,11 +106,12 @@ class Sequencer:
         ids = [self.word_ids[word] for word in _OPENING]
         self.words(ids, [-100] * len(ids))
 
-    def turn(self, question: str, answer: str) -> None:
-        """A worked example, behind its picture; and what opens the next turn."""
+    def turn(self, question: str, answer: str, value: str) -> None:
+        """A worked example, behind its picture; and what opens the next turn. At the answer its value is known."""
         tokens, _ = encode_dialogue(((question, answer),), self.word_ids)
+        values = [-100] * (len(tokens) - 2) + [self.word_ids[value], -100, -100]
         tokens.append(self.word_ids["<user>"])
-        self.words(tokens, [-100] * len(tokens))
+        self.words(tokens, [-100] * len(tokens), values=values)
 
     def ask(self, query: Query) -> None:
         """A question of its own segment."""
@@ -111,7 +121,10 @@ class Sequencer:
             self.picture(query.picture, segment, group)
         tokens, answered = encode_dialogue(query.turns, self.word_ids)
         targets = [token if said else -100 for token, said in zip(tokens, answered, strict=True)]
-        self.words(tokens, targets, segment, group)
+        values = [-100] * len(tokens)
+        if query.value:  # before the answer
+            values[answered.index(True) - 1] = self.word_ids[query.value]
+        self.words(tokens, targets, segment, group, values)
 
     def hidden(self, most: int) -> np.ndarray:
         """(most + 1, L) bool: the columns that each segment may not see."""
@@ -143,7 +156,7 @@ class Bank:
     """
 
     singles: list[tuple[int, list[Piece]]] = field(default_factory=list)
-    clips: dict[str, list[tuple[int, Clip]]] = field(default_factory=lambda: {"moving": [], "coming": []})
+    clips: dict[str, list[tuple[int, Clip]]] = field(default_factory=lambda: {kind: [] for kind in CLIPS})
     episodes: list[tuple[int, Episode]] = field(default_factory=list)
     firsts: list[np.ndarray] = field(default_factory=list)
 
@@ -154,23 +167,17 @@ class Bank:
         return len(self.firsts) - len(shown)
 
 
-def fill(sizes: dict[str, int], split: str, first_seed: int = 0) -> Iterator[tuple[Bank, Image.Image]]:
-    """Make a bank, picture by picture, in the order of their numbers; the bank is the same object each time.
+def fill(bank: Bank, kind: str, number: int, split: str, apart: int = 0) -> list[Image.Image]:
+    """Add a scene to a bank; its pictures.
 
     Args:
-        sizes: how many scenes of each of "icl", "moving", "coming" and "steps".
+        bank: grows.
+        kind: of SCENES.
+        number: of the scene.
         split: whose photographs.
-        first_seed: other scenes for another one.
+        apart: other scenes for another one.
     """
-    bank = Bank()
-    for kind, size in sizes.items():
-        for number in range(size):
-            rng = np.random.default_rng((_SEED, first_seed, list(sizes).index(kind), number))
-            for picture in _scene(bank, kind, number, rng, split):
-                yield bank, picture
-
-
-def _scene(bank: Bank, kind: str, number: int, rng: np.random.Generator, split: str) -> list[Image.Image]:
+    rng = np.random.default_rng((_SEED, apart, SCENES.index(kind), number))
     if kind == "icl":
         looks = zip(some(rng, tuple(COLORS), 2), some(rng, SHAPES, 2), strict=True)
         pieces = scatter(rng, [new_piece(rng, *look) for look in looks])
@@ -182,7 +189,7 @@ def _scene(bank: Bank, kind: str, number: int, rng: np.random.Generator, split: 
         bank.episodes.append((bank.add(shown), episode))
         return episode.pictures(rng, split)
     counts = (1 + number % len(COUNTS), 1 + number // len(COUNTS) % len(COUNTS))
-    clip = moving(rng) if kind == "moving" else coming(rng, counts)
+    clip = moving(rng) if kind == "moving" else coming(rng, counts, life=2 if kind == "staying" else 1)
     shown = [[piece for track in clip.tracks for piece in track.at(frame)] for frame in range(clip.frames)]
     bank.clips[kind].append((bank.add(shown), clip))
     return clip.pictures(rng, split)
@@ -225,8 +232,9 @@ class DenseSeveral(Dataset[dict[str, Any]]):
             "icl-2": lambda row, rng: self._icl(row, rng, 2),
             "icl-4": lambda row, rng: self._icl(row, rng, 4),
             "moving": self._moving,
-            "coming": self._coming,
+            "staying": lambda row, rng: self._coming(row, rng, "staying"),
             "steps": self._steps,
+            "coming": lambda row, rng: self._coming(row, rng, "coming"),
         }
 
     def __len__(self) -> int:
@@ -250,13 +258,13 @@ class DenseSeveral(Dataset[dict[str, Any]]):
         for value in rule.words:
             number, example = self._example(rule, value, rng)
             row.picture(number)
-            row.turn(example.question, example.answer)
+            row.turn(example.question, example.answer, value)
             examples[number] = covered(example.pieces[0])
         for _ in range(QUERIES):
             value = some(rng, tuple(rule.words), 1)[0]
             number, example = self._example(rule, value, rng)
             wanted = {**examples, number: covered(example.pieces[0])}
-            row.ask(Query(f"{named}-{count}", ((example.question, example.answer),), wanted, number))
+            row.ask(Query(f"{named}-{count}", ((example.question, example.answer),), wanted, number, value))
 
     def _example(self, rule: Rule, value: str, rng: np.random.Generator) -> tuple[int, Example]:
         """A picture of the bank with such a thing, and the question about it."""
@@ -270,8 +278,8 @@ class DenseSeveral(Dataset[dict[str, Any]]):
         questions = [clip.first(), clip.end(), *(clip.move(track) for track in clip.tracks if track.way)]
         self._clip(row, first, clip, questions)
 
-    def _coming(self, row: Sequencer, rng: np.random.Generator) -> None:
-        first, clip = _pick(rng, self.bank.clips["coming"])
+    def _coming(self, row: Sequencer, rng: np.random.Generator, kind: str) -> None:
+        first, clip = _pick(rng, self.bank.clips[kind])
         self._clip(row, first, clip, [clip.count(color) for color in dict.fromkeys(t.look.color for t in clip.tracks)])
 
     @staticmethod
@@ -310,17 +318,17 @@ class DenseSeveral(Dataset[dict[str, Any]]):
         ``patch`` (B, L), -1 for words, ``tokens`` (B, L, D), 0 for words.
         """
         most, length = max(len(row.queries) for row in rows), max(len(row.columns) for row in rows)
-        columns = np.tile(np.array([self.word_ids["<pad>"], -100, -1, 0, -1]), (len(rows), length, 1))
+        columns = np.tile(np.array([self.word_ids["<pad>"], -100, -1, 0, -1, -100]), (len(rows), length, 1))
         shown = np.full((len(rows), length, 2), -1)
         hidden = np.zeros((len(rows), most + 1, length), bool)
         for number, row in enumerate(rows):
             columns[number, : len(row.columns)] = row.columns
             shown[number, : len(row.columns)] = row.shown
             hidden[number, :, : len(row.columns)] = row.hidden(most)
-        ids, targets, segment, place, group = np.moveaxis(columns, -1, 0).copy()
+        ids, targets, segment, place, group, values = np.moveaxis(columns, -1, 0).copy()
         tokens = self.tokens[shown[..., 0], shown[..., 1]]
-        return {"ids": ids, "targets": targets, "segment": segment, "place": place, "group": group, "hidden": hidden,
-                "tokens": tokens}  # fmt: skip
+        return {"ids": ids, "targets": targets, "segment": segment, "place": place, "group": group, "values": values,
+                "hidden": hidden, "tokens": tokens}  # fmt: skip
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:

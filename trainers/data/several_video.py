@@ -1,8 +1,8 @@
 """Suite scenes-video: a clip of 8 frames in which things come, move, go and are counted; what is asked is when and how.
 
 Half of the clips show three things of different colours that come one after the other, move by 12 to 18 pixels in a
-straight line or stand still, and go, but for one that is there at the end. Half show things that stand still for two
-frames each, at times and places of their own, one to four of each of two colours.
+straight line or stand still, and go, but for one that is there at the end. Half show things that stand still for one
+frame each, at times and places of their own, one to four of each of two colours.
 
 Groups: which colour came first, which is there at the end, which way a thing moved, how many things of a colour came.
 Frames are pictures of one prompt, before the question. The background stands still, but for the camera's noise.
@@ -157,9 +157,9 @@ def _track(rng: np.random.Generator, piece: Piece, start: int, stop: int) -> Tra
     return Track(start, tuple(piece.at(int(x), int(y)) for x, y in places), way)
 
 
-def coming(rng: np.random.Generator, counts: tuple[int, int], frames: int = FRAMES) -> Clip:
-    """Things of two colours, so many of each, that are there for two frames (a quarter of the clip)."""
-    life = frames // 4
+def coming(rng: np.random.Generator, counts: tuple[int, int], frames: int = FRAMES, life: int = 0) -> Clip:
+    """Things of two colours, so many of each, that are there for ``life`` frames; 0: for an eighth of the clip."""
+    life = life or frames // 8
     colors = some(rng, tuple(COLORS), 2)
     shapes = [color for color, count in zip(colors, counts, strict=True) for _ in range(count)]
     while True:

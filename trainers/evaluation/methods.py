@@ -20,6 +20,7 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
+from trainers.cli.names import BY_FRAME
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -30,8 +31,6 @@ RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
 """The training-free methods that every table shows beside a learned one."""
 RANDOM_SEEDS = 5
-BY_FRAME = "frames:"
-"""In front of a method's name: it sees the frames of a clip one by one."""
 
 
 @dataclass(frozen=True)

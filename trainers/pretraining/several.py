@@ -5,9 +5,7 @@ smaller, and the language model with more layers behind its own, in which what w
 compared.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
 
 from prunezoo.core.errors import PruneZooError
 from trainers.data import scenes, several_icl, several_steps, several_video
 from trainers.data.scenes_dense import as_pixels
-from trainers.data.several_dense import GROUPS, KINDS, PATCHES, Bank, fill
+from trainers.data.several_dense import GROUPS, KINDS, PATCHES, SCENES, Bank, fill
 from trainers.data.several_render import PATCH, SIDE
 
 from .build import World, tower_of
@@ -31,7 +30,7 @@ NEW_WORDS = {"up": "above", "down": "below", "word": "what", "way": "where"}
 SEVERAL = World(
     tuple(dict.fromkeys((*scenes.WORDS, *several_icl.WORDS, *several_video.WORDS, *several_steps.WORDS))), SIDE, PATCH
 )
-_AT_ONCE = 256  # pictures that the tower encodes together
+_AT_ONCE = 32  # scenes whose pictures the tower encodes together
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,14 @@ class SeveralStage:
     Attributes:
         name: of its folder below `work`.
         steps: optimiser steps.
-        shares: how often a batch of each kind is drawn: icl-2, icl-4, moving, coming, steps.
+        shares: how often a batch of each of KINDS is drawn.
         keep: patches left of each picture of a batch, and how often; what shows something stays first.
         batch_size: sequences of a step.
         lr: peak learning rate.
         held: share of the steps before it goes down, to 3 %.
         hidden: highest share of patches beside the point that a question may not see.
+        value: weight of a loss by which, in worked examples and the question behind them, the colour or shape is to be
+            found on the way, in front of the last layers; so that these have something to compare.
     """
 
     name: str
@@ -57,6 +58,7 @@ class SeveralStage:
     lr: float = 1e-3
     held: float = 1.0
     hidden: float = 0.9
+    value: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size"):
@@ -74,10 +76,11 @@ class SeveralStage:
 class BankSizes:
     """How many scenes of each kind are encoded before training."""
 
-    icl: int = 6000
-    moving: int = 1000
-    coming: int = 800
-    steps: int = 600
+    icl: int = 3000
+    moving: int = 600
+    staying: int = 400
+    steps: int = 400
+    coming: int = 400
 
 
 @torch.no_grad()
@@ -87,8 +90,18 @@ def start_from(vlm: LlavaForConditionalGeneration, folder: str) -> None:
     Args:
         vlm: changed in place; layers that the other lacks stay as they are.
         folder: the other model's.
+
+    Raises:
+        PruneZooError: it is of other widths, or has more layers.
     """
     other: Any = LlavaForConditionalGeneration.from_pretrained(Path(folder), dtype=torch.float32)
+    for name in ("text_config", "vision_config"):
+        theirs, ours = (getattr(model.config, name) for model in (other, vlm))
+        if (theirs.hidden_size, theirs.intermediate_size) != (ours.hidden_size, ours.intermediate_size):
+            raise PruneZooError(f"start={folder} has other widths than sizes: leave these out")
+        if theirs.num_hidden_layers > ours.num_hidden_layers:
+            layers = f"{theirs.num_hidden_layers} layers in its {name}"
+            raise PruneZooError(f"start={folder} has {layers}: sizes must have no fewer")
     known = other.state_dict()
     place, words = "embeddings.position_embedding.weight", vlm.get_input_embeddings().weight
     grid, own = (round((len(tower_of(of).embeddings.position_embedding.weight) - 1) ** 0.5) for of in (other, vlm))
@@ -106,31 +119,26 @@ def start_from(vlm: LlavaForConditionalGeneration, folder: str) -> None:
 
 
 def make_bank(
-    vlm: LlavaForConditionalGeneration, sizes: dict[str, int], split: str, folder: Path, seed: int
+    vlm: LlavaForConditionalGeneration, sizes: dict[str, int], split: str, folder: Path, apart: int
 ) -> tuple[Bank, Tensor]:
     """A bank of scenes, and what the tower says of their pictures, (P, 36, D) bfloat16.
 
     What the tower says is kept in the folder, so that it is asked once; the scenes are made anew.
     """
-    path = folder / f"{split}.safetensors"
-    known = load_file(path)["tokens"] if path.exists() else None
-    bank, said = Bank(), list[Tensor]()
-    for made, pictures in _batches(fill(sizes, split, seed)):
-        bank = made
-        if known is None:
-            said.append(look(vlm, pictures))
-    tokens = torch.cat(said) if known is None else known
-    if len(tokens) != len(bank.firsts):
-        raise PruneZooError(f"{path}: is of another bank; remove it")
-    if known is None:
+    bank, tokens = Bank(), []
+    for kind in SCENES:
+        path, before = folder / f"{split}-{kind}.safetensors", len(bank.firsts)
+        said = [load_file(path)["tokens"]] if path.exists() else []
+        for numbers in torch.arange(sizes[kind]).split(_AT_ONCE):
+            pictures = [np.asarray(p) for number in numbers.tolist() for p in fill(bank, kind, number, split, apart)]
+            if not path.exists():
+                said.append(look(vlm, torch.from_numpy(np.stack(pictures))))
+        tokens.append(torch.cat(said))
+        if len(tokens[-1]) != len(bank.firsts) - before:
+            raise PruneZooError(f"{path}: is of another bank; remove it")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": tokens}, path)
-    return bank, tokens
-
-
-def _batches(made: Iterator[tuple[Bank, Any]]) -> Iterator[tuple[Bank, Tensor]]:
-    while some := list(islice(made, _AT_ONCE)):
-        yield some[-1][0], torch.from_numpy(np.stack([np.asarray(picture) for _, picture in some]))
+        save_file({"tokens": tokens[-1]}, path)
+    return bank, torch.cat(tokens)
 
 
 @torch.no_grad()
@@ -140,6 +148,10 @@ def look(vlm: LlavaForConditionalGeneration, pictures: Tensor) -> Tensor:
     pixels = as_pixels(pictures.permute(0, 3, 1, 2)).to(model.vision_tower.device)
     seen = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     return model.multi_modal_projector(seen).to(torch.bfloat16).cpu()
+
+
+LAST_LAYERS = 2
+"""Layers behind the place where values are to be found."""
 
 
 class SeveralLanguage(LanguageModule):
@@ -154,10 +166,12 @@ class SeveralLanguage(LanguageModule):
 
     def __init__(self, vlm: LlavaForConditionalGeneration, stage: SeveralStage) -> None:
         super().__init__(vlm, stage.steps, stage.lr)
-        self.held = stage.held
+        self.held, self.value = stage.held, stage.value
+        if self.value:
+            self.said = torch.nn.Linear(vlm.config.text_config.hidden_size, vlm.config.text_config.hidden_size)
 
-    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (M, V) and targets (M,) at the answers' tokens, and where those are (B, L - 1)."""
+    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits (M, V) and targets (M,) at the answers' tokens, where those are (B, L - 1); and the loss of values."""
         ids, segment, (_, length) = batch["ids"], batch["segment"], batch["ids"].shape
         words = self.language.get_input_embeddings()
         image = (ids == self.vlm.config.image_token_id)[..., None]
@@ -170,22 +184,28 @@ class SeveralLanguage(LanguageModule):
             mask = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -1e9)[:, None]
             if torch.is_autocast_enabled(self.device.type):
                 mask = mask.to(torch.get_autocast_dtype(self.device.type))
-        out = self.language(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["place"], use_cache=False)
-        asked = batch["targets"][:, 1:] >= 0
-        return out.last_hidden_state[:, :-1][asked].float() @ words.weight.T, batch["targets"][:, 1:][asked], asked
+        out = self.language(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["place"], use_cache=False,
+                            output_hidden_states=self.value > 0)  # fmt: skip
+        asked, known = batch["targets"][:, 1:] >= 0, batch["values"] >= 0
+        loss = out.last_hidden_state.new_zeros(())
+        if self.value and known.any():
+            found = self.said(out.hidden_states[-1 - LAST_LAYERS][known]) @ words.weight.T
+            loss = self.value * cross_entropy(found, batch["values"][known])
+        logits = out.last_hidden_state[:, :-1][asked].float() @ words.weight.T
+        return logits, batch["targets"][:, 1:][asked], asked, loss
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step."""
-        logits, targets, _ = self.answers(batch)
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        logits, targets, _, found = self.answers(batch)
+        loss = cross_entropy(logits, targets)
+        self.log_dict({"loss": loss, "loss/values": found}, prog_bar=True)
+        return loss + found
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Share of right answers and loss, by group."""
-        logits, targets, asked = self.answers(batch)
+        logits, targets, asked, _ = self.answers(batch)
         self.log_answers(batch, logits, targets, asked)
-        each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        each = cross_entropy(logits, targets, reduction="none")
         group = batch["group"][:, 1:][asked]
         for index, name in enumerate(GROUPS):
             if (group == index).any():
