@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cell_oracle import Chooser, Stopping, Watched, WatchedBehind, by_cells
+from cell_oracle import WHY, Chooser, Stopping, Watched, WatchedBehind, by_cells
 from families import ALL, CLIPS, FAMILIES, LARGE, MIXED, ONE_EACH, SMALL, TALL, Sample, tiny_family
+from input_oracle import features_equal, pictures
 from prompt_oracle import CLOSE, blind, write
-from test_families_input import features_equal, pictures
 
 from prunezoo import PruneZooError, attach, encode
 from prunezoo.core.budgets import counts_of
@@ -19,22 +19,6 @@ from prunezoo.host.families import find_family
 from prunezoo.host.families.base import TAKES_FEATURES
 from prunezoo.host.stages.cell_runs import choose_by_cells
 from prunezoo.host.stages.cut import Timer
-
-WHY = {
-    "llava_next": "LLaVA-NeXT puts its crops together to one grid, which must be whole",
-    "llava_onevision": "LLaVA-OneVision puts its crops together to one grid, which must be whole",
-    "qwen2_vl": "Qwen2-VL merges two by two neighbouring patches behind it",
-    "qwen2_5_vl": "Qwen2.5-VL merges two by two neighbouring patches behind it, and most blocks attend within windows",
-    "qwen3_vl": "Qwen3-VL merges two by two neighbouring patches behind it",
-    "internvl": "InternVL joins neighbouring patches behind it by a pixel shuffle",
-    "idefics3": "Idefics3 joins neighbouring patches behind it by a pixel shuffle",
-    "smolvlm": "SmolVLM joins neighbouring patches behind it by a pixel shuffle",
-    "gemma3": "Gemma 3 pools patches behind it",
-    "qwen3_vl_moe": "Qwen3-VL-MoE merges two by two neighbouring patches behind it",
-    "qwen3_5": "Qwen3.5 merges two by two neighbouring patches behind it",
-    "qwen3_5_moe": "Qwen3.5-MoE merges two by two neighbouring patches behind it",
-}
-"""What is done to patches behind each of these towers."""
 
 
 def choosing(tiny, batch, samples, keep, pruner):

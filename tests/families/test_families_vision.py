@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cell_oracle import WHY
 from families import ALL, IMAGE, LARGE, MIXED, NEWER, ONE_EACH, SMALL, TALL, Sample, tiny_family
 from prompt_oracle import STEPS, blind, write
-from test_families_cells import WHY
 from tower_oracle import by_hand, slots_of, tome_by_hand
 
 from prunezoo import PruneZooError, attach, build_pruner, encode

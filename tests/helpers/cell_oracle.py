@@ -12,6 +12,22 @@ from input_oracle import blind_tower, by_run, is_packed, tower_of
 
 from prunezoo.core.contract import Pruner
 
+WHY = {
+    "llava_next": "LLaVA-NeXT puts its crops together to one grid, which must be whole",
+    "llava_onevision": "LLaVA-OneVision puts its crops together to one grid, which must be whole",
+    "qwen2_vl": "Qwen2-VL merges two by two neighbouring patches behind it",
+    "qwen2_5_vl": "Qwen2.5-VL merges two by two neighbouring patches behind it, and most blocks attend within windows",
+    "qwen3_vl": "Qwen3-VL merges two by two neighbouring patches behind it",
+    "internvl": "InternVL joins neighbouring patches behind it by a pixel shuffle",
+    "idefics3": "Idefics3 joins neighbouring patches behind it by a pixel shuffle",
+    "smolvlm": "SmolVLM joins neighbouring patches behind it by a pixel shuffle",
+    "gemma3": "Gemma 3 pools patches behind it",
+    "qwen3_vl_moe": "Qwen3-VL-MoE merges two by two neighbouring patches behind it",
+    "qwen3_5": "Qwen3.5 merges two by two neighbouring patches behind it",
+    "qwen3_5_moe": "Qwen3.5-MoE merges two by two neighbouring patches behind it",
+}
+"""What is done to patches behind each of these towers."""
+
 
 class Watched(Pruner):
     """Keeps the cells that receive most in each block: inside of it."""

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from itertools import cycle
 
 import torch
-from families import ALL, IMAGE, VIDEO
+from families import ALL, FAMILIES, IMAGE, LARGE, VIDEO, WIDE, Sample
 from families.base import SIDE
+from prompt_oracle import CLOSE
 
 from prunezoo import build_pruner, encode
+from prunezoo.core.plan import gather_rows
 from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.input import choose_by_pixels
 
@@ -191,3 +193,26 @@ def blind_tower(vlm, runs, samples=1, watch=None):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def pictures(tiny, samples):
+    """Those that this family can take."""
+    if tiny is not FAMILIES["llava_onevision"]:
+        return samples
+    fit = {LARGE: WIDE}
+    return [
+        Sample(tuple(fit.get(size, size) for size in own.images), own.words) if len(own.images) == 1 else own
+        for own in samples
+    ]
+
+
+def features_equal(encoded, output, bare, want):
+    """Survivors', in all levels; and that dropping changed them."""
+    index, valid = output.index, output.valid
+    effect = 0.0
+    levels = [(whole.inputs.features, *whole.deep) for whole in (encoded, bare, want)]
+    for ours, before, theirs in zip(*levels, strict=True):
+        ours, before, theirs = (gather_rows(part, index)[valid] for part in (ours, before, theirs))
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        effect = max(effect, float((ours - before).abs().max()))
+    assert effect > 0.01

@@ -15,6 +15,7 @@ from prunezoo.core.budgets import budget
 from prunezoo.core.contract import Pruner
 from prunezoo.core.registry import pruner_class, register_pruner
 from prunezoo.host import encode_needs, full_forward, run_pruned
+from prunezoo.learned.aptp import APTP
 from prunezoo.learned.budget import BudgetPolicy
 
 EXACT = tuple(name for name in ALL if pruner_class(name).exact)
@@ -169,7 +170,7 @@ def test_every_parameter_gets_a_gradient(learned):
             loss = loss + (output.gates * torch.randn_like(output.gates)).sum()
         if output.features is not None and output.features.requires_grad:
             loss = loss + output.features[output.valid].square().sum()
-        if isinstance(pruner, BudgetPolicy):  # it learns from what its budgets earned, not through what was kept
+        if isinstance(pruner, BudgetPolicy | APTP):  # it learns from what its budgets earned, not through what was kept
             loss = loss + pruner.values(inputs).square().sum()
         loss.backward()
         for key, parameter in pruner.named_parameters():

@@ -51,6 +51,8 @@ def test_all_that_are_served_are_here():
 @pytest.mark.parametrize(("name", "pruner"), PRUNERS.items())
 def test_served_answers_are_those_of_attach(name, pruner, folder, expected):
     """Pictures of several sizes, in steps that cut them, alone and two in a prompt, one of them in the cache."""
+    from vllm.exceptions import VLLMValidationError
+
     small = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "max_model_len": 256, "enable_chunked_prefill": True}
     vlm = str(folder / name)
     with served(vlm, pruner, KEEP, **small) as llm:
@@ -59,7 +61,7 @@ def test_served_answers_are_those_of_attach(name, pruner, folder, expected):
             assert answers == expected[name, pruner, images]
             assert max(lengths) <= 10 + images * (KEEP + 10)
         if name in ALONE:
-            with pytest.raises(ValueError, match="At most 1 image"):
+            with pytest.raises(VLLMValidationError, match="At most 1 image"):
                 said(llm, requests(vlm, 1, 2, name))
 
 

@@ -33,14 +33,21 @@ def methods_shipped() -> dict[str, str]:
 def pruners_shipped() -> dict[str, str]:
     """Those of them that were trained for the embedded model and are in the league; no tokenizers.
 
-    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own.
+    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own. Nor those
+    under which the tower puts out every patch again, so that the language model reads all of them.
     """
     known = list_pruners()
     return {
         name: method
         for name, method in methods_shipped().items()
-        if name.endswith(TINY) and method in known and pruner_class(method).stage != "input"
+        if name.endswith(TINY) and method in known and fits_league(method)
     }
+
+
+def fits_league(method: str) -> bool:
+    """Whether a method leaves the language model fewer tokens, and acts behind the first block of the tower."""
+    cls = pruner_class(method)
+    return cls.stage != "input" and not cls.restore
 
 
 def find_pruner(name: str) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezoo.core.contract import Pruner
 from prunezoo.host import Encoded
 from prunezoo.host.families import find_family
+from prunezoo.host.parts.tower import Tower
 from prunezoo.host.run import PrunedRun
 from trainers.benchmarking.flops import decoder_flops
 from trainers.planning.costs import attention_cost, mlp_cost
@@ -68,3 +70,23 @@ def tower_flops(config: Any, blocks: Tensor) -> int:
         blocks: ``(blocks, 2)`` long: patches in attention and MLP.
     """
     return sum(attention_cost(config, looking) + mlp_cost(config, left) for looking, left in blocks.tolist())
+
+
+def planned_tower_share(pruner: Pruner, keep: int, tokens: int, tower: Tower) -> float:
+    """Operations of a plain ViT under a pruner that keeps to its schedule, as a share of those on all patches.
+
+    Args:
+        pruner: Of the vision stage.
+        keep: Tokens that its last block leaves.
+        tokens: Patches of the picture.
+        tower: The tower.
+    """
+    asked, found = torch.tensor([keep]), torch.tensor([tokens])
+    left = dict(zip(pruner.stages(tower.depth), pruner.steps(asked, found, tower.depth), strict=True))
+    blocks, before = [], tokens
+    for block in range(tower.depth):
+        after = int(left[block]) if block in left else before
+        blocks.append((before, before if pruner.after_block else after))
+        before = after
+    every = torch.full((tower.depth, 2), tokens)
+    return tower_flops(tower.model.config, torch.tensor(blocks)) / tower_flops(tower.model.config, every)

@@ -58,7 +58,7 @@ def right_answers(vlm: Any, processor: Any, suite: Suite, name: str, keep: Keep)
             answers = Answers.read(out.logits, out.labels)
             rows.append(answers.every(answers.choice == answers.target, len(items)))
         found.append(torch.stack(rows))
-    return torch.cat(found, 1).cpu().numpy()
+    return torch.cat(found, 1).double().cpu().numpy()
 
 
 def row_of(name: str, keep: Keep, right: np.ndarray) -> dict[str, Any]:
@@ -67,7 +67,14 @@ def row_of(name: str, keep: Keep, right: np.ndarray) -> dict[str, Any]:
     random = np.random.default_rng(0)
     draws = np.array([lost[random.integers(len(lost), size=len(lost))].mean() for _ in range(DRAWS)])
     accuracy = dict(zip(BOTH, (100 * right.mean(1)).tolist(), strict=True))
-    return {"pruner": name, "keep": str(keep), "n": len(lost), **accuracy, "lost": lost.mean(), "ci": interval(draws)}
+    return {
+        "pruner": name,
+        "keep": str(keep),
+        "n": len(lost),
+        **accuracy,
+        "lost": float(lost.mean()),
+        "ci": interval(draws),
+    }
 
 
 @command

@@ -63,8 +63,10 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
         if cls.distribution and (cls.score is Pruner.score or cls.choose_budget is not Pruner.choose_budget):
             raise PruneZooError(f"{cls.__name__} is a distribution: it must override score() and not choose_budget()")
-        if cls.remembers and (cls.stage != "prompt" or cls.remember is Pruner.remember):
-            raise PruneZooError(f"{cls.__name__} remembers: it must be of the prompt stage and override remember()")
+        if cls.remembers and (cls.stage not in ("prompt", "layer") or cls.remember is Pruner.remember):
+            raise PruneZooError(
+                f"{cls.__name__} remembers: it must be of prompt or layer stage and override remember()"
+            )
         for taken_field, what in TAKEN.items():
             if taken_field in {field.name for field in fields(cls.config_class)}:
                 raise PruneZooError(f"{cls.__name__}: config field '{taken_field}' is taken, it says {what}")

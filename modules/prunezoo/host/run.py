@@ -148,7 +148,7 @@ def reduce_early(
         with timer.running():
             found, asked = find_early(vlm, early.encoded, pruner, keep)
         if memory is not None:
-            found = replace(found, inputs=memory.recall(pruner, found.inputs, found.sample, len(found.mask)))
+            found = replace(found, inputs=memory.recall(pruner, found.inputs, found.rows, len(found.mask)))
         by_pixels = pruner.stage == "input" and len(found.sample) > 0
         if by_pixels:
             found, output = choose_by_pixels(vlm, found, pruner, asked, needs, not inside, timer)
@@ -157,7 +157,7 @@ def reduce_early(
         else:
             output = choose(vlm, found, pruner, asked, timer)
         if memory is not None:
-            memory.note(pruner, found.inputs, output, found.sample, len(found.mask))
+            memory.note(pruner, found.inputs, output, found.rows, len(found.mask))
         layer = 0 if pruner.stage == "layer" else None
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
         if by_pixels:
@@ -197,7 +197,7 @@ def run_pruned(
             host = full_forward(vlm, early.encoded, **options)
         else:
             labels = None if labels is None else labels.clone()
-            with LayerStage(vlm, *layer, positions) as stage:
+            with LayerStage(vlm, *layer, positions, memory=memory) as stage:
                 prompt = stage.prefill(early.encoded, labels)
                 host = full_forward(vlm, early.encoded, **options)
             cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]

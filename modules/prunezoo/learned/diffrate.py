@@ -204,21 +204,18 @@ class DiffRate(Pruner):
         one, two = (rank_probability(row.float(), self.candidates, rank) for row in rows)
         return one * two
 
-    def relax(
-        self, block: int, scores: Tensor, features: Tensor, gates: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def relax(self, inputs: PruneInputs, gates: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block in training, in which every token keeps its row.
 
         Args:
-            block: Its number.
-            scores: ``(B, N)`` what CLS attends to.
-            features: ``(B, N, D)`` states.
+            inputs: What is found in the block, ``inputs.layer``: states, and what CLS attends to.
             gates: ``(B, N)`` of value 0 or 1: which tokens the blocks before have left.
             sizes: ``(B, N)``.
 
         Returns:
             The same three behind the block; gates have the gradients of the rates.
         """
+        block, features, scores = inputs.layer or 0, inputs.features, inputs.signal(self.needs[0])
         if block < self.first:
             return features, gates, sizes
         alive = gates.detach() > 0.5

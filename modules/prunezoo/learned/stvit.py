@@ -154,9 +154,10 @@ class Gathering(nn.Module):
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
         self.attend = Attending(width, heads)
-        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-        nn.init.zeros_(self.feed[3].weight)
-        nn.init.zeros_(self.feed[3].bias)
+        last = nn.Linear(inner, width)
+        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, made: Tensor, seen: Tensor, valid: Tensor, places: Tensor | float = 0.0) -> Tensor:
         """``(B, K, C)``: the tokens ``made`` when they have looked at ``seen (B, M, C)``, where ``valid (B, M)``.
