@@ -30,6 +30,7 @@ COMMANDS = (
     "fit",
     "teacher",
     "stop_rule",
+    "search",
     "serve",
 )
 
@@ -84,6 +85,8 @@ def test_a_method_stands_for_the_one_pruner_that_ships_of_it(monkeypatch):
     monkeypatch.setattr(names, "methods_shipped", lambda: of_cells)
     assert find_pruner("patch_classifier").endswith("checkpoints/patch-classifier")
     assert not names.pruners_shipped(), "in front of the tower is no league"
+    monkeypatch.setattr(names, "methods_shipped", lambda: {"dtop-tiny": "dtop", "a-clip-tiny": "a_clip"})
+    assert names.pruners_shipped() == {"a-clip-tiny": "a_clip"}, "under dtop the language model reads everything"
 
 
 def test_short_names_reach_the_commands(capsys):

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 CHECKPOINTS, CONFIGS = ROOT / "checkpoints", ROOT / "configs"
 TINY = "-tiny"
 """What ends the names of the pruners that were trained for the embedded model."""
+BY_FRAME = "frames:"
+"""In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
 
 
 def methods_shipped() -> dict[str, str]:
@@ -31,14 +33,21 @@ def methods_shipped() -> dict[str, str]:
 def pruners_shipped() -> dict[str, str]:
     """Those of them that were trained for the embedded model and are in the league; no tokenizers.
 
-    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own.
+    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own. Nor those
+    under which the tower puts out every patch again, so that the language model reads all of them.
     """
     known = list_pruners()
     return {
         name: method
         for name, method in methods_shipped().items()
-        if name.endswith(TINY) and method in known and pruner_class(method).stage != "input"
+        if name.endswith(TINY) and method in known and fits_league(method)
     }
+
+
+def fits_league(method: str) -> bool:
+    """Whether a method leaves the language model fewer tokens, and acts behind the first block of the tower."""
+    cls = pruner_class(method)
+    return cls.stage != "input" and not cls.restore
 
 
 def find_pruner(name: str) -> str:
@@ -47,11 +56,13 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`).
+            (`?k=v`). `frames:` in front stays there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
+    if name.startswith(BY_FRAME):
+        return BY_FRAME + find_pruner(name.removeprefix(BY_FRAME))
     short, mark, query = name.partition("?")
     if "/" in short or "@" in short or Path(short).exists() or short in ("oracle", "relevance"):
         return name

@@ -56,6 +56,7 @@ class PruneInputs:
     text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: from its stage before this one
+    drop_only: bool = False  # vision stage: each is a whole cell of patches, the mean of which stands here: none merges
     pixels: tuple[int, int, int, int] | None = None  # input stage: frames, channels, rows, columns, whose product is D
 
     @cached_property

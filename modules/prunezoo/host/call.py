@@ -86,6 +86,7 @@ class Calls:
         positions: Positions,
         markers: ChatMarkers | None = None,
         text_encoder: TextEncoder | None = None,
+        clips: bool = False,
     ) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
         family = find_family(vlm)
@@ -98,7 +99,7 @@ class Calls:
         parts = self.parts(self.keeps)
         check_parts(family, parts)
         self.early, layer = split_parts(parts, self.depth)
-        self.memory, self.text = Memory(), (markers, text_encoder)
+        self.memory, self.text, self.clips = Memory(), (markers, text_encoder), clips
         self.layers = LayerStage(vlm, *layer, positions, memory=self.memory) if layer else None
         self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
         self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
@@ -193,7 +194,8 @@ class Calls:
             # the tower sees.
             stages = {pruner.stage for pruner, _ in self.early}
             alone = "input" in stages or (not self.needs and "vision" in stages)
-            encoded = encode(self.vlm, kwargs, () if alone else self.needs, not alone, *self.text)
+            needs = () if alone else self.needs
+            encoded = encode(self.vlm, kwargs, needs, not alone, *self.text, clips=self.clips)
             with deferred() as checks:
                 early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory, self.needs)
         finally:

@@ -11,9 +11,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from ..core.base_model import check_base_model
 from ..core.errors import PruneZooError
 from .settings import ARCHITECTURE, Settings
-
-SERVED = ("llava",)
-"""Families whose served answers are tested against those of `attach`, by ``config.model_type``."""
+from .shapes import AXES, PLAIN, family_of
 
 
 def register_architecture() -> None:
@@ -35,14 +33,18 @@ class ServedConfig(VerifyAndUpdateConfig):
         """
         config = model_config.hf_config
         settings = Settings.of(config)
-        if config.model_type not in SERVED:
-            raise PruneZooError(f"model_type '{config.model_type}' cannot be served yet: {', '.join(SERVED)} can")
+        family = family_of(config)
         pruner = settings.load()
         check_base_model(
             pruner.name, pruner.base_model, SimpleNamespace(config=config, name_or_path=model_config.model)
         )
         if settings.positions == "original":
             keep_positions(model_config)
+        elif AXES[config.model_type] != PLAIN:
+            raise PruneZooError(
+                "positions='compact' means nothing where tokens have a place in height and width: serve "
+                f"{family.title} with 'original'"
+            )
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -68,6 +70,6 @@ def keep_positions(model_config: ModelConfig) -> None:
     embedding knows none pays no heed to them.
     """
     text: Any = model_config.hf_text_config
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [1, 1, 1]}
+    text.rope_parameters = {"mrope_section": [1, 1, 1], **text.rope_parameters}
     assert model_config.multimodal_config is not None
     model_config.multimodal_config.video_pruning_rate = 0.5  # no clip is read; any rate switches it on
