@@ -87,7 +87,7 @@ def shown(clip):
 
 
 @pytest.mark.parametrize("frames", [8, 16])
-@pytest.mark.parametrize("group", several_video.GROUPS)
+@pytest.mark.parametrize("group", [*several_video.GROUPS, several_video.COUNTING])
 def test_answers_follow_from_the_frames(group, frames):
     answers = Counter()
     for seed in range(40):
@@ -106,7 +106,7 @@ def test_answers_follow_from_the_frames(group, frames):
             assert 12 <= abs(moved).max() <= 18 and (np.sign(moved) == WAYS[answer]).all()
         else:
             color = question.text.split()[2]
-            life = frames // 4
+            life = frames // 8
             assert sum(one[0] == color for things in by_frame for one in things) == life * int(answer)
     assert max(answers.values()) <= 22
 
@@ -204,9 +204,9 @@ def test_an_oracle_keeps_what_matters_in_each_picture(request):
 def test_the_suite_of_all_asks_the_questions_of_each():
     suite = load_suite("several")
     items = suite[:20]
-    assert [item.group for item in items] == list(suite.groups) * 2
+    assert [item.group for item in items[:18]] == list(suite.groups) * 2
     assert digest_of(items[1]) == digest_of(load_suite("scenes-icl")[1])
-    assert digest_of(items[14]) == digest_of(load_suite("scenes-video")[4])
-    assert digest_of(items[18]) == digest_of(load_suite("scenes-steps")[2 * 6 + 1])
-    ids = [suite[index].id + suite[index].group for index in range(8, len(suite), 997)]
+    assert digest_of(items[13]) == digest_of(load_suite("scenes-video")[3])
+    assert digest_of(items[16]) == digest_of(load_suite("scenes-steps")[2 * 6 + 1])
+    ids = [suite[index].id + suite[index].group for index in range(7, len(suite), 900)]
     assert len(set(ids)) == len(ids)

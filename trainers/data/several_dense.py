@@ -21,7 +21,7 @@ from .several_render import PATCH, SHAPES, SIDE, Piece, background, draw, new_pi
 from .several_steps import SEEN, STEPS, Episode, make_episode
 from .several_video import COUNTS, FRAMES, Clip, coming, moving
 
-GROUPS = (*several_icl.GROUPS, *several_video.GROUPS, *several_steps.GROUPS)
+GROUPS = (*several_icl.GROUPS, *several_video.GROUPS, several_video.COUNTING, *several_steps.GROUPS)
 SCENES = ("icl", "moving", "staying", "steps", "coming")
 """Kinds of scenes: single pictures; clips of things that move, or stand still for two frames; episodes; clips of things
 that are there for one frame.
