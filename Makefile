@@ -8,6 +8,7 @@
 #   make test-serve   vLLM with prunezoo as its plug-in, in .venv-serve (4 GB)
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
+#   make bench-check  what got slower than those times by more than 10 %, as ratios; ONLY='divprune ppm' for some
 #   make release-check  what must hold before a version is tagged
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
@@ -48,7 +49,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-newest test-extras test-serve support speed quality style release-check clean install
+.PHONY: demo test test-min test-newest test-extras test-serve support speed bench-check quality style release-check clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -122,6 +123,9 @@ speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.first_token --repeats 5 --json hub_cards/first_token.json
 	@$(PY) -m trainers.upkeep.readme
 	@$(PY) -m trainers.upkeep.cards
+
+bench-check: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.bench_check $(if $(ONLY),--only $(ONLY))
 
 release-check: $(STAMP)
 	@$(PY) -m trainers.upkeep.release

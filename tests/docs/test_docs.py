@@ -14,7 +14,10 @@ from trainers.cli.names import ROOT
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
-RUN = ("quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command", "serving", "faq")
+RUN = (
+    *("README", "quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command"),
+    *("serving", "tokenizer", "faq", "several_pictures"),
+)
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
 
@@ -114,7 +117,7 @@ def test_the_notebook_runs_offline(clone, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda path: path.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -10,17 +10,43 @@ import pytest
 from families import FAMILIES
 
 from prunezoo.core.errors import PruneZooError
+from trainers.benchmarking.tables import speed_brief
+from trainers.evaluation.league import leaders, league
 from trainers.evaluation.record import MEAN, read_record, select
 from trainers.evaluation.summary import gather, summary_section
 from trainers.upkeep.readme import README, rendered
-from trainers.upkeep.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_section
+from trainers.upkeep.support import MATRIX, OUTCOMES, ROOT, run_matrix, support_brief, support_section
 
 
 def test_readme_is_what_was_measured():
     text = README.read_text(encoding="utf-8")
     assert rendered(text) == text, "run `python -m trainers.upkeep.readme`"
-    with pytest.raises(PruneZooError, match="no place for 'support'"):
-        rendered(text.replace("<!-- support: end -->", ""))
+    with pytest.raises(PruneZooError, match="no place for 'models'"):
+        rendered(text.replace("<!-- models: end -->", ""))
+
+
+def test_readme_stays_one_screen():
+    """Whatever grows belongs into docs/."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 165
+
+
+def test_readme_shows_five_rows_of_accuracy_and_of_speed():
+    rows = [line for line in leaders().splitlines() if line.startswith("| `")]
+    assert len(rows) == 5 and rows[-1].startswith("| `random` | baseline |")
+    places = {place.name.rpartition("/")[2]: place for place in league()["1/9"]}
+    for row in rows[:4]:
+        name, kind, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        own = places[name.strip("`")]
+        better = [
+            place
+            for place in places.values()
+            if place.kind == own.kind and place.row["retention"] > own.row["retention"]
+        ]
+        assert kind == own.kind and len(better) < 2 and cells[3].startswith(f"{own.row['retention']:.1f} (")
+    record = json.loads((ROOT / "hub_cards" / "speed.json").read_text(encoding="utf-8"))
+    (fast,) = (row["speedup"] for row in record["rows"] if row["pruner"] == "fastv" and row["part"] == "prefill")
+    brief = [line for line in speed_brief(record, ("fastv", "ppm")).splitlines() if line.startswith("| `")]
+    assert len(brief) == 2 and f"| {fast:.1f}x |" in brief[0]
 
 
 def test_retention_stands_where_as_many_tokens_were_measured():
@@ -78,6 +104,14 @@ def test_every_outcome_reaches_the_table():
         "[4] beams: no  ",
         "",
         "Up to 3 checks a cell, each with transformers 5.6 and 5.9.",
+    ]
+    assert support_brief(record).splitlines() == [
+        "| models | input stage | vision stage | prompt stage | layer stage |",
+        "|---|---|---|---|---|",
+        "| LLaVA, Qwen2-VL*, Gemma 3 | no | no | yes | no |",
+        "| LLaVA | no | no | no | no |",
+        "",
+        "Tested with transformers 5.6 and 5.9; * needs a newer one than 5.6.",
     ]
 
 

@@ -39,7 +39,7 @@ def settings_of(rows: Sequence[Row]) -> Iterator[tuple[tuple[int, int], dict[tup
 
 
 def table_lines(cases: Mapping[tuple[str, str], Mapping[str, Row]]) -> Iterator[list[str]]:
-    """The cells of a table, its header first; the README's table has the same."""
+    """The cells of a table, its header first; the table of docs/protocol.md has the same."""
     columns = [part for part in COLUMNS if part in cases[BARE, "1.0"]]
     yield ["pruner", "keep", "tokens", *(COLUMNS[part] for part in columns), "pruner: ms, % of a prefill"]
     for (pruner, keep), parts in cases.items():
@@ -120,6 +120,25 @@ def speed_section(record: Mapping[str, Any], shown: Collection[str] | None = Non
         "",
     ]
     return "\n".join([*lines, "```", record["command"], "```", ""])
+
+
+def speed_brief(record: Mapping[str, Any], shown: Sequence[str]) -> str:
+    """The table of README: some pruners of a benchmark's first setting, as speed-ups over the bare model."""
+    (batch, _), cases = next(settings_of(record["rows"]))
+    bare = cases[BARE, "1.0"]
+    parts = {part: name for part, name in COLUMNS.items() if part not in ("vision", "peak_memory")}
+    lines = [f"| pruner | tokens | {' | '.join(parts.values())} |", "|---|---:|" + "---:|" * len(parts)]
+    for (pruner, _), rows in cases.items():
+        if pruner in shown:
+            cells = [f"{rows[part]['speedup']:.1f}x" for part in parts]
+            lines.append(f"| `{pruner}` | {rows['prefill']['tokens']:.0f} | {' | '.join(cells)} |")
+    said = (
+        f"Speed-up over the unpruned model, measured alternating with it: `{record['vlm']}` with random weights and "
+        f"{bare['prefill']['tokens']:.0f} image tokens, {record['dtype']}, batch {batch}, {record['device']}, medians "
+        f"of {record['repeats']}. Unpruned: prefill {absolute(bare['prefill'])}, end to end "
+        f"{absolute(bare['end_to_end'])}. Tokens: mean over the decoder layers."
+    )
+    return "\n".join([*lines, "", said, ""])
 
 
 def first_token_section(record: Mapping[str, Any]) -> str:

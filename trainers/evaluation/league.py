@@ -17,12 +17,14 @@ from trainers.cli.names import ROOT, methods_shipped
 
 from .answers import join_answers
 from .record import MEAN, Row, read_record, select
-from .scores import ALL_TOKENS, FULL
+from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from .statistics import interval
 from .tables import display_name, methods_of, percent, span
 
 FOLDER = ROOT / "hub_cards" / "league"
 BUDGETS = ("1/2", "1/3", "2/9", "1/9", "1/18")
+BUDGET = "1/9"
+"""The one that the best are told by."""
 FLOORS = ("random", "uniform", "pool", "resize")
 """What no published method should be below."""
 PUBLISHED = "training-free"
@@ -115,6 +117,36 @@ def tables() -> str:
         f"{full['tokens']:.0f} tokens the model answers {100 * full['accuracy']:.1f} %. Tokens are measured, mean over "
         "the decoder's layers. A method that is missing at a budget cannot be brought that low: the layers in front of "
         "it read everything.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def leaders() -> str:
+    """The table of README: the two best learned methods at 1/9 of the tokens, the two best others, and `random`."""
+    places = league()[BUDGET]
+    learned = [place.name for place in places if place.kind == "learned"]
+    free = [place.name for place in places if place.kind.startswith(PUBLISHED)]
+    lines = [f"| pruner | kind | {' | '.join(BUDGETS)} |", "|---|---|" + "---:|" * len(BUDGETS)]
+    for name in (*learned[:2], *free[:2], "random"):
+        own = {keep: place for keep, of in league().items() for place in of if place.name == name}
+        kind = "baseline" if own[BUDGET].kind == "floor" else own[BUDGET].kind
+        cells = [
+            f"{percent(own[keep].row['retention'])} ({span(own[keep].row)})" if keep in own else "not possible"
+            for keep in BUDGETS
+        ]
+        lines.append(f"| `{display_name(name)}` | {kind} | {' | '.join(cells)} |")
+    first = read_league()[0]
+    full, blind = _mean(first, FULL, ALL_TOKENS), _mean(first, NONE, NO_TOKENS)
+    assert full is not None
+    assert blind is not None
+    lines += [
+        "",
+        f"Accuracy in % of the unpruned model's, at shares of its {full['tokens']:.0f} image tokens, with 95 % "
+        f"bootstrap interval: `{first['vlm'].rpartition('/')[2]}` on {first['n']:,} held-out questions of "
+        f"`{first['suite']}`, mean over {len(first['groups'])} kinds of questions. Unpruned it answers "
+        f"{100 * full['accuracy']:.1f} % right, without image tokens {100 * blind['accuracy']:.1f} %. Shown: the best "
+        f"two of {len(learned)} trained pruners and of {len(free)} training-free methods, and random choice.",
         "",
     ]
     return "\n".join(lines)

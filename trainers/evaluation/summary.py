@@ -1,4 +1,4 @@
-"""What was measured of the zoo at equal tokens, from the records that ship: the README's table, and the zoo's list.
+"""What was measured of the zoo at equal tokens, from the records that ship: the table of docs/methods, the zoo's list.
 
 A shipped module has its record, with its rivals, in its own folder, `checkpoints/NAME/metrics.json`; what was measured
 of all methods lies in `hub_cards/league/`, and of other settings and budgets in `hub_cards/measured/`.
@@ -14,7 +14,6 @@ from prunezoo.core.errors import PruneZooError
 from trainers.cli.names import CHECKPOINTS, ROOT, pruners_shipped
 
 from . import league
-from .league import FLOORS
 from .record import MEAN, Row, mean_row, read_record, select
 from .same_suite import check_same_suite
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, is_diagnostic
@@ -131,22 +130,15 @@ def footnotes(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return marks, [*lines, ""] if lines else []
 
 
-def summary_section(zoo: Zoo, most: int | None = None) -> str:
-    """Markdown: mean retention of the shipped modules and of what needs no training, best at 1/9 of the tokens first.
-
-    Args:
-        zoo: what was measured.
-        most: so many of the methods without weights, and those that no method should be below; None: all.
-    """
+def summary_section(zoo: Zoo) -> str:
+    """Markdown: mean retention of the shipped modules and of all other methods, best at 1/9 of the tokens first."""
     columns, usual = zoo.columns(), zoo.record["n"]
     full, blind = mean_row(zoo.record, FULL, ALL_TOKENS), mean_row(zoo.record, NONE, NO_TOKENS)
     heads = [f"{share}: {tokens} tokens" for share, tokens in columns.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
-    rivals = sorted(zoo.rivals, key=lambda name: _order(zoo.rivals[name], columns))
-    shown = [name for number, name in enumerate(rivals) if most is None or number < most or name in FLOORS]
-    marks, notes = footnotes(shown)
-    named = {f"[`{name}`](checkpoints/{name}/README.md)": line for name, line in zoo.shipped.items()}
-    named |= {name + marks[name]: zoo.rivals[name] for name in shown}
+    marks, notes = footnotes(zoo.rivals)
+    named = {f"[`{name}`](../../checkpoints/{name}/README.md)": line for name, line in zoo.shipped.items()}
+    named |= {name + marks[name]: line for name, line in zoo.rivals.items()}
     for name, line in sorted(named.items(), key=lambda item: _order(item[1], columns)):
         more = f", {line.n:,} questions" if line.n != usual else ""
         lines.append(f"| {name}{more} | {' | '.join(_cell(line.at(tokens)) for tokens in columns.values())} |")

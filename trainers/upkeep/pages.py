@@ -20,6 +20,8 @@ from trainers.cards.markdown import bibtex, fence
 from trainers.cli.errors import command, whole_file
 from trainers.cli.names import ROOT, has_weights, methods_shipped
 from trainers.evaluation.league import BUDGETS, Place, league
+from trainers.evaluation.scores import FULL, NONE
+from trainers.evaluation.summary import read_zoo, summary_section
 from trainers.evaluation.tables import display_name, percent, span
 
 from .methods import OUTCOMES
@@ -27,6 +29,14 @@ from .support import family_title
 
 FOLDER = ROOT / "docs" / "methods"
 INDEX = "README.md"
+STAGES = {
+    "input": "in front of the vision tower",
+    "vision": "inside the vision tower",
+    "prompt": "between projector and language model",
+    "layer": "between decoder layers",
+    "several": "at several of these",
+}
+"""Where a stage acts."""
 MADE = "<!-- made by `python -m trainers.upkeep.pages`; edit the method's file instead -->"
 
 
@@ -130,15 +140,28 @@ def _cell(place: Place | None) -> str:
     return f"{percent(place.row['retention'])} ({span(place.row)})" if place else "–"
 
 
+def by_stage() -> str:
+    """The table of README: the names of all methods, by stage and kind."""
+    names = [name for name in list_pruners() if name not in (FULL, NONE)]
+    lines = ["| stage | where tokens are dropped or merged | learned | training-free |", "|---|---|---|---|"]
+    for stage, where in STAGES.items():
+        own = [name for name in names if stage_of(pruner_class(name)) == stage]
+        learned = {name: has_weights(name) for name in own}
+        cells = [", ".join(f"`{name}`" for name in own if learned[name] is kind) or "none" for kind in (True, False)]
+        lines.append(f"| {stage} | {where} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def index() -> str:
-    """The list of all pages."""
+    """The list of all pages, and what was measured."""
     lines = [MADE, "# Methods", "", "| method | kind | stage | what it does | arXiv |", "|---|---|---|---|---|"]
     for name in sorted(list_pruners(), key=lambda name: (not has_weights(name), name)):
         said, kind = about(pruner_class(name)), "learned" if has_weights(name) else "training-free"
         paper = said.papers[0] if said.papers and said.evidence != "ours" else "–"
         does = said.title.partition(": ")[2] or said.title
         lines.append(f"| [`{name}`]({name}.md) | {kind} | {_stage(name)} | {does} | {paper} |")
-    return "\n".join(lines) + "\n"
+    lines += ["", "## Accuracy", "", summary_section(read_zoo())]
+    return "\n".join(lines)
 
 
 def pages() -> dict[str, str]:

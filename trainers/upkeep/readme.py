@@ -4,40 +4,47 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
     python -m trainers.upkeep.readme     write them anew
 
-No number and no "yes" in them is typed: `support` and `methods` come from tests/families/*.json, which `make support`
-writes, `speed` from hub_cards/speed.json and `first token` from hub_cards/first_token.json, which `make speed` writes,
-`measured`, `zoo` and those of the league from the records beside the shipped modules, in hub_cards/league/ and in
-hub_cards/measured/.
+No number and no "yes" in them is typed: `models`, `support` and `methods` come from tests/families/*.json, which
+`make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
+hub_cards/first_token.json, which `make speed` writes, `gain`, `accuracy`, `zoo` and those of the league from the
+records beside the shipped modules, in hub_cards/league/ and in hub_cards/measured/.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
-from trainers.benchmarking.tables import first_token_section, speed_section
+from trainers.benchmarking.measure import BARE
+from trainers.benchmarking.tables import first_token_section, speed_brief, speed_section
 from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
 from trainers.evaluation import league
-from trainers.evaluation.summary import read_zoo, summary_section
+from trainers.evaluation.record import mean_row
+from trainers.evaluation.scores import ALL_TOKENS, FULL
 
 from .methods import methods_section
-from .support import support_section
+from .pages import by_stage
+from .support import support_brief, support_section
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
-RIVALS = 10
-"""Methods without weights that README's table has; docs/league.md has all."""
-TIMED = ("uniform", "divprune", "visionzip", "tome", "fastv", "ppm", "m3")
+TIMED = ("divprune", "visionzip", "tome", "fastv", "ppm")
 """Methods that README's table of speed has, some of each stage and kind; docs/protocol.md has all."""
+TRAINED, PLAIN = "checkpoints/ppm-tiny", "divprune"
+"""The trained pruner and the method without weights whose gain README's first lines tell."""
 
 
-def support(whole: bool = False) -> str:
-    """What works on which family; in README in groups."""
-    return support_section(_read(ROOT / "tests" / "families" / "support.json", "support"), whole)
+def recorded_families() -> Any:
+    """What works on which family, as the tests recorded it."""
+    return _read(ROOT / "tests" / "families" / "support.json", "support")
+
+
+def recorded_speed() -> Any:
+    """What pruning saves in time."""
+    return _read(ROOT / "hub_cards" / "speed.json", "speed")
 
 
 def methods() -> str:
@@ -45,14 +52,23 @@ def methods() -> str:
     return methods_section(_read(ROOT / "tests" / "families" / "methods.json", "support"))
 
 
-def measured() -> str:
-    """Retention of the shipped modules and of their best rivals."""
-    return summary_section(read_zoo(), RIVALS)
-
-
-def speed(shown: Sequence[str] | None = None) -> str:
-    """What pruning saves in time, by some methods or all."""
-    return speed_section(_read(ROOT / "hub_cards" / "speed.json", "speed"), shown)
+def gain() -> str:
+    """What a trained pruner keeps and what pruning saves, in two sentences."""
+    record, places = league.read_league()[0], league.league()[league.BUDGET]
+    trained, plain = (next(place.row for place in places if place.name == name) for name in (TRAINED, PLAIN))
+    tokens, (low, high) = mean_row(record, FULL, ALL_TOKENS)["tokens"], trained["ci"]
+    speed = recorded_speed()
+    fast = {row["part"]: row for row in speed["rows"] if row["pruner"] == PLAIN}
+    bare = next(row for row in speed["rows"] if row["pruner"] == BARE)
+    return (
+        f"- **Accuracy:** with {trained['tokens']:.0f} of {tokens:.0f} image tokens, our test model `tiny-llava` keeps "
+        f"{trained['retention']:.1f} % of its accuracy under the trained pruner PPM (95 % interval {low:.1f} to "
+        f"{high:.1f}, {record['n']:,} questions), and {plain['retention']:.1f} % under DivPrune, which needs no "
+        "training.\n"
+        f"- **Speed:** with {fast['prefill']['tokens']:.0f} of {bare['tokens']:.0f} image tokens, a LLaVA of 120 M "
+        f"parameters reads its prompt {fast['prefill']['speedup']:.1f} times as fast and answers "
+        f"{fast['end_to_end']['speedup']:.1f} times as fast ({speed['device']}, DivPrune).\n"
+    )
 
 
 def first_token() -> str:
@@ -60,15 +76,17 @@ def first_token() -> str:
     return first_token_section(_read(ROOT / "hub_cards" / "first_token.json", "speed"))
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"support": support, "measured": measured, "speed": partial(speed, TIMED)}
-"""What makes a section, by name."""
-
-
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: SECTIONS,
+    README: {
+        "gain": gain,
+        "models": lambda: support_brief(recorded_families()),
+        "stages": by_stage,
+        "accuracy": league.leaders,
+        "speed": lambda: speed_brief(recorded_speed(), TIMED),
+    },
     ROOT / "docs" / "choose.md": {"zoo": markdown},
-    ROOT / "docs" / "families.md": {"support": partial(support, whole=True), "methods": methods},
-    ROOT / "docs" / "protocol.md": {"speed": speed},
+    ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
+    ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed())},
     ROOT / "docs" / "input.md": {"first token": first_token},
     ROOT / "docs" / "league.md": {
         "league": league.tables,

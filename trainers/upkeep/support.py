@@ -3,7 +3,7 @@
     python -m trainers.upkeep.support .venv-min/bin/python .venv/bin/python
 
 Each interpreter has a release of transformers of its own. The outcomes go into tests/families/support.json, and from
-there into README.md.
+there into README.md and docs/families.md.
 """
 
 import argparse
@@ -58,34 +58,64 @@ def run_matrix(python: str, files: Sequence[str] = MATRIX, test: str = "test_mat
     return {"transformers": release.stdout.strip(), "outcomes": outcomes}
 
 
-def support_section(record: Mapping[str, Any], whole: bool = True) -> str:
-    """The table in Markdown: families down, stages across; what is refused stands below it with its remedy.
+Cells = dict[tuple[str, str], dict[str, dict[str, str]]]
+"""By family and stage, then release of transformers, then check: its outcome."""
 
-    Args:
-        record: What :func:`run_matrix` gave, by release of transformers.
-        whole: A row for each family; else one for all that have the same in it, where the first of them stands.
-    """
-    cells: dict[tuple[str, str], dict[str, dict[str, str]]] = {}  # by family and stage, then release, then check
+
+def cells_of(record: Mapping[str, Any]) -> Cells:
+    """The outcomes of :func:`run_matrix`, in order."""
+    cells: Cells = {}
     for run in record["runs"]:
         for name, outcome in run["outcomes"].items():
             stage, family, check = name.split("-")
             cells.setdefault((family, stage), {}).setdefault(run["transformers"], {})[check] = outcome
+    return cells
+
+
+def support_section(record: Mapping[str, Any]) -> str:
+    """The whole table in Markdown: families down, stages across; below it why something is refused, with its remedy.
+
+    Args:
+        record: What :func:`run_matrix` gave, by release of transformers.
+    """
+    cells = cells_of(record)
     stages = [stage for stage in STAGES if any(stage == own for _, own in cells)]
     notes: dict[str, int] = {}
     lines = [f"| | {' | '.join(STAGES[stage] for stage in stages)} |", f"|---|{'---|' * len(stages)}"]
     every = [run["transformers"] for run in record["runs"]]
-    groups: dict[tuple[str, ...], list[str]] = {}  # families, by what stands in their rows
     for family in dict.fromkeys(family for family, _ in cells):
         title = family_title(family)
-        row = tuple(_cell(cells.get((family, stage), {}), title, notes, every) for stage in stages)
-        groups.setdefault(row if not whole else (*row, family), []).append(title)
-    for row, titles in groups.items():
-        lines.append(f"| {' | '.join([', '.join(dict.fromkeys(titles)), *row[: len(stages)]])} |")
+        row = [_cell(cells.get((family, stage), {}), title, notes, every) for stage in stages]
+        lines.append(f"| {title} | {' | '.join(row)} |")
     checks = {name.split("-")[2] for run in record["runs"] for name in run["outcomes"]}
-    releases = " and ".join(run["transformers"] for run in record["runs"])
     lines += ["", *(f"[{number}] {note}  " for note, number in notes.items())]
-    lines += ["", f"Up to {len(checks)} checks a cell, each with transformers {releases}.", ""]
+    lines += ["", f"Up to {len(checks)} checks a cell, each with transformers {' and '.join(every)}.", ""]
     return "\n".join(lines)
+
+
+def support_brief(record: Mapping[str, Any]) -> str:
+    """The table of README: at which stages a family can be pruned at all, families that are alike in one row.
+
+    Variants of a family, such as a LLaVA with a SigLIP tower, do not stand apart.
+    """
+    cells = cells_of(record)
+    oldest, newest = (record["runs"][at]["transformers"] for at in (0, -1))
+    groups: dict[tuple[str, ...], dict[str, None]] = {}  # names, by what their row has
+    for family in dict.fromkeys(family for family, _ in cells):
+        own = {stage: cells.get((family, stage), {}) for stage in STAGES}
+        row = tuple("yes" if _works(runs) else "no" for runs in own.values())
+        young = "yes" in row and not _works({release: runs[oldest] for release, runs in own.items() if oldest in runs})
+        groups.setdefault(row, {})[family_title(family).partition(" (")[0] + ("*" if young else "")] = None
+    lines = [f"| models | {' | '.join(STAGES.values())} |", f"|---|{'---|' * len(STAGES)}"]
+    lines += [f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in groups.items()]
+    return "\n".join(
+        [*lines, "", f"Tested with transformers {oldest} and {newest}; * needs a newer one than {oldest}.", ""]
+    )
+
+
+def _works(runs: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether any check passed."""
+    return any("yes" in outcomes.values() for outcomes in runs.values())
 
 
 def _cell(runs: Mapping[str, Mapping[str, str]], title: str, notes: dict[str, int], every: Sequence[str]) -> str:
