@@ -9,6 +9,7 @@
 #   make docs     the site of docs/ with the reference of the library, into runs/site, in .venv-docs
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
+#   make bench-check  what got slower than those times by more than 10 %, as ratios; ONLY='divprune ppm' for some
 #   make release-check  what must hold before a version is tagged
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
@@ -52,7 +53,8 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-newest test-extras test-serve docs support speed quality style release-check clean install
+.PHONY: demo test test-min test-newest test-extras test-serve docs support speed bench-check quality style release-check \
+	clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -110,10 +112,10 @@ $(STAMP_SERVE): pyproject.toml constraints/serve.txt tests/serve/torchvision_ops
 	@$(PY_SERVE) tests/serve/torchvision_ops.py || $(PY_SERVE) -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $(STAMP_SERVE)
 
-# vLLM's build for CPUs has AVX-512 in it.
+# vLLM's build for CPUs has kernels for AVX2 and for AVX-512.
 test-serve:
-	@if grep -qs avx512f /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(STAMP_SERVE) && \
-		$(PY_SERVE) -m pytest tests/serve; else echo "test-serve skipped: vLLM on a CPU needs AVX-512"; fi
+	@if grep -qs avx2 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(STAMP_SERVE) && \
+		$(PY_SERVE) -m pytest tests/serve; else echo "test-serve skipped: vLLM on a CPU needs AVX2"; fi
 
 $(STAMP_DOCS): constraints/docs.txt
 	$(need-python)
@@ -137,6 +139,9 @@ speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.first_token --repeats 5 --json hub_cards/first_token.json
 	@$(PY) -m trainers.upkeep.readme
 	@$(PY) -m trainers.upkeep.cards
+
+bench-check: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.bench_check $(if $(ONLY),--only $(ONLY))
 
 release-check: $(STAMP)
 	@$(PY) -m trainers.upkeep.release

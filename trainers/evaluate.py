@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="--keep is the mean over the decoder's layers, also for methods that prune between them",
     )
+    p.add_argument(
+        "--compare", nargs="+", default=[], metavar="P", help="pruners that, as the first, are compared with all others"
+    )
     add_option(p, "json", help="write rows and paired differences here")
     add_option(p, "report")
     p.add_argument("--examples", type=int, default=2, help="pictures of each group in the report")
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         args.vlm, args.pruner = find_vlm(args.vlm), [find_pruner(name) for name in args.pruner]
+        args.compare = [find_pruner(name) for name in args.compare]
         run(
             args,
             shlex.join(["python", "-m", "trainers.evaluate", *argv]),

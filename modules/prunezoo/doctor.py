@@ -92,18 +92,21 @@ def doctor(vlm: Any, inputs: Mapping[str, Any] | None = None, keep: Keep = 0.5) 
         family = find_family(vlm)
     except PruneZooError as error:
         return Diagnosis(name, "", inputs is not None, why=_one_line(error))
-    width = BaseModel.describe(vlm).width
+    model = BaseModel.describe(vlm)
+    widths = model.width, model.tower_width
     methods = [method for method in list_pruners() if method not in (*BASELINES, "combined")]
-    found = [_try_method(vlm, method, width, inputs, keep) for method in methods]
+    found = [_try_method(vlm, method, widths, inputs, keep) for method in methods]
     findings = tuple(sorted(found, key=lambda finding: (finding.stage, finding.method)))
     return Diagnosis(name, family.title, inputs is not None, findings)
 
 
-def _try_method(vlm: Any, method: str, width: int, inputs: Mapping[str, Any] | None, keep: Keep) -> Finding:
+def _try_method(
+    vlm: Any, method: str, widths: tuple[int, int], inputs: Mapping[str, Any] | None, keep: Keep
+) -> Finding:
     """One method; what it raises is what is in its way, whatever that is."""
     cls, learned, why = pruner_class(method), False, ""
     try:
-        pruner = small_pruner(method, width)
+        pruner = small_pruner(method, *widths)
         learned = any(True for _ in pruner.parameters())
         with attach(vlm, pruner, keep), torch.no_grad():
             if inputs is not None and not bool(vlm(**inputs).logits[:, -1].isfinite().all()):
@@ -115,11 +118,16 @@ def _try_method(vlm: Any, method: str, width: int, inputs: Mapping[str, Any] | N
     return Finding(method, cls.stage, learned, not why, why)
 
 
-def small_pruner(method: str, width: int) -> Pruner:
-    """An untrained instance of a method for tokens of this width: as it is, or small where its width is configured."""
+def small_pruner(method: str, width: int, tower_width: int | None = None) -> Pruner:
+    """An untrained instance of a method for tokens, and a tower, of these widths: as it is, or small where its width is
+    configured.
+    """
     cls = pruner_class(method)
-    configured = {"width", "inner_config"} & {field.name for field in fields(cls.config_class)}
-    return fit_width(cls(**(cls.tiny_config(width, width) if configured else {})), width).eval()
+    names = {field.name for field in fields(cls.config_class)}
+    config = cls.tiny_config(width, width) if {"width", "inner_config", "tower_width"} & names else {}
+    if tower_width is not None and "tower_width" in names:
+        config["tower_width"] = tower_width
+    return fit_width(cls(**config), width).eval()
 
 
 def _one_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ COMMANDS = (
     "fit",
     "teacher",
     "stop_rule",
+    "search",
     "serve",
 )
 
@@ -78,6 +79,14 @@ def test_a_method_stands_for_the_one_pruner_that_ships_of_it(monkeypatch):
     monkeypatch.setattr(names, "methods_shipped", lambda: {"m3-a": "m3", "m3-b": "m3"})
     with pytest.raises(PruneZooError, match="several 'm3' are shipped: say m3-a or m3-b"):
         find_pruner("m3")
+    monkeypatch.setattr(names, "methods_shipped", lambda: {"my-m3-tiny": "m3", "m3-tiny": "m3"})
+    assert find_pruner("m3").endswith("checkpoints/m3-tiny")
+    of_cells = {"patch-classifier": "patch_classifier", "patch-gaps-tiny": "patch_classifier"}
+    monkeypatch.setattr(names, "methods_shipped", lambda: of_cells)
+    assert find_pruner("patch_classifier").endswith("checkpoints/patch-classifier")
+    assert not names.pruners_shipped(), "in front of the tower is no league"
+    monkeypatch.setattr(names, "methods_shipped", lambda: {"dtop-tiny": "dtop", "a-clip-tiny": "a_clip"})
+    assert names.pruners_shipped() == {"a-clip-tiny": "a_clip"}, "under dtop the language model reads everything"
 
 
 def test_short_names_reach_the_commands(capsys):

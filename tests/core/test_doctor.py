@@ -42,7 +42,7 @@ def test_what_it_says_is_what_attach_does(tiny_llava, batch, found):
     for method in (*refused, "divprune", "ppm", "tome"):
         said = ""
         try:
-            with attach(tiny_llava.vlm, small_pruner(method, 32), 0.5), torch.no_grad():
+            with attach(tiny_llava.vlm, small_pruner(method, 32, 24), 0.5), torch.no_grad():
                 tiny_llava.vlm(**batch)
         except PruneZooError as error:
             said = " ".join(str(error).split())

@@ -14,7 +14,10 @@ from trainers.cli.names import ROOT
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
-RUN = "README quick_start choose input train publish protocol own_questions command serving tokenizer faq".split()
+RUN = (
+    *("README", "quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command"),
+    *("serving", "tokenizer", "faq", "several_pictures"),
+)
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
 

@@ -6,12 +6,11 @@ no column of it.
 
 import pytest
 import torch
-from families import ALL, CLIPS, FAMILIES, LARGE, MIXED, NEWER, ONE_EACH, SMALL, TALL, WIDE, Sample, tiny_family
-from input_oracle import alive_by_run, blind_tower, choose
+from families import ALL, CLIPS, FAMILIES, LARGE, MIXED, NEWER, ONE_EACH, SMALL, TALL, Sample, tiny_family
+from input_oracle import alive_by_run, blind_tower, choose, features_equal, pictures
 from prompt_oracle import CLOSE, blind, drops, write
 
 from prunezoo import PruneZooError, attach, encode
-from prunezoo.core.plan import gather_rows
 from prunezoo.host.families import find_family
 from prunezoo.host.families.base import TAKES_FEATURES
 from prunezoo.host.stages.packed import PackedGap
@@ -25,29 +24,6 @@ POOLED = {
 
 MISDEALT = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
 """The bare model gives two images of a prompt to the wrong beams."""
-
-
-def pictures(tiny, samples):
-    """Those that this family can take."""
-    if tiny is not FAMILIES["llava_onevision"]:
-        return samples
-    fit = {LARGE: WIDE}
-    return [
-        Sample(tuple(fit.get(size, size) for size in own.images), own.words) if len(own.images) == 1 else own
-        for own in samples
-    ]
-
-
-def features_equal(encoded, output, bare, want):
-    """Survivors', in all levels; and that dropping changed them."""
-    index, valid = output.index, output.valid
-    effect = 0.0
-    levels = [(whole.inputs.features, *whole.deep) for whole in (encoded, bare, want)]
-    for ours, before, theirs in zip(*levels, strict=True):
-        ours, before, theirs = (gather_rows(part, index)[valid] for part in (ours, before, theirs))
-        torch.testing.assert_close(ours, theirs, **CLOSE)
-        effect = max(effect, float((ours - before).abs().max()))
-    assert effect > 0.01
 
 
 def equals_oracle(tiny, samples, keep=0.5, side="left", **options):

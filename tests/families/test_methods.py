@@ -58,13 +58,14 @@ def deep(name):
     return family
 
 
-def build(method, width):
-    """A method as a command builds it; one that is learned untrained, for this width."""
+def build(method, config):
+    """A method as a command builds it; one that is learned untrained, for the widths of this model."""
+    width = config.get_text_config().hidden_size
     cls = pruner_class(method)
     torch.manual_seed(0)
     if method == "budget":  # its width is that of the pruner inside
         return cls(**cls.tiny_config(width, width)).eval()
-    return load_for_timing(method, width)
+    return load_for_timing(method, width, getattr(config.vision_config, "hidden_size", None))
 
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
@@ -74,7 +75,7 @@ def test_methods(name, method, record_property):
     batch = family.batch([Sample((LARGE,), 5)])
     outcome = "yes"
     try:
-        with attach(family.vlm, build(method, family.vlm.config.get_text_config().hidden_size), 0.5) as run:
+        with attach(family.vlm, build(method, family.vlm.config), 0.5) as run:
             logits = family.vlm(**batch).logits
         assert logits[:, -1].isfinite().all()
         assert run.stats.after < run.stats.before or pruner_class(method).restore
@@ -89,6 +90,8 @@ def test_methods(name, method, record_property):
         return
     if pruner_class(method).stage == "input" and ("of its patches only" in outcome or "before the tower" in outcome):
         return  # one is not trained for a model, but for pages
+    if pruner_class(method).stage == "vision" and "would leak into others" in outcome:
+        return  # with smaller pictures it can
     if (
         "this vision tower has no CLS token" in outcome
         and "attention" in pruner_class(method).config_class.__annotations__

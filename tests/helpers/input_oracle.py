@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from itertools import cycle
 
 import torch
-from families import ALL, IMAGE, VIDEO
+from families import ALL, FAMILIES, IMAGE, LARGE, VIDEO, WIDE, Sample
 from families.base import SIDE
+from prompt_oracle import CLOSE
 
 from prunezoo import build_pruner, encode
+from prunezoo.core.plan import gather_rows
 from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.input import choose_by_pixels
 
@@ -54,24 +56,29 @@ def window_order(vlm, grids):
     return get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0]
 
 
-def alive_in_grid(tiny, kept, size, side=4):
+def of_grid(tiny, values, size, margin, side=4):
     """LLaVA-NeXT's pictures: the thumbnail, then crops; a token is a place of the unpadded grid, or ends its row."""
     rows, columns = tiny.grid(size)
     high, wide = tiny.tiles(size)
-    grid = torch.ones(high * side, wide * side, dtype=torch.bool)
+    grid = torch.full((high * side, wide * side), margin, dtype=values.dtype)
     top, left = (high * side - rows) // 2, (wide * side - columns) // 2
-    grid[top : top + rows, left : left + columns] = kept[side**2 :].view(rows, columns + 1)[:, :-1]
+    grid[top : top + rows, left : left + columns] = values[side**2 :].view(rows, columns + 1)[:, :-1]
     crops = grid.view(high, side, wide, side).transpose(1, 2).reshape(-1, side**2)
-    return torch.cat([kept[None, : side**2], crops])
+    return torch.cat([values[None, : side**2], crops])
 
 
 def alive_by_run(tiny, batch, dropped, samples):
     """Of each run of the tower, which patches stay: ``(patches,)`` bool in its own order, or ``(R, N)``."""
+    return by_run(tiny, batch, ~dropped, samples, True)
+
+
+def by_run(tiny, batch, columns, samples, margin):
+    """What ``columns (B, L)`` of the prompt say of each run's patches, and ``margin`` of those of no column."""
     vlm, name, runs = tiny.vlm, name_of(tiny), []
     for token, pixels, grids in ((IMAGE, "pixel_values", "image"), (VIDEO, "pixel_values_videos", "video")):
         if pixels not in batch:
             continue
-        kept = ~dropped[batch["input_ids"] == token]
+        kept = columns[batch["input_ids"] == token]
         if is_packed(vlm):
             if name in ("qwen2_5_vl", "qwen2_5_omni_thinker"):
                 kept = kept[window_order(vlm, batch[f"{grids}_grid_thw"])]
@@ -83,7 +90,7 @@ def alive_by_run(tiny, batch, dropped, samples):
             parts = zip(kept.split(sizes), images, alone, strict=True)
             runs.append(
                 torch.cat(
-                    [own[None, :16] if single else alive_in_grid(tiny, own, size) for own, (size, _), single in parts]
+                    [own[None, :16] if single else of_grid(tiny, own, size, margin) for own, (size, _), single in parts]
                 )
             )
         else:
@@ -100,19 +107,28 @@ def rotate(x):
 
 
 @contextmanager
-def blind_tower(vlm, runs, samples=1):
+def blind_tower(vlm, runs, samples=1, watch=None):
     """Within the block no patch of the tower attends to one that is gone, but to itself.
 
     Args:
         vlm: The model.
         runs: From :func:`alive_by_run`; over again where the tower runs more often.
         samples: How many have the pictures of a run, as many each: older transformers give them to each beam of theirs.
+        watch: Is given the number of the run, that of the block, what each patch has received in it, as the mean over
+            heads and over the rows that are not gone, and what is alive; says what is alive behind it. Of prompts
+            without beams.
     """
     tower = tower_of(vlm)
-    coming, state = cycle(runs), {}
+    coming, state = cycle(enumerate(runs)), {}
 
     def begin(_module, _args, _kwargs):
-        state["alive"] = next(coming)
+        state["run"], state["alive"] = next(coming)
+        state["block"] = 0
+
+    def tell(received, alive):
+        if watch is not None:
+            state["alive"] = watch(state["run"], state["block"], received, alive)
+        state["block"] += 1
 
     def of_beams(alive, count):
         return (
@@ -140,6 +156,8 @@ def blind_tower(vlm, runs, samples=1):
         seen = (segment[:, None] == segment[None]) & (alive[None] | torch.eye(count, dtype=torch.bool))
         logits = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(value)
+        rows = torch.bincount(segment[alive], minlength=len(seams))[segment]
+        tell(weights[:, alive].sum((0, 1)) / (len(weights) * rows), alive)
         return module.proj(torch.einsum("hqk,khd->qhd", weights, value).reshape(count, -1))
 
     def plain(module, args, kwargs, output):
@@ -156,7 +174,10 @@ def blind_tower(vlm, runs, samples=1):
         query, key, value = (part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-        made = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        weights = logits.softmax(-1)
+        prefix = keys.shape[1] - alive.shape[1]
+        tell((weights * keys[:, None, :, None]).sum(2).mean(1)[:, prefix:] / keys.sum(1, keepdim=True), alive)
+        made = (weights @ value).transpose(1, 2).flatten(2)
         made = (module.out_proj if hasattr(module, "out_proj") else module.projection_layer)(made)
         return (made, *output[1:]) if isinstance(output, tuple) else made
 
@@ -172,3 +193,26 @@ def blind_tower(vlm, runs, samples=1):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def pictures(tiny, samples):
+    """Those that this family can take."""
+    if tiny is not FAMILIES["llava_onevision"]:
+        return samples
+    fit = {LARGE: WIDE}
+    return [
+        Sample(tuple(fit.get(size, size) for size in own.images), own.words) if len(own.images) == 1 else own
+        for own in samples
+    ]
+
+
+def features_equal(encoded, output, bare, want):
+    """Survivors', in all levels; and that dropping changed them."""
+    index, valid = output.index, output.valid
+    effect = 0.0
+    levels = [(whole.inputs.features, *whole.deep) for whole in (encoded, bare, want)]
+    for ours, before, theirs in zip(*levels, strict=True):
+        ours, before, theirs = (gather_rows(part, index)[valid] for part in (ours, before, theirs))
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        effect = max(effect, float((ours - before).abs().max()))
+    assert effect > 0.01

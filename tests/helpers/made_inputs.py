@@ -16,10 +16,14 @@ GRIDS = ((6, 6), (4, 5), (3, 7))
 ALL = list_pruners()
 
 
-def build(name, seed=0):
+def build(name, seed=0, vlm=None):
+    """The smallest instance of a method, for made inputs, or for the tower of a model whose tokens are as wide."""
     torch.manual_seed(seed)
     cls = pruner_class(name)
-    return cls(**cls.tiny_config(DIM, TEXT)).eval()
+    config = cls.tiny_config(DIM, TEXT)
+    if vlm is not None and "tower_width" in config:
+        config["tower_width"] = vlm.config.vision_config.hidden_size
+    return cls(**config).eval()
 
 
 SIGNALS = sorted({name for pruner in ALL for name in build(pruner).needs})

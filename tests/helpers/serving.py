@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent.parent
 VLM = "checkpoints/tiny-llava"
@@ -49,6 +50,21 @@ def questions(count, images=1):
     return found
 
 
+def prompts_of(job):
+    """Prompts as text, each with its pictures: questions of `scenes`, or what `serving_models` makes for a family."""
+    if "family" in job:
+        import serving_models
+
+        return serving_models.prompts(job["family"], job["count"], job["images"])
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(job["vlm"])
+    return [
+        (processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), images)
+        for chat, images in questions(job["count"], job["images"])
+    ]
+
+
 def expect(folder, jobs):
     """Token ids that prunezoo and transformers answer, for each job; see :func:`answer`. Made once in a session."""
     name = hashlib.sha256(json.dumps(jobs, sort_keys=True).encode()).hexdigest()[:16]
@@ -62,36 +78,43 @@ def expect(folder, jobs):
 
 
 def answer(job):
-    """Answers to the questions of a job: `vlm`, `pruner`, `keep`, `positions`, `count`, `images`."""
+    """Answers to the prompts of a job: `vlm`, `pruner`, `keep`, `positions`, `count`, `images`, perhaps `family`.
+
+    Where a family has newlines they all stay, as they do in vLLM, which must know how many tokens an image has left.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from prunezoo import attach
+    from prunezoo.host.encoded import Newlines
 
+    if "family" in job:
+        import serving_models
+
+        if not serving_models.exists(job["vlm"]):
+            serving_models.write(job["family"], job["vlm"])
     processor = AutoProcessor.from_pretrained(job["vlm"])
     vlm = AutoModelForImageTextToText.from_pretrained(job["vlm"], dtype=torch.float32).eval()
     answers = []
-    with torch.no_grad(), attach(vlm, job["pruner"], job["keep"], job["positions"]):
-        for chat, images in questions(job["count"], job["images"]):
-            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    all_stay = patch.object(Newlines, "alive", lambda lines, _index, _valid: lines.valid)
+    with torch.no_grad(), all_stay, attach(vlm, job["pruner"], job["keep"], job["positions"]):
+        for text, images in prompts_of(job):
             batch = processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
             ids = vlm.generate(**batch, max_new_tokens=NEW, do_sample=False)
             answers.append(ids[0, batch["input_ids"].shape[1] :].tolist())
     return answers
 
 
-def requests(vlm, count, images=1, **kwargs):
-    """The same questions as vLLM takes them."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(vlm)
+def requests(vlm, count, images=1, family=None, **kwargs):
+    """The same prompts as vLLM takes them."""
+    job = {"vlm": vlm, "count": count, "images": images, **({"family": family} if family else {})}
     return [
         {
-            "prompt": processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False),
+            "prompt": text,
             "multi_modal_data": {"image": pictures},
             **({"mm_processor_kwargs": kwargs} if kwargs else {}),
         }
-        for chat, pictures in questions(count, images)
+        for text, pictures in prompts_of(job)
     ]
 
 

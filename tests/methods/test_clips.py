@@ -47,6 +47,20 @@ def test_vidcom2_is_exact(total):
     assert output.count.tolist() == [total]
 
 
+@pytest.mark.parametrize(("total", "frames"), [(15, [2]), (30, [1, 3]), (45, [0, 2, 3]), (60, [0, 1, 2, 3])])
+def test_uniform_frames_are_whole_and_spread_in_time(total, frames):
+    kept = build_pruner("uniform", frames=True).eval()(moving(), total).index[0].tolist()
+    assert kept == [15 * frame + cell for frame in frames for cell in range(15)]
+
+
+def test_of_too_many_uniform_frames_some_of_each_leave():
+    kept = build_pruner("uniform", frames=True).eval()(moving(), 20).index[0]
+    frame = kept.div(15, rounding_mode="floor")
+    assert frame.unique().tolist() == [1, 3] and frame.bincount().tolist() == [0, 10, 0, 10]
+    few = build_pruner("uniform", frames=True).eval()(moving(), 4).index[0]
+    assert few.div(15, rounding_mode="floor").unique().tolist() == [2] and len(few.unique()) == 4
+
+
 def test_filling_up_and_taking_away():
     sizes, wanted = torch.tensor([4, 4, 4]), torch.tensor([3.4, 1.3, 0.2])
     counts = torch.tensor([3, 1, 1])

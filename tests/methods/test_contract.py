@@ -15,6 +15,7 @@ from prunezoo.core.budgets import budget
 from prunezoo.core.contract import Pruner
 from prunezoo.core.registry import pruner_class, register_pruner
 from prunezoo.host import encode_needs, full_forward, run_pruned
+from prunezoo.learned.aptp import APTP
 from prunezoo.learned.budget import BudgetPolicy
 
 EXACT = tuple(name for name in ALL if pruner_class(name).exact)
@@ -169,7 +170,7 @@ def test_every_parameter_gets_a_gradient(learned):
             loss = loss + (output.gates * torch.randn_like(output.gates)).sum()
         if output.features is not None and output.features.requires_grad:
             loss = loss + output.features[output.valid].square().sum()
-        if isinstance(pruner, BudgetPolicy):  # it learns from what its budgets earned, not through what was kept
+        if isinstance(pruner, BudgetPolicy | APTP):  # it learns from what its budgets earned, not through what was kept
             loss = loss + pruner.values(inputs).square().sum()
         loss.backward()
         for key, parameter in pruner.named_parameters():
@@ -205,7 +206,8 @@ def ragged_batch(tiny):
 
 @pytest.mark.parametrize("exact", [*EXACT, "full"])
 def test_keeping_everything_is_the_bare_model(exact, deep_llava):
-    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(exact)
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(exact, vlm=vlm)
     with torch.no_grad():
         logits, sequences = vlm(**batch).logits, vlm.generate(**batch, max_new_tokens=5)
         with attach(vlm, pruner, keep=1.0) as run:
@@ -216,8 +218,8 @@ def test_keeping_everything_is_the_bare_model(exact, deep_llava):
 
 def test_keeping_half_equals_a_masking_oracle(name, deep_llava):
     """Nothing shorter: the dropped tokens stay and no one may look at them; merged ones stand at their anchors."""
-    vlm, pruner = deep_llava.vlm, build(name)
-    batch = ragged_batch(deep_llava)
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(name, vlm=vlm)
     with torch.no_grad():
         encoded = encode(vlm, batch, encode_needs(pruner))
         with Watch(pruner) as watch:
@@ -255,7 +257,8 @@ def masked_prompt(vlm, encoded, output):
 
 
 def test_detaching_restores_the_model(name, deep_llava):
-    vlm, batch, pruner = deep_llava.vlm, ragged_batch(deep_llava), build(name).train()
+    vlm, batch = deep_llava.vlm, ragged_batch(deep_llava)
+    pruner = build(name, vlm=vlm).train()
     for part in [*pruner.children()][:1]:
         part.eval()
     modes = [part.training for part in pruner.modules()]

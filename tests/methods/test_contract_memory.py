@@ -14,6 +14,7 @@ from prunezoo.core.registry import pruner_class, register_pruner
 from prunezoo.host import encode_needs, run_pruned
 
 REMEMBERING = tuple(name for name in ALL if pruner_class(name).remembers)
+DEPTH = 4
 PROMPT = "<s> USER: <image> what ? ASSISTANT:"
 
 
@@ -30,12 +31,15 @@ class Stream:
         self.memory.streams = streams
 
     def __call__(self, inputs, keep):
-        rows = len(inputs.valid)
-        sample = torch.arange(rows)
-        inputs = self.memory.recall(self.pruner, inputs, sample, rows)
-        output = self.pruner(inputs, keep)
-        self.memory.note(self.pruner, inputs, output, sample, rows)
-        return output
+        rows, outputs = len(inputs.valid), []
+        sample = range(rows)
+        for step in range(max(1, len(self.pruner.stages(DEPTH)))):  # in the layer stage, behind each of them
+            inputs = dataclasses.replace(inputs, step=step)
+            inputs = self.memory.recall(self.pruner, inputs, sample, rows)
+            outputs.append(self.pruner(inputs, keep))
+            self.memory.note(self.pruner, inputs, outputs[-1], sample, rows)
+            inputs, keep = inputs.after(outputs[-1]), outputs[-1].count
+        return outputs[0]
 
 
 def equal(one, two):
@@ -44,8 +48,8 @@ def equal(one, two):
     )
 
 
-def test_there_is_one():
-    assert "changed" in REMEMBERING
+def test_there_are_some_of_both_stages():
+    assert {"changed", "vla_pruner"} <= set(REMEMBERING)
 
 
 def test_the_first_call_is_memoryless_and_reset_makes_it_the_first_again(name):
@@ -54,7 +58,7 @@ def test_the_first_call_is_memoryless_and_reset_makes_it_the_first_again(name):
     first = stream(frames[0], 7)
     assert equal(first, pruner(frames[0], 7))
     second, third = stream(frames[1], 7), stream(frames[2], 7)
-    assert not equal(second, first)  # it did remember
+    assert not equal(third, pruner(frames[2], 7))  # it did remember
     assert torch.equal(second.count, first.count)
     stream.memory.reset()
     for frame, seen in zip(frames, (first, second, third), strict=True):
@@ -96,7 +100,7 @@ def test_what_is_held_is_no_part_of_the_pruner(name):
 
 def test_where_streams_are_not_clear_it_is_refused_in_one_line(name):
     pruner, memory = build(name), Memory()
-    inputs, sample = make_inputs(), torch.arange(3)
+    inputs, sample = make_inputs(), range(3)
     with pytest.raises(PruneZooError, match=f"'{name}' remembers streams, and this call has 3 samples: set"):
         memory.recall(pruner, inputs, sample, 3)
     for streams in ("ab", "aba", "abcd", ()):
@@ -114,10 +118,10 @@ def test_a_later_stage_does_not_find_it(name):
     assert inputs.after(build(name)(inputs, 5)).memory is None
 
 
-def test_who_remembers_is_of_the_prompt_stage_and_says_what():
+def test_who_remembers_is_of_prompt_or_layer_stage_and_says_what():
     score = {"score": lambda self, inputs: inputs.features[..., 0], "remembers": True}
-    for body in (score, {**score, "stage": "layer", "remember": lambda self, inputs, output: []}):
-        with pytest.raises(PruneZooError, match="must be of the prompt stage and override"):
+    for body in (score, {**score, "stage": "vision", "remember": lambda self, inputs, output: []}):
+        with pytest.raises(PruneZooError, match="must be of prompt or layer stage and override"):
             register_pruner("no_memory")(type("NoMemory", (Pruner,), body))
 
 
@@ -131,8 +135,9 @@ def test_attach_keeps_the_state_and_forgets_it_on_leaving(name, deep_llava):
     with torch.no_grad():
         first = run_pruned(vlm, encode(vlm, frames[0], encode_needs(pruner)), pruner, 9)
         runs = [run_pruned(vlm, encode(vlm, f, encode_needs(pruner)), pruner, 9, memory=memory) for f in frames]
+        bare = run_pruned(vlm, encode(vlm, frames[2], encode_needs(pruner)), pruner, 9)
         assert torch.equal(runs[0].host.logits, first.host.logits)
-        assert not torch.equal(runs[1].output.index, runs[0].output.index)
+        assert not torch.equal(runs[2].output.index, bare.output.index)
         with attach(vlm, pruner, keep=9) as run:
             for frame, other in zip(frames, runs, strict=True):
                 assert torch.equal(vlm(**frame).logits, other.host.logits)
@@ -145,10 +150,13 @@ def test_attach_keeps_the_state_and_forgets_it_on_leaving(name, deep_llava):
             assert torch.equal(vlm(**frames[0]).logits, first.host.logits)
             other.memory.streams = ("left", "right")
             pair = deep_llava.batch([PROMPT] * 2, [[make_image(0)], [make_image(1)]])
-            once, twice = vlm(**pair).logits, vlm(**pair).logits
-            assert not torch.equal(once, twice)
+            moved = deep_llava.batch([PROMPT] * 2, [[make_image(1)], [make_image(2)]])
+            once = vlm(**moved).logits
             other.reset()
-            assert torch.equal(vlm(**pair).logits, once)
+            vlm(**pair)
+            assert not torch.equal(vlm(**moved).logits, once)
+            other.reset()
+            assert torch.equal(vlm(**moved).logits, once)
         assert not run.memory._held and not other.memory._held
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tower_walk import Done, best, walk
 from towers import small_tower
-from vision_runs import N, run
+from vision_runs import N, patches, run
 
 from prunezoo import PruneZooError, build_pruner
 from prunezoo.core.schedule import Schedule
@@ -75,7 +75,7 @@ def test_the_relaxed_tower_puts_out_what_the_hard_one_does():
     tower, pruner = Tower(model, -1), rated((22, 20, 11), (20, 14, 8))
     model(pixels, output_hidden_states=True)  # which puts hooks of its own on
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    with RelaxedTower(tower, pruner, "diffrate", log_eps=1e-30) as relaxed:
+    with RelaxedTower(tower, pruner, "diffrate", patches(2), log_eps=1e-30) as relaxed:
         states = model(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
     assert relaxed.gates.sum(1).tolist() == [8, 8]
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
@@ -89,7 +89,7 @@ def test_the_relaxed_tower_puts_out_what_the_hard_one_does():
 def test_gates_of_the_relaxed_tower_teach_every_block():
     model, pixels = small_tower("clip"), torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(5))
     pruner = build_pruner("diffrate", blocks=4, tokens=N, granularity=1)
-    with RelaxedTower(Tower(model, -1), pruner, "diffrate") as relaxed:
+    with RelaxedTower(Tower(model, -1), pruner, "diffrate", patches(2)) as relaxed:
         states = model(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
     (relaxed.gates * states.square().sum(-1)).sum().backward()
     for rates in (pruner.drop, pruner.merge):

@@ -11,7 +11,7 @@ from prunezoo.training_free.optiprune import fill_back
 
 def by_hand(tokens, cells, keep, side):
     """Slots that stay, and of each the slot that it is filled from."""
-    n = len(tokens)
+    n, given = len(tokens), side
     alike = [[float(functional.cosine_similarity(a, b, dim=0)) for b in tokens] for a in tokens]
     sums = [sum(row) for row in alike]
     grouped = {}
@@ -19,7 +19,7 @@ def by_hand(tokens, cells, keep, side):
         grouped.clear()
         for i, (tile, row, column) in enumerate(cells.tolist()):
             grouped.setdefault((tile, row // side, column // side), []).append(i)
-        if len(grouped) <= keep or side > 50:
+        if len(grouped) <= (keep if side == given else keep // 2) or side > 50:
             break
         side += 1
     bases = [max(members, key=lambda i: sums[i]) for members in grouped.values()]

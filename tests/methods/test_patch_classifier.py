@@ -12,7 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from prunezoo import PruneZooError, build_pruner, load_pruner
 from prunezoo.core.contract import PruneInputs
-from prunezoo.learned.patch_classifier import PatchClassifier, scaled
+from prunezoo.learned.patch_classifier import PatchClassifier, facts_of, scaled
 from trainers import fit
 from trainers.cards.cells import render_card
 from trainers.cards.parts import weights_digest
@@ -90,6 +90,36 @@ def test_cells_of_other_sizes_are_scaled():
     torch.testing.assert_close(scaled(clips.flatten(2), (2, 3, 4, 4), 4), cells.flatten(2) + 1)
     grey = scaled(torch.randn(2, 5, 7), None, 4)
     assert grey.shape == (2, 5, 48) and torch.equal(grey[..., :16], grey[..., 32:])
+
+
+def test_facts_are_those_of_a_loop_over_cells():
+    """Two tiles of a picture, and one cell that is not there."""
+    where = [(tile, row, column) for tile in range(2) for row in range(2) for column in range(3)][:-1]
+    pixels = torch.randn(1, 12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(12)[None] < 11
+    inputs = PruneInputs(pixels.flatten(2), valid, torch.tensor([[*where, (-1, -1, -1)]]), pixels=(1, 3, 4, 4))
+    found = facts_of(pixels.flatten(2), inputs)
+    for slot, (tile, row, column) in enumerate(where):
+        cell, facts = pixels[0, slot], []
+        facts += [cell[channel].mean() for channel in range(3)]
+        facts += [(cell[channel].square().mean() - cell[channel].mean() ** 2 + 1e-4).log() for channel in range(3)]
+        for down, right in ((0, -1), (0, 1), (-1, 0), (1, 0)):
+            beside = (tile, row + down, column + right)
+            other = pixels[0, where.index(beside)] if beside in where else torch.zeros(3, 4, 4)
+            facts.append(((cell - other).abs().mean() + 1e-2).log())
+        torch.testing.assert_close(found[0, slot], torch.stack(facts))
+
+
+def test_facts_are_asked_for_and_change_what_is_kept():
+    torch.manual_seed(0)
+    pruner = PatchClassifier(side=SIDE, hidden=8, grow=False, facts=True).eval()
+    inputs = inputs_of(torch.randn(GRID, GRID, 3 * SIDE * SIDE))
+    with pytest.raises(PruneZooError, match="facts=true it needs to know the cells around"):
+        pruner.logits(inputs.features)
+    loud = inputs_of(inputs.features.view(GRID, GRID, -1) * torch.linspace(0.1, 3, GRID)[:, None, None])
+    assert not torch.equal(pruner(inputs, 9).index, pruner(loud, 9).index)  # layer norm alone takes contrast away
+    plain = PatchClassifier(side=SIDE, hidden=8, grow=False).eval()
+    torch.testing.assert_close(plain.score(inputs), plain.score(loud), rtol=0, atol=0.02)
 
 
 def test_a_sheet_is_a_matter_of_its_number():

@@ -48,6 +48,14 @@ def test_served_answers_are_those_of_attach(pruner, positions, expected):
     assert max(lengths) < KEEP + 20  # it was shorter
 
 
+@pytest.mark.parametrize(("pruner", "positions"), [("fastervlm", "original"), ("checkpoints/ppm-tiny", "compact")])
+def test_two_processes_answer_as_one(pruner, positions, expected):
+    """Tensor parallel: heads of tower and language model are divided, the pruner is in both."""
+    several = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with served(VLM, pruner, KEEP, positions, **several) as llm:
+        assert said(llm, requests(VLM, COUNT))[0] == expected[pruner, positions]
+
+
 def test_the_comparison_can_fail(expected):
     """Pruners and positions differ on some of the questions."""
     assert expected["divprune", "original"] != expected["divprune", "compact"]
@@ -114,7 +122,10 @@ def test_an_image_keeps_the_words_of_its_own_turn():
 
 
 def test_adapters_are_refused_at_start_up():
-    with pytest.raises(ValueError, match="--enable-lora is not served"), served(VLM, "uniform", 8, enable_lora=True):
+    with (
+        pytest.raises(ValueError, match="--enable-lora is not served with 'llava'"),
+        served(VLM, "uniform", 8, enable_lora=True),
+    ):
         pass
 
 
@@ -134,5 +145,5 @@ def test_other_models_are_refused_by_name():
     with pytest.raises(ValueError, match="pruner 'tome' cannot be served: it acts in the vision stage"):
         ServedConfig.verify_and_update_model_config(model_config)
     model_config.hf_config = SimpleNamespace(model_type="gemma3", prunezoo={"pruner": "uniform", "keep": 8})
-    with pytest.raises(ValueError, match="model_type 'gemma3' cannot be served yet: llava can"):
+    with pytest.raises(ValueError, match="model_type 'gemma3' cannot be served; llava, llava_next"):
         ServedConfig.verify_and_update_model_config(model_config)

@@ -102,7 +102,7 @@ def test_every_answer_slot_is_drawn_alike():
 
 
 def test_attention_guide_equals_the_models_own_attention(tiny_llava, encoded):
-    guide, logits = attention_guide(tiny_llava.vlm, encoded, layer=1)
+    guide, logits = attention_guide(tiny_llava.vlm, encoded, layers=[1])
     tiny_llava.vlm.set_attn_implementation({"text_config": "eager"})
     out = full_forward(tiny_llava.vlm, encoded, output_attentions=True)
     maps = out.attentions[1]
@@ -113,8 +113,15 @@ def test_attention_guide_equals_the_models_own_attention(tiny_llava, encoded):
         words[: encoded.slots[row].max() + 1] = False
         expected = maps[row].mean(0)[words].mean(0)[encoded.slots[row]]
         torch.testing.assert_close(guide[row], expected, rtol=1e-4, atol=1e-6)
+    both = [attention_guide(tiny_llava.vlm, encoded, layers=[layer])[0] for layer in (0, 1)]
+    torch.testing.assert_close(attention_guide(tiny_llava.vlm, encoded, None)[0], (both[0] + both[1]) / 2)
+    whole = attention_guide(tiny_llava.vlm, encoded, [1], rows="all")[0]
+    behind = [encoded.mask[row] & (torch.arange(len(maps[row][0])) > encoded.slots[row].max()) for row in range(2)]
+    for row in range(2):
+        expected = maps[row].mean(0)[behind[row]].mean(0)[encoded.slots[row]]
+        torch.testing.assert_close(whole[row], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(PruneZooError, match="guide_layer=7"):
-        attention_guide(tiny_llava.vlm, encoded, layer=7)
+        attention_guide(tiny_llava.vlm, encoded, layers=[7])
 
 
 def test_an_answer_counts_only_if_every_token_of_it_is_right():

@@ -93,15 +93,15 @@ def load_model(source: str, device: str | None, dtype: str | None) -> tuple[Any,
     return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), processor
 
 
-def load_for_timing(source: str, width: int) -> Pruner:
+def load_for_timing(source: str, width: int, tower_width: int | None = None) -> Pruner:
     """A pruner as :func:`load_pruner` gives it; a learned method by its registry name is built, untrained.
 
     How long a pruner takes does not depend on its weights, so that none need be trained for a model to be timed on it;
-    only its ``width``, if it has one, must be that of the model's tokens.
+    only its ``width`` and ``tower_width``, if it has them, must be those of the model's tokens and of its tower.
     """
     if source not in list_pruners():
         return load_pruner(source)
-    return fit_width(build_pruner(source), width).eval()
+    return fit_width(build_pruner(source), width, tower_width).eval()
 
 
 class Request:

@@ -1,10 +1,12 @@
 """What `trainers.benchmark` does: measure in turns, write the numbers, print."""
 
 import argparse
+from itertools import product
 from typing import Any
 
 from rich.console import Console
 
+from prunezoo.core.base_model import BaseModel
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import list_pruners
 from prunezoo.host import attach
@@ -44,11 +46,13 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     budgets = parse_budgets(args.keep)
     hold("--json", args.json)
     vlm, processor = load_model(args.vlm, args.device, args.dtype)
-    width = vlm.config.get_text_config().hidden_size
+    model = BaseModel.describe(vlm)
     named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
-    pruners = [(name, load_for_timing(name, width).to(vlm.device)) for name in dict.fromkeys(named)]
-    for _, pruner in pruners:
-        attach(vlm, pruner, budgets[0].keep)  # refuses here and now what it cannot do
+    widths = model.width, model.tower_width
+    pruners = [(name, load_for_timing(name, *widths).to(vlm.device)) for name in dict.fromkeys(named)]
+    for budget, (_, pruner) in product(budgets, pruners):
+        with attach(vlm, pruner, budget.keep):  # refuses here and now what it cannot do
+            pass
     settings = [
         Setting(
             vlm, Request(vlm, processor, batch, length, picture), cases_of(pruners, budgets), args.decode, args.repeats

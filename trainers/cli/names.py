@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 CHECKPOINTS, CONFIGS = ROOT / "checkpoints", ROOT / "configs"
 TINY = "-tiny"
 """What ends the names of the pruners that were trained for the embedded model."""
+BY_FRAME = "frames:"
+"""In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
 
 
 def methods_shipped() -> dict[str, str]:
@@ -29,9 +31,23 @@ def methods_shipped() -> dict[str, str]:
 
 
 def pruners_shipped() -> dict[str, str]:
-    """Those of them that were trained for the embedded model; no tokenizers."""
+    """Those of them that were trained for the embedded model and are in the league; no tokenizers.
+
+    Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own. Nor those
+    under which the tower puts out every patch again, so that the language model reads all of them.
+    """
     known = list_pruners()
-    return {name: method for name, method in methods_shipped().items() if name.endswith(TINY) and method in known}
+    return {
+        name: method
+        for name, method in methods_shipped().items()
+        if name.endswith(TINY) and method in known and fits_league(method)
+    }
+
+
+def fits_league(method: str) -> bool:
+    """Whether a method leaves the language model fewer tokens, and acts behind the first block of the tower."""
+    cls = pruner_class(method)
+    return cls.stage != "input" and not cls.restore
 
 
 def find_pruner(name: str) -> str:
@@ -40,20 +56,20 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`).
+            (`?k=v`). `frames:` in front stays there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
+    if name.startswith(BY_FRAME):
+        return BY_FRAME + find_pruner(name.removeprefix(BY_FRAME))
     short, mark, query = name.partition("?")
     if "/" in short or "@" in short or Path(short).exists() or short in ("oracle", "relevance"):
         return name
     shipped = methods_shipped()
     of_method = [folder for folder, method in shipped.items() if method == short]
-    if short in shipped:
-        of_method = [short]
-    elif short + TINY in of_method:
-        of_method = [short + TINY]
+    named = short.replace("_", "-")  # a folder called as its method comes before others of it
+    of_method = next(([own] for own in (short, named, named + TINY) if own in shipped), of_method)
     if not of_method:
         if short not in list_pruners():
             raise PruneZooError(f"no pruner is called '{short}'{near(short, [*list_pruners(), *shipped])}")

@@ -1,4 +1,4 @@
-"""From suite items (picture, turns of question and answer) to a batch that a vision-language model reads.
+"""From suite items (pictures, turns of question and answer) to a batch that a vision-language model reads.
 
 Works with any `transformers` processor that has a chat template, and never looks at how a family writes images into
 text.
@@ -43,7 +43,7 @@ class ConversationCollator:
             text and alone are labelled; padding on the right. Without, for generation: the text stops where the
             assistant is to speak; padding on the left, no labels. Earlier answers are history in both cases.
         max_length: Longest sequence in tokens, image tokens included. Longer conversations lose their oldest turns,
-            then the tail of their answer. None: no limit.
+            and the pictures in them unless these are all; then the tail of their answer. None: no limit.
 
     What a text has of the tokenizer's special tokens, such as the placeholder of a picture, is text: a space goes into
     each, so that nothing takes it for one.
@@ -87,29 +87,29 @@ class ConversationCollator:
         return batch
 
     def _process(self, items: Sequence[Item], turns: list[list[tuple[str, str]]]) -> dict[str, Any]:
-        places = [
-            max(item.picture_turn - (len(item.turns) - len(left)), 0) for item, left in zip(items, turns, strict=True)
-        ]
+        shown = [pictures_left(item, len(left)) for item, left in zip(items, turns, strict=True)]
+        places = [[turn for turn, _ in own] for own in shown]
+        pictures = [[picture for _, picture in own] for own in shown]
         prompts = [self._render(t, place, answered=False) for t, place in zip(turns, places, strict=True)]
         texts = prompts
         if self.answers:
             texts = [self._render(t, place, answered=True) for t, place in zip(turns, places, strict=True)]
         try:
-            batch = self._ask(texts, [item.image for item in items])
+            batch = self._ask(texts, pictures)
         except Exception as error:  # processors raise whatever their own code happens to
-            self._blame(items, texts)
+            self._blame(items, texts, pictures)
             raise error
         if self.answers:
             batch["labels"] = self._labels(batch, prompts, texts)
         return batch
 
-    def _ask(self, texts: list[str], images: Sequence[Image.Image]) -> dict[str, Any]:
-        """What the processor makes of texts with a picture each."""
+    def _ask(self, texts: list[str], pictures: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """What the processor makes of texts with their pictures."""
         bos = self.processor.tokenizer.bos_token
         return dict(
             self.processor(
                 text=texts,
-                images=[[image.convert("RGB")] for image in images],
+                images=[[picture.convert("RGB") for picture in own] for own in pictures],
                 padding=True,
                 padding_side="right" if self.answers else "left",
                 add_special_tokens=bos is None or not texts[0].startswith(bos),  # the template may have written it
@@ -117,37 +117,39 @@ class ConversationCollator:
             )
         )
 
-    def _blame(self, items: Sequence[Item], texts: Sequence[str]) -> None:
-        """Find the item whose picture the processor refuses, alone and with another picture not, whatever it raises.
+    def _blame(self, items: Sequence[Item], texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
+        """Find the picture that the processor refuses, alone and with another picture not, whatever it raises.
 
         So a mistake in the processor, or in what it is asked, is none of a picture's: it would refuse any.
 
         Raises:
             RefusedImage: There is one.
         """
-        for item, text in zip(items, texts, strict=True):
-            try:
-                self._ask([text], [item.image])
-            except Exception as error:  # as above
+        for item, text, own in zip(items, texts, pictures, strict=True):
+            others: list[Image.Image] = [Image.new("RGB", (256, 256))] * len(own)
+            for number, picture in enumerate(own):
                 try:
-                    self._ask([text], [Image.new("RGB", (256, 256))])
-                except Exception:  # no fault of this picture
-                    return
-                raise RefusedImage(
-                    f"{item.id}: {type(self.processor).__name__} refuses its picture of {item.image.width} x "
-                    f"{item.image.height} pixels ({' '.join(str(error).split()):.200}); replace it or drop the entry",
-                    item,
-                ) from error
+                    self._ask([text], [[*others[:number], picture, *others[number + 1 :]]])
+                except Exception as error:  # as above
+                    try:
+                        self._ask([text], [others])
+                    except Exception:  # no fault of this picture
+                        return
+                    raise RefusedImage(
+                        f"{item.id}: {type(self.processor).__name__} refuses its picture of {picture.width} x "
+                        f"{picture.height} pixels ({' '.join(str(error).split()):.200}); replace it or drop the entry",
+                        item,
+                    ) from error
 
-    def _render(self, turns: Sequence[tuple[str, str]], place: int, answered: bool) -> str:
+    def _render(self, turns: Sequence[tuple[str, str]], places: Sequence[int], answered: bool) -> str:
         """The conversation as text, up to the last answer's end token (answered) or to where the assistant begins;
-        the picture stands in question ``place``.
+        pictures stand in the questions ``places``.
         """
         messages: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(turns):
-            image = [{"type": "image"}] if number == place else []
+            images = [{"type": "image"}] * places.count(number)
             asked, said = ({"type": "text", "text": self._plain(text)} for text in (question, answer))
-            messages.append({"role": "user", "content": [*image, asked]})
+            messages.append({"role": "user", "content": [*images, asked]})
             messages.append({"role": "assistant", "content": [said]})
         if not answered:
             return self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
@@ -182,6 +184,16 @@ class ConversationCollator:
         if self.answers:
             lengths = lengths - (batch["labels"] != IGNORED).sum(1)
         return lengths.tolist()
+
+
+def pictures_left(item: Item, turns: int) -> list[tuple[int, Image.Image]]:
+    """The pictures of an item of which the last so many turns are left, with their turns among these.
+
+    Those of turns that have gone go too; where none would be left, all stand in the first turn.
+    """
+    gone = len(item.turns) - turns
+    left = [(turn - gone, picture) for turn, picture in item.pictures if turn >= gone]
+    return left or [(0, picture) for _, picture in item.pictures]
 
 
 def reserved(processor: Any) -> set[str]:

@@ -201,7 +201,7 @@ def make_things(
 def render(things: list[Thing], rng: np.random.Generator, split: str) -> np.ndarray:
     """Draw a scene: (96, 96, 3) uint8."""
     assets = load_assets(split)
-    canvas = _texture(assets, rng)
+    canvas = texture(assets, rng)
     for thing in things:
         left, top = int(thing.x - thing.width / 2), int(thing.y - thing.height / 2)
         patch = canvas[top : top + thing.height, left : left + thing.width]
@@ -222,7 +222,7 @@ def render(things: list[Thing], rng: np.random.Generator, split: str) -> np.ndar
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def _texture(assets: Assets, rng: np.random.Generator) -> np.ndarray:
+def texture(assets: Assets, rng: np.random.Generator) -> np.ndarray:
     """A random crop of a photograph, (96, 96, 3) float32: scale, mirror, contrast and brightness vary."""
     photo = assets.photos[int(rng.integers(len(assets.photos)))]
     side = int(rng.integers(48, min(min(photo.shape[:2]), 192) + 1))

@@ -54,6 +54,9 @@ class Item:
         picture_turn: number of the turn whose question the picture stands in.
         references: all answers that count, where the suite has its answers written and scored; none: `answer` alone.
         choices: texts of the answers to choose from, in the order of the letters A, B, …; none: it is no such question.
+        more: further pictures, in reading order behind ``image``: number of the turn whose question each stands in, and
+            the picture. ``relevant`` is (P, H, W) then, of all P pictures in that order.
+        stream: of what it is one step; items of a stream follow one another. Empty: of nothing.
     """
 
     id: str
@@ -64,6 +67,13 @@ class Item:
     picture_turn: int = 0
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    more: tuple[tuple[int, Image.Image], ...] = ()
+    stream: str = ""
+
+    @property
+    def pictures(self) -> tuple[tuple[int, Image.Image], ...]:
+        """All pictures in reading order, each with the number of the turn whose question it stands in."""
+        return ((self.picture_turn, self.image), *self.more)
 
     @property
     def question(self) -> str:
@@ -112,6 +122,7 @@ class Suite(Items):
         scorer: how answers are scored that the model writes, a name of `scorers.py`; None: none are written, and right
             is where greedy decoding would write exactly the reference answer.
         new_tokens: longest answer that is written.
+        clips: whether the pictures of an item are the frames of one clip.
     """
 
     name: str
@@ -120,6 +131,7 @@ class Suite(Items):
     chance: dict[str, float] = {}
     scorer: str | None = None
     new_tokens: int = 16
+    clips: bool = False
 
     def __init__(self, split: str = "test", limit: int | None = None) -> None:
         if split not in SPLITS:

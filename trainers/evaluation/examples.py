@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from prunezoo.host import attach, encode
+from prunezoo.host import attach
 from prunezoo.host.run import run_pruned
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item, Suite
 
 from .budgets import Budget
-from .methods import Method, view_of
+from .measure import see
+from .methods import Method
+from .pictures import side_by_side
 from .written import moved, prompts_of, write
 
 NEW_TOKENS = 16
@@ -29,7 +32,7 @@ class Shown:
     Attributes:
         pruner: the method.
         keep: the budget, as on the command line.
-        kept: (K, 2) row and column of each token.
+        kept: (K, 2) row and column of each token; of several pictures as if they stood side by side.
         anchors: the tokens were merged or made anew; `kept` only says where they stand.
         answer: what the model generates.
         right: whether that is right, see :func:`is_right`.
@@ -60,6 +63,11 @@ class Example:
     answer: str
     right: bool
     shown: list[Shown] = field(default_factory=list)
+
+    @property
+    def picture(self) -> Image.Image:
+        """The item's, or all of them side by side."""
+        return side_by_side([picture for _, picture in self.item.pictures])
 
 
 def pick_items(suite: Suite, per_group: int) -> list[Item]:
@@ -110,25 +118,38 @@ def show_examples(
     longest = NEW_TOKENS if suite is None else suite.new_tokens
     scored = moved(ConversationCollator(processor)(items), vlm.device)
     prompt = prompts_of(vlm, processor, items)
-    encoded = encode(vlm, scored, needs=tuple(sorted({signal for method in methods for signal in method.needs})))
-    view = view_of(vlm, scored, encoded, items, methods)
-    cells = encoded.inputs.cells.cpu().numpy()
+    clips = suite is not None and suite.clips
+    needs = tuple(sorted({signal for method in methods for signal in method.needs}))
+    sights = {by_frame: see(vlm, scored, items, methods, needs, clips and not by_frame) for by_frame in
+              {method.by_frame for method in methods} | {False}}  # fmt: skip
+    cells = sights[False][0].inputs.cells.cpu().numpy()
+    high, wide = int(cells[..., 1].max()) + 1, int(cells[..., 2].max()) + 1
     examples = [
-        Example(item, (int(grid[:, 1].max()) + 1, int(grid[:, 2].max()) + 1), answer, is_right(item, answer, suite))
-        for item, grid, answer in zip(items, cells, write(vlm, processor, prompt, longest), strict=True)
+        Example(item, (high, wide * len(item.pictures)), answer, is_right(item, answer, suite))
+        for item, answer in zip(items, write(vlm, processor, prompt, longest), strict=True)
     ]
     for budget in budgets:
         for method in methods:
+            encoded, view = sights[method.by_frame]
             pruner, amount = method.pruner(view), method.amount(view, budget.keep)
             choice = run_pruned(vlm, encoded, pruner, amount, logits_to_keep=1).output
             index, valid = choice.index.cpu().numpy(), choice.valid.cpu().numpy()
-            with attach(vlm, pruner, amount):
+            with attach(vlm, pruner, amount, clips=clips and not method.by_frame):
                 answers = write(vlm, processor, prompt, longest)
+            where = encoded.inputs.cells.cpu().numpy()
             for b, answer in enumerate(answers):
-                kept = cells[b, index[b][valid[b]]]
-                kept = kept[(kept[:, 1] >= 0) & (kept[:, 2] >= 0), 1:]
+                kept = np.concatenate([
+                    _side_by_side(where[row, index[row][valid[row]]], wide, number)
+                    for row, (item, number) in enumerate(view.pictures) if item == b
+                ])  # fmt: skip
                 right = is_right(items[b], answer, suite)
                 examples[b].shown.append(
                     Shown(method.name, budget.label, kept, choice.features is not None, answer, right)
                 )
     return examples
+
+
+def _side_by_side(cells: NDArray[np.int64], wide: int, number: int) -> NDArray[np.int64]:
+    """(K, 2): row and column of the cells (n, 3) that are patches, of the picture of that number or of a clip."""
+    on_grid = cells[(cells[:, 1] >= 0) & (cells[:, 2] >= 0)]
+    return np.stack([on_grid[:, 1], on_grid[:, 2] + wide * (number + on_grid[:, 0])], 1)

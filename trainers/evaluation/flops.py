@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezoo.core.contract import Pruner
 from prunezoo.host import Encoded
 from prunezoo.host.families import find_family
+from prunezoo.host.parts.tower import Tower
 from prunezoo.host.run import PrunedRun
 from trainers.benchmarking.flops import decoder_flops
 from trainers.planning.costs import attention_cost, mlp_cost
@@ -24,20 +26,21 @@ def flops_share(vlm: Any, encoded: Encoded, run: PrunedRun | None) -> Tensor:
 
     Args:
         vlm: The model.
-        encoded: Its batch, one image a sample.
+        encoded: Its batch.
         run: What was pruned of it; None: nothing.
 
     Returns:
-        ``(B,)`` double; nan where an image's patches are not the tokens of the language model, or its decoder is of
-        another kind.
+        ``(B,)`` double; nan where a sample has several images, where an image's patches are not the tokens of the
+        language model, or where its decoder is of another kind.
     """
     family = find_family(vlm)
     counts = torch.tensor(encoded.inputs.counts, dtype=torch.long)
     depth = family.decoder().depth
     layers = counts[:, None].expand(-1, depth) if run is None else run.layers.cpu()
     text = vlm.config.get_text_config()
-    nothing = torch.full((len(layers),), torch.nan, dtype=torch.double)
-    if not all(hasattr(text, name) for name in NEEDED) or len(encoded.mask) != len(layers):
+    nothing = torch.full((len(encoded.mask),), torch.nan, dtype=torch.double)
+    one_each = encoded.rows == tuple(range(len(encoded.mask))) and not encoded.clips
+    if not all(hasattr(text, name) for name in NEEDED) or not one_each:
         return nothing
     tower = family.tower()
     vision = tower.model.config
@@ -67,3 +70,23 @@ def tower_flops(config: Any, blocks: Tensor) -> int:
         blocks: ``(blocks, 2)`` long: patches in attention and MLP.
     """
     return sum(attention_cost(config, looking) + mlp_cost(config, left) for looking, left in blocks.tolist())
+
+
+def planned_tower_share(pruner: Pruner, keep: int, tokens: int, tower: Tower) -> float:
+    """Operations of a plain ViT under a pruner that keeps to its schedule, as a share of those on all patches.
+
+    Args:
+        pruner: Of the vision stage.
+        keep: Tokens that its last block leaves.
+        tokens: Patches of the picture.
+        tower: The tower.
+    """
+    asked, found = torch.tensor([keep]), torch.tensor([tokens])
+    left = dict(zip(pruner.stages(tower.depth), pruner.steps(asked, found, tower.depth), strict=True))
+    blocks, before = [], tokens
+    for block in range(tower.depth):
+        after = int(left[block]) if block in left else before
+        blocks.append((before, before if pruner.after_block else after))
+        before = after
+    every = torch.full((tower.depth, 2), tokens)
+    return tower_flops(tower.model.config, torch.tensor(blocks)) / tower_flops(tower.model.config, every)

@@ -134,7 +134,6 @@ def measure(
     scores = {key: ItemScores.empty(len(suite), depth) for key in keys}
     group_names: list[str] = [""] * len(suite)
     needs = tuple(sorted({signal for method in methods for signal in method.needs}))
-
     per_item = passes(methods, budgets)
     done = processes.first_says(journal.read(scores, group_names) if journal and processes.rank == 0 else 0)
     _gather(suite, range(done), scores, group_names, processes)
@@ -145,10 +144,11 @@ def measure(
         own = 0
         for places, items in _batches(suite, window, batch_size, processes):
             batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
-            encoded = encode(vlm, batch, needs=needs)
-            view = view_of(vlm, batch, encoded, items, methods)
+            sights = {False: see(vlm, batch, items, [m for m in methods if not m.by_frame], needs, suite.clips)}
+            if by_frame := [method for method in methods if method.by_frame]:
+                sights[True] = see(vlm, batch, items, by_frame, needs)
             judge = Judge(vlm, processor, suite, items) if suite.scorer is not None else None
-            for key, weight, values in _passes(vlm, encoded, view, methods, budgets, judge):
+            for key, weight, values in _passes(vlm, sights, methods, budgets, judge):
                 for whole, part in zip(vars(scores[key]).values(), values, strict=True):
                     whole[places] += weight * part.double().cpu().numpy()
                 advance(len(items))
@@ -167,19 +167,42 @@ def measure(
 
 
 @torch.no_grad()
-def why_not(vlm: Any, processor: Any, item: Item, method: Method, budgets: Sequence[Budget]) -> str | None:
-    """Why a model cannot have a method at these budgets, by running an item under it; None where it can."""
+def why_not(
+    vlm: Any, processor: Any, item: Item, method: Method, budgets: Sequence[Budget], clips: bool = False
+) -> str | None:
+    """Why a model cannot have a method at these budgets, by running an item under it; None where it can.
+
+    Args:
+        vlm: the model.
+        processor: its processor.
+        item: any.
+        method: which.
+        budgets: at how many tokens.
+        clips: whether the item's pictures are the frames of a clip.
+    """
     items = [item]
     made = ConversationCollator(processor)(items)
     batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in made.items()}
     try:
-        encoded = encode(vlm, batch, needs=method.needs)
-        view = view_of(vlm, batch, encoded, items, [method])
+        encoded, view = see(vlm, batch, items, [method], method.needs, clips and not method.by_frame)
         for budget in budgets:
             run_pruned(vlm, encoded, method.pruner(view), method.amount(view, budget.keep), logits_to_keep=1)
     except PruneZooError as error:
         return one_line(error)
     return None
+
+
+def see(
+    vlm: Any,
+    batch: dict[str, Any],
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    needs: tuple[str, ...],
+    clips: bool = False,
+) -> tuple[Encoded, View]:
+    """A batch as methods see it: encoded with the signals ``needs``; with ``clips``, an item is one clip."""
+    encoded = encode(vlm, batch, needs=needs, clips=clips)
+    return encoded, view_of(vlm, batch, encoded, items, methods)
 
 
 def of_pruner(name: str, why: str) -> str:
@@ -189,17 +212,18 @@ def of_pruner(name: str, why: str) -> str:
 
 def _passes(
     vlm: Any,
-    encoded: Encoded,
-    view: View,
+    sights: Mapping[bool, tuple[Encoded, View]],
     methods: Sequence[Method],
     budgets: Sequence[Budget],
     judge: Judge | None = None,
 ) -> Iterator[tuple[Key, float, tuple[Tensor, ...]]]:
-    """Every forward pass over one batch; with a judge, right is what it says of the written answers.
+    """Every forward pass over one batch, as methods see it that go by frame, and others; with a judge, right is what it
+    says of the written answers.
 
     Yields:
         Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) four times.
     """
+    encoded, view = sights[False]
     items = len(view.items)
     assert encoded.labels is not None  # the collator wrote them
     # logits only from the position before the earliest answer on; a shorter prompt ends where the long one does
@@ -210,23 +234,33 @@ def _passes(
         return Answers.read(output.logits, output.labels[:, -tail:])
 
     full = answers(full_forward(vlm, encoded, logits_to_keep=tail))
-    everything = encoded.tokens[:, None].expand(-1, find_family(vlm).decoder().depth)
+    depth = find_family(vlm).decoder().depth
+    everything = by_item(encoded, encoded.tokens[:, None].expand(-1, depth))
     right, agreement, kl = full.compare(full, items)
     share = flops_share(vlm, encoded, None)
     yield (FULL, ALL_TOKENS), 1.0, (everything, judge() if judge else right, agreement, kl, share)
 
-    def prune(pruner: Pruner, keep: Keep) -> tuple[Tensor, ...]:
+    def prune(pruner: Pruner, keep: Keep, by_frame: bool = False) -> tuple[Tensor, ...]:
+        encoded = sights[by_frame][0]
         run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
         right, agreement, kl = answers(run.host).compare(full, items)
         share = flops_share(vlm, encoded, run)
-        return run.layers, judge(pruner, keep) if judge else right, agreement, kl, share
+        right = judge(pruner, keep, by_frame) if judge else right
+        return by_item(encoded, run.layers), right, agreement, kl, share
 
     yield (NONE, NO_TOKENS), 1.0, prune(build_pruner(NONE).eval(), 1)
     for method in methods:
         for budget in budgets:
             for replica in range(method.replicas):
-                values = prune(method.pruner(view, replica), method.amount(view, budget.keep))
+                view = sights[method.by_frame][1]
+                values = prune(method.pruner(view, replica), method.amount(view, budget.keep), method.by_frame)
                 yield (method.name, budget.label), 1 / method.replicas, values
+
+
+def by_item(encoded: Encoded, tokens: Tensor) -> Tensor:
+    """Sums ``(B, ...)`` of ``tokens (R, ...)`` over the pictures of each item."""
+    rows = torch.tensor(encoded.rows, dtype=torch.long)
+    return tokens.new_zeros(len(encoded.real), *tokens.shape[1:]).index_add(0, rows.to(tokens.device), tokens)
 
 
 def _batches(

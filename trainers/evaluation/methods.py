@@ -20,6 +20,7 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
+from trainers.cli.names import BY_FRAME
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -38,7 +39,7 @@ class View:
 
     Attributes:
         inputs: what a pruner may look at.
-        items: the B items.
+        items: the items.
         attention: (layers, 2, B, N) the full model's attention to image tokens, from the last prompt token and as the
             mean over all prompt tokens; None unless a method asks for it.
         relevance: (B, N) of the image tokens for the reference answer; None unless a method asks for it.
@@ -48,6 +49,13 @@ class View:
     items: Sequence[Item]
     attention: Tensor | None = None
     relevance: Tensor | None = None
+    rows: tuple[int, ...] | None = None  # (B) number of the item that each row of the inputs is of; None: one each
+
+    @property
+    def pictures(self) -> list[tuple[int, int]]:
+        """Of each row of the inputs: number of its item, and of the picture (or clip) in that, from 0."""
+        rows = tuple(range(len(self.items))) if self.rows is None else self.rows
+        return [(row, rows[:place].count(row)) for place, row in enumerate(rows)]
 
 
 class Method(ABC):
@@ -59,12 +67,14 @@ class Method(ABC):
         replicas: how many seeds it has; their results are averaged.
         wants_attention: whether it reads `View.attention`.
         wants_relevance: whether it reads `View.relevance`.
+        by_frame: whether it sees the frames of a clip one by one, where others see the clip.
     """
 
     needs: tuple[str, ...] = ()
     replicas: int = 1
     wants_attention: bool = False
     wants_relevance: bool = False
+    by_frame: bool = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -153,27 +163,29 @@ class Oracle(ScoredMethod):
 
     def rate(self, view: View) -> Tensor:
         """Relevance of each token, (B, N)."""
-        rows = [self._rate_item(item, view.inputs.cells[b]) for b, item in enumerate(view.items)]
+        shown = zip(view.pictures, view.inputs.cells.cpu(), strict=True)
+        rows = [self._rate_picture(view.items[item], number, cells) for (item, number), cells in shown]
         return torch.stack(rows).to(view.inputs.features.device)
 
     @staticmethod
-    def _rate_item(item: Item, cells: Tensor) -> Tensor:
-        """Relevance (N,) of one image's tokens; cells (N, 3) are tile, row and column."""
+    def _rate_picture(item: Item, number: int, cells: Tensor) -> Tensor:
+        """Relevance (N,) of one picture's tokens, or of a clip's; cells (N, 3) are tile, row and column."""
         if item.relevant is None:
             raise PruneZooError(
                 f"{item.id}: the suite does not say which pixels matter, so `{ORACLE}` has nothing to keep"
             )
-        if int(cells[:, 0].max()) > 0:
+        tile, row, column = cells.unbind(1)
+        pixels = torch.as_tensor(item.relevant, dtype=torch.float64).view(-1, *item.relevant.shape[-2:])[number:]
+        tiles, grid = int(tile.max()) + 1, (int(row.max()) + 1, int(column.max()) + 1)
+        if tiles not in (1, len(pixels)):
             raise PruneZooError(f"`{ORACLE}` knows images of one tile only; this model cuts them into several")
-        row, column = cells[:, 1].cpu(), cells[:, 2].cpu()
-        grid = (int(row.max()) + 1, int(column.max()) + 1)
-        pixels = torch.as_tensor(item.relevant, dtype=torch.float64)[None]
-        peak, cover = F.adaptive_max_pool2d(pixels, grid)[0], F.adaptive_avg_pool2d(pixels, grid)[0]
+        pixels = pixels[:tiles]
+        peak, cover = F.adaptive_max_pool2d(pixels, grid), F.adaptive_avg_pool2d(pixels, grid)
         # where all else is equal (the background), a fixed shuffle: row-major order would favour the top of the picture
-        shuffle = torch.as_tensor(np.random.default_rng(0).permutation(grid[0] * grid[1])).view(grid)
+        shuffle = torch.as_tensor(np.random.default_rng(0).permutation(peak.numel())).view(peak.shape)
         value = peak + 1e-3 * cover + 1e-9 * shuffle
         on_grid = (row >= 0) & (column >= 0)  # a newline or separator is not a patch
-        return torch.where(on_grid, value[row.clamp_min(0), column.clamp_min(0)], -1.0)
+        return torch.where(on_grid, value[tile.clamp_min(0), row.clamp_min(0), column.clamp_min(0)], -1.0)
 
 
 class LayerAttention(ScoredMethod):
@@ -211,13 +223,17 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
 
     Args:
-        name: as on the command line.
+        name: as on the command line; with `frames:` in front it sees the frames of a clip one by one.
         seed: where the seeds of `random` begin.
         depth: as :class:`PrunerMethod` takes it.
 
     Raises:
         PruneZooError: an unknown name, or a method that needs training.
     """
+    if name.startswith(BY_FRAME):
+        method = build_method(name.removeprefix(BY_FRAME), seed, depth)
+        method.name, method.by_frame = name, True
+        return method
     if name == ORACLE:
         return Oracle()
     if name == RELEVANCE:
@@ -246,7 +262,7 @@ def view_of(
         attention = attention_to_image(vlm, batch, encoded.inputs.valid)
     if any(method.wants_relevance for method in methods):
         relevance = relevance_map(vlm, encoded)
-    return View(encoded.inputs, items, attention, relevance)
+    return View(encoded.inputs, items, attention, relevance, encoded.rows)
 
 
 @torch.no_grad()

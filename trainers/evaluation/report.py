@@ -196,6 +196,6 @@ def _example(example: Example, budgets: Sequence[str]) -> dict[str, Any]:
         "right": example.right,
         "tokens": example.grid[0] * columns,
         "grid": example.grid,
-        "picture": data_uri(enlarge(example.item.image)),
+        "picture": data_uri(enlarge(example.picture)),
         "shown": shown,
     }

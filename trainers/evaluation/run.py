@@ -68,7 +68,7 @@ def leave_out(
     if not len(suite):
         return {}  # `measure` says so
     first = suite[0]
-    found = {method.name: why_not(vlm, processor, first, method, budgets) for method in methods}
+    found = {method.name: why_not(vlm, processor, first, method, budgets, suite.clips) for method in methods}
     missing = {name: why for name, why in found.items() if why}
     for name, why in missing.items():
         if name in named or name not in RIVALS:
@@ -79,10 +79,10 @@ def leave_out(
     return missing
 
 
-def contenders(methods: Sequence[Method]) -> list[str]:
-    """Who is compared in pairs with all others: the first method, and every one with trained weights."""
+def contenders(methods: Sequence[Method], named: Sequence[str] = ()) -> list[str]:
+    """Who is compared in pairs with all others: the first method, all with trained weights, and those ``named``."""
     learned = [m.name for m in methods if isinstance(m, PrunerMethod) and any(True for _ in m.pruners[0].parameters())]
-    return list(dict.fromkeys([methods[0].name, *learned]))
+    return list(dict.fromkeys([methods[0].name, *named, *learned]))
 
 
 def read_suite(words: Sequence[str], options: Sequence[str], split: str, limit: int | None) -> Suite:
@@ -159,6 +159,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     The numbers are written first: whatever fails afterwards, they are there.
     """
     check_outputs(args)
+    if unknown := [name for name in args.compare if name not in args.pruner]:
+        raise PruneZooError(f"--compare {unknown[0]}: not among what is measured; name it at --pruner too")
     budgets = parse_budgets(args.keep)
     if args.instrument:
         budgets = tuple({b.label: b for b in (*budgets, *map(parse_budget, BUDGETS))}.values())
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         "weights": {name: digest for name, digest in weights.items() if digest},
         "left_out": [{"pruner": name, "why": why} for name, why in missing.items()],
     }
-    record = build_record(measurement, contenders(methods), header)
+    record = build_record(measurement, contenders(methods, args.compare), header)
     if args.instrument:
         verdicts = judge(record)
         record["instrument"] = [vars(verdict) for verdict in verdicts]

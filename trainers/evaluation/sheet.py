@@ -42,9 +42,9 @@ def _row(example: Example, pruner: str, named: bool) -> tuple[str, list[tuple[Im
     *before, (question, _) = example.item.turns
     title = " ".join([*(f"{asked} {answer}" for asked, answer in before), question])
     tokens = example.grid[0] * example.grid[1]
-    tiles = [(enlarge(example.item.image), f"all {tokens}: {example.answer}", example.right)]
+    tiles = [(enlarge(example.picture), f"all {tokens}: {example.answer}", example.right)]
     for shown in example.shown:
         if shown.pruner == pruner:
-            picture = draw_kept(example.item.image, example.grid, shown.kept, shown.anchors)
+            picture = draw_kept(example.picture, example.grid, shown.kept, shown.anchors)
             tiles.append((picture, f"{len(shown.kept)} of {tokens}: {shown.answer or '(nothing)'}", shown.right))
     return (f"{display_name(pruner)}: {title}" if named else title), tiles

@@ -46,13 +46,14 @@ class Judge:
         self.vlm, self.processor, self.suite, self.items = vlm, processor, suite, items
         self.prompts = prompts_of(vlm, processor, items)
 
-    def __call__(self, pruner: Pruner | None = None, keep: Keep = 1.0) -> Tensor:
-        """Scores (B,) in [0, 1]; without a pruner those of the full model.
+    def __call__(self, pruner: Pruner | None = None, keep: Keep = 1.0, by_frame: bool = False) -> Tensor:
+        """Scores (B,) in [0, 1]; without a pruner those of the full model; ``by_frame``: it sees no clips.
 
         Raises:
             PruneZooError: the suite gives a score outside [0, 1].
         """
-        with attach(self.vlm, pruner, keep) if pruner is not None else nullcontext():
+        clips = self.suite.clips and not by_frame
+        with attach(self.vlm, pruner, keep, clips=clips) if pruner is not None else nullcontext():
             said = write(self.vlm, self.processor, self.prompts, self.suite.new_tokens)
         scores = [float(self.suite.score(item, text)) for item, text in zip(self.items, said, strict=True)]
         for item, score in zip(self.items, scores, strict=True):

@@ -124,7 +124,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay on norms; warm-up, plateau, linear descent."""
-        trained = [p for p in self.language.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad]
         weights, norms = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() < 2]
         groups = [{"params": weights, "weight_decay": 0.03}, {"params": norms, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))

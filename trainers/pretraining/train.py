@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from trainers.cli.lock import hold
 from trainers.data.loading import ResumableLoader
 from trainers.data.pages_dense import DensePages
 from trainers.data.scenes_dense import DenseScenes
+from trainers.data.several_dense import KINDS, DenseSeveral
 from trainers.training.callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
 from trainers.training.resume import find_checkpoint
 from trainers.training.resume import train as run
@@ -30,6 +31,7 @@ from .language import LanguageModule
 from .pages_language import PagesLanguage, Stage
 from .pages_said import PatchWords, prepare_look_up
 from .pages_tower import PagesTower, start_tower
+from .several import SEVERAL, BankSizes, SeveralLanguage, SeveralStage, make_bank, start_from
 from .tower import TowerModule
 
 _VALIDATION_START = 90_000_000  # scenes and pages that no training reaches
@@ -66,11 +68,12 @@ class Part:
     """One of the phases: what it trains, on what, and which weights of the VLM are its own."""
 
     name: str
-    phase: Phase | Stage
+    phase: Phase | Stage | SeveralStage
     module: Callable[[LlavaForConditionalGeneration], L.LightningModule]
     data: Dataset
     held_out: Dataset
     own: tuple[str, ...] = ("",)  # how their names begin
+    in_batches: bool = False  # whether an item of the data is a whole batch
 
     def load(self, vlm: LlavaForConditionalGeneration, done: Path) -> None:
         """Take over what this phase has trained."""
@@ -79,10 +82,12 @@ class Part:
 
 
 def train(
-    tower: Phase,
+    tower: Phase | None = None,
     language: Phase | None = None,
     stages: list[Stage] | None = None,
-    suite: Literal["scenes", "pages"] = "scenes",
+    several: list[SeveralStage] | None = None,
+    bank: BankSizes = BankSizes(),  # noqa: B008
+    suite: Literal["scenes", "pages", "several"] = "scenes",
     start: str | None = None,
     part: Literal["all", "tower", "made"] = "all",
     out: str = "checkpoints/tiny-llava",
@@ -94,11 +99,14 @@ def train(
     """Train tower and language model, or what is left of it.
 
     Args:
-        tower: the first phase.
+        tower: the first phase, for scenes and pages.
         language: the second phase, for scenes.
         stages: the language model's curriculum, for pages.
-        suite: what the model is to answer.
-        start: folder of a frozen model whose tower that of pages begins as; None: at random.
+        several: the language model's curriculum, for several pictures.
+        bank: scenes for several pictures.
+        suite: what the model is to answer; several: scenes-icl, scenes-video and scenes-steps.
+        start: folder of a frozen model: whose tower that of pages begins as, and which a model for several pictures
+            begins as; None: at random.
         part: of pages only the tower, or only the stages on made tokens; these two can run side by side.
         out: folder of the finished VLM: bf16 safetensors, processor, chat template.
         work: folder of checkpoints and logs.
@@ -110,15 +118,21 @@ def train(
         PruneZooError: what the suite needs is not there, or a phase was stopped before its end.
     """
     L.seed_everything(seed)
-    world = {"scenes": SCENES, "pages": PAGES}[suite]
+    world = {"scenes": SCENES, "pages": PAGES, "several": SEVERAL}[suite]
     vlm = new_vlm(sizes, world)
-    if suite == "pages":
+    folder = Path(work)
+    if suite == "several":
+        if not start or not several or tower or language or stages:
+            raise PruneZooError("suite several is trained by several, from start; tower, language, stages are not its")
+        parts = _several(vlm, several, bank, start, folder)
+    elif tower is None or several:
+        raise PruneZooError(f"suite {suite} needs tower; several is for suite several")
+    elif suite == "pages":
         parts = _pages(vlm, tower, stages or [], start, part)
     elif language is None or stages or start or part != "all":
         raise PruneZooError("suite scenes is trained by tower and language; stages, start and part are for pages")
     else:
         parts = _scenes(tower, language)
-    folder = Path(work)
     for each in parts:
         done = folder / each.name / "vlm"
         if not (done / "model.safetensors").exists():  # written last
@@ -176,6 +190,30 @@ def _pages(
     return parts
 
 
+def _several(
+    vlm: LlavaForConditionalGeneration, stages: list[SeveralStage], sizes: BankSizes, start: str, folder: Path
+) -> list[Part]:
+    """The stages, and the VLM as the first begins."""
+    vlm.set_attn_implementation("plain")
+    start_from(vlm, start)
+    ids = SEVERAL.word_ids
+    train_bank = make_bank(vlm, vars(sizes), "train", folder / "bank", 0)
+    held_out = make_bank(vlm, dict.fromkeys(vars(sizes), 60), "validation", folder / "bank", 1)
+    asked = DenseSeveral(*held_out, ids, 20, 8, dict.fromkeys(KINDS, 1.0), {9: 1.0}, _VALIDATION_START, 0.0)
+    parts = []
+    for number, stage in enumerate(stages, 1):
+        start_at, drawn = number * _STAGE_APART, (stage.shares, stage.keep)
+        data = DenseSeveral(*train_bank, ids, stage.steps, stage.batch_size, *drawn, start_at, stage.hidden)
+        parts.append(Part(stage.name, stage, partial(SeveralLanguage, stage=stage), data, asked,
+                          ("model.language_model",), in_batches=True))  # fmt: skip
+    return parts
+
+
+def _whole(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch that an item is."""
+    return {name: torch.as_tensor(values) for name, values in items[0].items()}
+
+
 def _fit(part: Part, vlm: LlavaForConditionalGeneration, machine: Machine, folder: Path, seed: int) -> L.Trainer:
     phase = part.phase
     every = min(200, phase.steps)  # steps from one validation, and checkpoint, to the next
@@ -188,11 +226,12 @@ def _fit(part: Part, vlm: LlavaForConditionalGeneration, machine: Machine, folde
         callbacks=[SeedSteps(seed), Progress(), GracefulStop(), Checkpoints(str(folder), every_n_train_steps=every)],
     )  # fmt: skip
     training = ResumableLoader(
-        part.data, phase.batch_size // trainer.world_size, default_collate, machine.workers,
+        part.data, 1 if part.in_batches else phase.batch_size // trainer.world_size,
+        _whole if part.in_batches else default_collate, machine.workers,
         world_size=trainer.world_size, rank=trainer.global_rank, seed=seed,
     )  # fmt: skip
     hold("work", folder, folder=True)
-    validation = DataLoader(part.held_out, batch_size=64)
+    validation = DataLoader(part.held_out, 1, collate_fn=_whole) if part.in_batches else DataLoader(part.held_out, 64)
     module, checkpoint = part.module(vlm), find_checkpoint("last", folder)
     run(trainer, module, checkpoint, train_dataloaders=training, val_dataloaders=validation)
     return trainer

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from prunezoo.core.bounds import file_inside
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.files import read_object
 from prunezoo.core.hub import CONFIG_FILE, Pretrained, file_names, read_method
 from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
@@ -87,8 +88,15 @@ CELLS = Kind(
     (),
     "python -m trainers.upkeep.cells {folder}",
 )
-KINDS = {OneDPiece.name: TOKENIZER, PatchClassifier.name: CELLS}
-"""Of what is no pruner of a model."""
+
+
+def kind_of(folder: Path) -> Kind:
+    """A tokenizer, a classifier of cells that was trained for no model, or a pruner of one."""
+    method = read_method(Source(folder))
+    if method == OneDPiece.name:
+        return TOKENIZER
+    stored = read_object(folder / CONFIG_FILE, what="a config", remedy="save it again")
+    return CELLS if method == PatchClassifier.name and "base_model" not in stored else PRUNER
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def check(folder: Path, repo: str) -> Package:
     check_repo(repo)
     if not folder.is_dir():
         raise PruneZooError(f"{folder}: no such folder")
-    kind = KINDS.get(read_method(Source(folder)), PRUNER)
+    kind = kind_of(folder)
     module = kind.load(folder)
     how = f"write it with `{kind.how.format(folder=folder)}`"
     for name in kind.required:

@@ -8,6 +8,7 @@ Letters: B images (one a sample), N image tokens, S answer slots of the batch, V
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from prunezoo.host import Encoded, encode, full_forward, gated_forward
 from trainers.data.modules import GROUPS, TEACHER
 
 from .frozen import Dtype, FrozenModule, recompute_layers
-from .guides import attention_guide, relevance
+from .guides import Rows, attention_guide, relevance
 from .losses import (
     answer_slots,
     cross_entropy,
@@ -33,8 +34,6 @@ from .losses import (
 )
 from .warm_start import start_from
 
-GUIDE_LOSSES = {"mse": guide_mse, "kl": guide_kl}
-
 
 class DistillModule(FrozenModule):
     """Frozen model, pruner, and the two stages.
@@ -45,8 +44,10 @@ class DistillModule(FrozenModule):
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
         warm_start: Folder or Hub id of a trained PPM whose weights it starts from; None: from scratch.
         guide: Whose map the scores learn: the frozen model's gradient `relevance`, or the `attention` of one layer.
-        guide_layer: Layer of the attention guide, from 0.
+        guide_layer: Layer of the attention guide, from 0; or several, of which it is the mean; null: all.
+        guide_rows: Whose attention that is: of the words of the `prompt`, or with those of the answer of `all`.
         guide_loss: `mse` (the paper's first stage) or `kl` (scores as logits over the tokens).
+        guide_cut: Share in [0, 1) of an image's tokens, those with the least of it, whose guide counts as zero in `kl`.
         guide_share: Share in [0, 1] of the training that is the first stage.
         guide_weight: Weight of the guide loss in the second stage; in the first it is 1.
         rank_weight: Weight of the ranking hinge on the guide, in both stages.
@@ -71,8 +72,10 @@ class DistillModule(FrozenModule):
         vlm_dtype: Dtype = "auto",
         warm_start: str | None = None,
         guide: Literal["relevance", "attention"] = "relevance",
-        guide_layer: int = 16,
+        guide_layer: int | tuple[int, ...] | None = 16,
+        guide_rows: Rows = "prompt",
         guide_loss: Literal["mse", "kl"] = "kl",
+        guide_cut: float = 0.5,
         guide_share: float = 0.7,
         guide_weight: float = 1.0,
         rank_weight: float = 0.0,
@@ -92,6 +95,8 @@ class DistillModule(FrozenModule):
             raise PruneZooError(f"guide_share={guide_share} must lie in [0, 1]")
         if not 0.0 < keep[0] <= keep[1] <= 1.0:
             raise PruneZooError(f"keep must be two shares, 0 < least <= most <= 1, got {list(keep)}")
+        if not 0.0 <= guide_cut < 1.0:
+            raise PruneZooError(f"guide_cut={guide_cut} must lie in [0, 1)")
         if hidden_weight > 0 and not hidden_layers:
             raise PruneZooError(f"hidden_weight={hidden_weight} needs model.hidden_layers")
         if temperature <= 0.0:
@@ -100,7 +105,9 @@ class DistillModule(FrozenModule):
         if warm_start is not None:
             start_from(pruner, warm_start)
         self.pruner.gate_temperature = temperature
-        self.guide, self.guide_layer, self.guide_loss = guide, guide_layer, GUIDE_LOSSES[guide_loss]
+        self.guide, self.guide_rows = guide, guide_rows
+        self.guide_layers = (guide_layer,) if isinstance(guide_layer, int) else guide_layer
+        self.guide_loss = guide_mse if guide_loss == "mse" else partial(guide_kl, cut=guide_cut)
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
         if recompute:
@@ -177,7 +184,7 @@ class DistillModule(FrozenModule):
             return relevance(self.vlm, encoded)
         with torch.no_grad():
             if with_guide:
-                return attention_guide(self.vlm, encoded, self.guide_layer)
+                return attention_guide(self.vlm, encoded, self.guide_layers, self.guide_rows)
             return None, self.ask_answers(encoded)["logits"]
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class FrozenModule(L.LightningModule):
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
         self.shared_out = self.free_text = False
         model = BaseModel.describe(self.vlm)
-        self.pruner = fit_width(pruner, model.width)
+        self.pruner = fit_width(pruner, model.width, model.tower_width)
         self.pruner.base_model = model
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
 

@@ -3,6 +3,7 @@
 Letters: B images (one a sample), N image tokens, S answer slots of the whole batch, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,14 @@ from prunezoo.core.plan import mask_to_index
 from prunezoo.core.signals import parse_signal
 from prunezoo.host import Encoded, full_forward, gated_forward
 from prunezoo.host.families import find_family
-from prunezoo.host.signals.language import Entry, attention_to_images
+from prunezoo.host.signals.language import Entry, attention_to_images, enter_layers
 from trainers.data.conversation import IGNORED
 
 from .losses import answer_slots
+
+Rows = Literal["prompt", "all"]
+FAR = 50.0
+"""Below an image's largest attention logit: less is as good as nothing."""
 
 
 def relevance(vlm: Any, encoded: Encoded, answer: Literal["reference", "top"] = "reference") -> tuple[Tensor, Tensor]:
@@ -66,31 +71,65 @@ def one_slot_each(sample: Tensor) -> Tensor:
     return shuffled[first]
 
 
-def attention_guide(vlm: Any, encoded: Encoded, layer: int) -> tuple[Tensor, Tensor]:
-    """The attention that image tokens receive from the prompt in a guide layer (CoViPAL, arXiv 2508.17243).
+def attention_guide(
+    vlm: Any, encoded: Encoded, layers: Sequence[int] | None, rows: Rows = "prompt"
+) -> tuple[Tensor, Tensor]:
+    """The attention that image tokens receive in some layers, mean over heads, layers and the words after the image.
 
-    The paper sums over heads and over the last rows of the attention map, without saying clearly which; here it is the
-    mean over heads and over the words after the image. No label enters.
+    Of one guide layer it is CoViPAL's guide (arXiv 2508.17243); the paper sums over heads and over the last rows of the
+    attention map, without saying clearly which, and no label enters. Of all layers, with the answer's words, it is the
+    map that Fast3D (arXiv 2507.09334) teaches.
 
     Args:
         vlm: The frozen model.
         encoded: A batch with labels, images encoded.
-        layer: Which decoder layer, from 0.
+        layers: Which decoder layers, from 0; None: all.
+        rows: Whose attention: that of the words of the "prompt", or with those of the answer of "all".
 
     Returns:
         attention (B, N) float32; the full model's logits (S, V) at the answer slots.
     """
     out = full_forward(vlm, encoded, output_hidden_states=True)
     assert out.hidden_states is not None and encoded.labels is not None
-    if not 0 <= layer < len(out.hidden_states) - 1:
-        raise PruneZooError(f"guide_layer={layer}: the decoder has layers 0 to {len(out.hidden_states) - 2}")
-    words = encoded.mask & (encoded.labels == IGNORED)
-    rows = encoded.sample[:, None].expand_as(encoded.slots)
-    words[rows[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False
+    depth = len(out.hidden_states) - 1
+    layers = range(depth) if layers is None else layers
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise PruneZooError(f"guide_layer={layer}: the decoder has layers 0 to {depth - 1}")
+    words = encoded.mask & ((encoded.labels == IGNORED) | (rows == "all"))
+    sample = encoded.sample[:, None].expand_as(encoded.slots)
+    words[sample[encoded.inputs.valid], encoded.slots[encoded.inputs.valid]] = False
     positions = torch.arange(words.shape[1], device=words.device).expand_as(words)
-    decoder, hidden = find_family(vlm).decoder(), out.hidden_states[layer]
-    entry = Entry(hidden, decoder.rotary(hidden, positions), encoded.mask)
-    signal = parse_signal("prompt_attention")
+    decoder, signal = find_family(vlm).decoder(), parse_signal("prompt_attention")
     images = encoded.sample, encoded.slots, encoded.inputs.valid
-    attention = attention_to_images(decoder, signal, layer, entry, mask_to_index(words), *images)
-    return attention * encoded.inputs.valid, answer_slots(out.logits, out.labels)[0]
+    attention = torch.zeros_like(encoded.slots, dtype=torch.float32)
+    for layer in layers:
+        hidden = out.hidden_states[layer]
+        entry = Entry(hidden, decoder.rotary(hidden, positions), encoded.mask)
+        attention += attention_to_images(decoder, signal, layer, entry, mask_to_index(words), *images)
+    return attention * encoded.inputs.valid / len(layers), answer_slots(out.logits, out.labels)[0]
+
+
+@torch.no_grad()
+def last_word_logits(vlm: Any, encoded: Encoded, layers: Sequence[int]) -> Tensor:
+    """What the softmax of some layers' attention is taken of, from the prompt's last word to the image tokens.
+
+    Args:
+        vlm: The frozen model.
+        encoded: A batch with labels, images encoded.
+        layers: R decoder layers, from 0. Those behind the last of them do not run.
+
+    Returns:
+        (B, R, H, N) float32 of each of the H heads; arbitrary on padding.
+    """
+    decoder = find_family(vlm).decoder()
+    entries = enter_layers(vlm, decoder, encoded, set(layers))
+    columns, real = encoded.words
+    last = columns.gather(1, (real.sum(1, keepdim=True) - 1).clamp_min(0))
+    maps = []
+    for layer in layers:
+        entry = entries[layer]
+        rows = decoder.attention_logits(layer, entry.hidden, entry.rotary, last, entry.mask)[encoded.sample, :, 0]
+        own = rows.gather(2, encoded.slots[:, None].expand(-1, rows.shape[1], -1)).float()
+        maps.append(own.clamp_min(own.amax(2, keepdim=True) - FAR))  # what a window hides would drown the rest
+    return torch.stack(maps, dim=1)

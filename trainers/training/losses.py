@@ -139,6 +139,30 @@ def guide_kl(scores: Tensor, guide: Tensor, valid: Tensor, cut: float = 0.5) -> 
     return (torch.xlogy(target, target) - target * log_share).sum(-1).mean()
 
 
+def map_loss(maps: Tensor, teacher: Tensor, valid: Tensor, temperature: float = 2.0) -> Tensor:
+    """Mean over images, maps and heads of KL(teacher ‖ student) and of the squared error of logits (LRS-VQA's RFM).
+
+    As in their code (arXiv 2503.07588) both terms divide logits by the temperature, count alike, and the KL is not
+    multiplied by its square. Ours: the squared error is of logits less their mean, which no softmax sees.
+
+    Args:
+        maps: (B, R, H, N), attention logits.
+        teacher: (B, R, H, N), likewise, taken as constant.
+        valid: (B, N) bool.
+        temperature: Above 0.
+    """
+    seen, count = valid[:, None, None], valid.sum(-1).clamp_min(1)[:, None, None]
+
+    def centred(logits: Tensor) -> Tensor:
+        logits = (logits.float() / temperature).masked_fill(~seen, 0.0)
+        return (logits - logits.sum(-1, keepdim=True) / count[..., None]).masked_fill(~seen, 0.0)
+
+    ours, theirs = centred(maps), centred(teacher.detach())
+    logs = [part.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0) for part in (ours, theirs)]
+    kl = (logs[1].exp() * (logs[1] - logs[0])).masked_fill(~seen, 0.0).sum(-1)
+    return (kl + (ours - theirs).square().sum(-1) / count).mean() / 2
+
+
 def topk_hinge(scores: Tensor, guide: Tensor, valid: Tensor, keep: Tensor, margin: float = 1.0) -> Tensor:
     """Ranking hinge: each of the guide's best tokens should score a margin above each of the others.
 

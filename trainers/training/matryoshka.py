@@ -1,4 +1,4 @@
-"""Train M3 beside a frozen vision-language model (Matryoshka Multimodal Models, arXiv 2405.17430).
+"""Train M3 beside a frozen vision-language model (Matryoshka Multimodal Models, arXiv 2405.17430); or STViT likewise.
 
 The paper averages the cross-entropy of the reference answer over all scales, in every step. Here the model is frozen,
 and should answer at every scale as it does with all tokens: the loss is the mean over scales of KL(full model ‖ scale),
@@ -16,6 +16,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.host import encode, full_forward
 from prunezoo.host.run import run_pruned
 from prunezoo.learned.m3 import M3
+from prunezoo.learned.stvit import STViT
 from trainers.data.modules import GROUPS
 
 from .frozen import Dtype, FrozenModule
@@ -23,11 +24,11 @@ from .losses import answer_slots, cross_entropy, distillation_kl
 
 
 class MatryoshkaModule(FrozenModule):
-    """Frozen model and M3, and one loss over several scales.
+    """Frozen model and M3, or STViT, and one loss over several scales.
 
     Args:
         vlm: Folder or Hub id of a `transformers` image-text-to-text model. It stays frozen and out of the checkpoints.
-        pruner: The M3 to train; with a `lora_rank` its LoRA too.
+        pruner: The M3 to train, with a `lora_rank` its LoRA too; or the STViT.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
         scales: Tokens of each image that are trained, each at least 1.
         scales_a_step: How many of them each step draws, all different; None: all, as the paper does.
@@ -39,12 +40,12 @@ class MatryoshkaModule(FrozenModule):
         measure: Shares of the tokens that validation keeps.
     """
 
-    pruner: M3
+    pruner: M3 | STViT
 
     def __init__(
         self,
         vlm: str,
-        pruner: M3,
+        pruner: M3 | STViT,
         vlm_dtype: Dtype = "auto",
         scales: tuple[int, ...] = (144, 36, 9, 1),
         scales_a_step: int | None = None,
@@ -62,7 +63,7 @@ class MatryoshkaModule(FrozenModule):
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
         self.scales, self.scales_a_step = scales, scales_a_step
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
-        if pruner.lora is not None:
+        if isinstance(pruner, M3) and pruner.lora is not None:
             pruner.lora.fit(self.vlm)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:

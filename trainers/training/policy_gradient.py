@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from prunezoo.core.budgets import budget
-from prunezoo.core.contract import PruneInputs
+from prunezoo.core.contract import PruneInputs, Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.subsets import draw_subsets, log_probability, pick_entropy, pick_kl, subset_mask
 from prunezoo.host import Encoded, encode, full_forward
@@ -54,7 +54,8 @@ class PolicyModule(FrozenModule):
     Args:
         vlm: Folder or Hub id of a `transformers` image-text-to-text model. It stays frozen and out of the checkpoints.
         pruner: The policy to train.
-        warm_start: Folder or Hub id of the distilled PPM, or of the policy, whose weights it starts from.
+        warm_start: Folder or Hub id of the distilled PPM, or of the policy, whose weights it starts from; None: from
+            scratch, and there is no KL to it.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
         draws: G, subsets drawn for each sample, at least 2.
         budgets: Shares of the tokens that are kept, ascending; each sample draws one.
@@ -75,14 +76,14 @@ class PolicyModule(FrozenModule):
         measure: Shares of the tokens that validation keeps, by hard selection.
     """
 
-    pruner: KeepPolicy
-    reference: KeepPolicy
+    pruner: Pruner
+    reference: KeepPolicy | None
 
     def __init__(
         self,
         vlm: str,
-        pruner: KeepPolicy,
-        warm_start: str,
+        pruner: Pruner,
+        warm_start: str | None,
         vlm_dtype: Dtype = "auto",
         draws: int = 16,
         budgets: tuple[float, ...] = (1 / 18, 1 / 12, 1 / 9, 1 / 6),
@@ -111,9 +112,11 @@ class PolicyModule(FrozenModule):
             raise PruneZooError(f"spread_floor must be above 0, got {spread_floor}: a group may have no spread at all")
         if not 0 < clip < 1:
             raise PruneZooError(f"clip must lie in (0, 1), got {clip}")
-        start_from(pruner, warm_start)
+        if warm_start is not None:
+            start_from(pruner, warm_start)
         # not a submodule: the warm start is neither trained nor saved
-        self.__dict__["reference"] = copy.deepcopy(pruner).eval().requires_grad_(False)
+        reference = None if warm_start is None else copy.deepcopy(pruner).eval().requires_grad_(False)
+        self.__dict__["reference"] = reference
         self.automatic_optimization = False  # several updates may come of one batch
         self.draws, self.budgets, self.curriculum = draws, budgets, curriculum
         self.answer_weight, self.agreement_weight = answer_weight, agreement_weight
@@ -126,30 +129,33 @@ class PolicyModule(FrozenModule):
         super().setup(stage)
         limit = self.trainer.max_steps  # of updates, while the trainer estimates one of each batch
         self.total_steps = self.total_steps * self.passes if limit == -1 else min(self.total_steps * self.passes, limit)
-        self.reference.to(self.trainer.strategy.root_device)
+        if self.reference is not None:
+            self.reference.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Draw, read, and update `passes` times."""
         batch.pop(GROUPS, None)
         rollout = self.roll_out(batch)
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
         for _ in range(self.passes):
-            loss = self.loss(rollout)
-            optimizer.zero_grad()  # type: ignore[union-attr]
-            self.manual_backward(loss)
-            self.clip_gradients(optimizer, self.gradient_clip, "norm")  # type: ignore[arg-type]
-            optimizer.step()  # type: ignore[union-attr]
-            schedule.step()  # type: ignore[union-attr]
+            self.update(self.loss(rollout))
+
+    def update(self, loss: Tensor) -> None:
+        """One step of the optimizer and of its schedule."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, self.gradient_clip, "norm")  # type: ignore[arg-type]
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr]
 
     @torch.no_grad()
     def roll_out(self, batch: dict[str, Any]) -> Rollout:
         """Draw G subsets for each sample, read each, and say how much better than its group it did."""
-        encoded = encode(self.vlm, batch, self.pruner.needs)
-        inputs = encoded.inputs
+        encoded, inputs = self.see(batch)
         if not torch.equal(encoded.sample, torch.arange(len(encoded.mask), device=self.device)):
             raise PruneZooError("policy training takes one image a sample: leave the others out of the data")
         keep = budget(self.draw_budgets(inputs.valid.sum(1)), inputs.valid.sum(1))
-        scores = self.pruner.score(inputs)
+        scores = self.scores(inputs)
         order, drawn = draw_subsets(scores, inputs.valid, keep, self.draws)
         mask = subset_mask(order, drawn)
         reward = self.reward(encoded, mask)
@@ -158,39 +164,64 @@ class PolicyModule(FrozenModule):
         self.watch(reward, spread, mask, scores, inputs.valid)
         return Rollout(inputs, order, drawn, log_probability(scores, inputs.valid, order, drawn), advantage)
 
+    def see(self, batch: dict[str, Any]) -> tuple[Encoded, PruneInputs]:
+        """The batch encoded, and what the policy sees of it."""
+        encoded = encode(self.vlm, batch, self.pruner.needs)
+        return encoded, encoded.inputs
+
+    def scores(self, inputs: PruneInputs) -> Tensor:
+        """The logits (B, N) of the first pick."""
+        return self.pruner.score(inputs)
+
     def draw_budgets(self, available: Tensor) -> Tensor:
-        """Tokens to keep of each image (B,), by the curriculum."""
-        done = self.global_step / max(self.total_steps, 1)
-        rank = torch.arange(len(self.budgets), device=available.device)
-        chance = torch.exp(-self.curriculum * done**2 * rank)
-        share = available.new_tensor(self.budgets, dtype=torch.float64)[
-            torch.multinomial(chance, len(available), replacement=True)
-        ]
+        """Tokens to keep of each image (B,)."""
+        share = self.draw_shares(len(available), available.device)
         return (share * available).round().long().clamp_min(1)
+
+    def draw_shares(self, number: int, device: torch.device) -> Tensor:
+        """So many of the budgets, (number,) float64, by the curriculum."""
+        done = self.global_step / max(self.total_steps, 1)
+        rank = torch.arange(len(self.budgets), device=device)
+        chance = torch.exp(-self.curriculum * done**2 * rank)
+        shares = torch.tensor(self.budgets, dtype=torch.float64, device=device)
+        return shares[torch.multinomial(chance, number, replacement=True)]
 
     def reward(self, encoded: Encoded, mask: Tensor) -> Tensor:
         """How well the frozen model answers from each subset (G, B, N): (G, B), at most 0."""
         out = group_forward(self.vlm, encoded, mask)
         logits, tokens, sample = answer_slots(out.logits, out.labels)
-        log_p = logits.log_softmax(-1)
-        slots = self.answer_weight * log_p.gather(-1, tokens[:, None])[:, 0]
+        teacher = None
         if self.agreement_weight:
             full = full_forward(self.vlm, encoded)
-            teacher, _, owner = answer_slots(full.logits, full.labels)
+            said, _, owner = answer_slots(full.logits, full.labels)
             # the slots of a sample stand together, and each of its draws has as many
             place = torch.arange(len(owner), device=owner.device)
             repeated = torch.cat([place[owner == b].repeat(self.draws) for b in range(len(encoded.mask))])
-            teacher = teacher.log_softmax(-1)[repeated]
+            teacher = said[repeated]
+        return self.worth(logits, tokens, sample, teacher, len(encoded.mask) * self.draws).view(-1, self.draws).T
+
+    def worth(self, logits: Tensor, tokens: Tensor, sample: Tensor, teacher: Tensor | None, rows: int) -> Tensor:
+        """The reward of each row, (rows,), at most 0.
+
+        Args:
+            logits: (S, V) at the answer slots.
+            tokens: (S,) the reference answers.
+            sample: (S,) the row of each slot.
+            teacher: (S, V) the full model's; None where agreement with it counts nothing.
+            rows: How many there are.
+        """
+        log_p = logits.log_softmax(-1)
+        slots = self.answer_weight * log_p.gather(-1, tokens[:, None])[:, 0]
+        if teacher is not None:
+            teacher = teacher.log_softmax(-1)
             slots = slots - self.agreement_weight * (teacher.exp() * (teacher - log_p)).sum(-1)
-        rows = len(encoded.mask) * self.draws
         total = slots.new_zeros(rows).index_add_(0, sample, slots)
-        mean = total / torch.bincount(sample, minlength=rows).clamp_min(1)
-        return mean.view(-1, self.draws).T
+        return total / torch.bincount(sample, minlength=rows).clamp_min(1)
 
     def loss(self, rollout: Rollout) -> Tensor:
         """Policy gradient, or its clipped surrogate where draws are used again; KL and entropy."""
         inputs = rollout.inputs
-        scores = self.pruner.score(inputs)
+        scores = self.scores(inputs)
         log_prob = log_probability(scores, inputs.valid, rollout.order, rollout.drawn)
         picks = rollout.drawn.sum(-1).clamp_min(1)
         if self.passes == 1:
@@ -200,12 +231,15 @@ class PolicyModule(FrozenModule):
             bounded = ratio.clamp(1 - self.clip, 1 + self.clip)
             gain = torch.minimum(ratio * rollout.advantage, bounded * rollout.advantage)
             self.log("train/clipped", (ratio != bounded).float().mean())
-        with torch.no_grad():
-            reference = self.reference.score(inputs)
-        kl = pick_kl(scores, reference, inputs.valid).mean()
         entropy = pick_entropy(scores, inputs.valid).mean()
-        loss = -gain.mean() + self.kl_weight * kl - self.entropy_weight * entropy
-        self.log_dict({"train/kl_to_warm_start": kl.detach(), "train/entropy": entropy.detach()})
+        loss = -gain.mean() - self.entropy_weight * entropy
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.score(inputs)
+            kl = pick_kl(scores, reference, inputs.valid).mean()
+            loss = loss + self.kl_weight * kl
+            self.log("train/kl_to_warm_start", kl.detach())
+        self.log("train/entropy", entropy.detach())
         self.log("train/loss", loss.detach())
         return loss
 

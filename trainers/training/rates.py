@@ -6,6 +6,7 @@ tokens, and the counts should cost the target: KL(full ‖ gated) + weight * (co
 (arXiv 2305.17997) has labels in the place of the first term, and GFLOPs of the tower alone in the second.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +95,7 @@ class RatesModule(FrozenModule):
 
     def read_gated(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Tokens of the language model, ``(R, N, D)``, and their gates, ``(R, N)``."""
-        with RelaxedTower(self.tower, self.pruner, self.pruner.name) as relaxed:
+        with RelaxedTower(self.tower, self.pruner, self.pruner.name, encoded.inputs) as relaxed:
             made = self.family.run_encoder("image", {**encoded.batch, **encoded.pixels}).pooler_output
         assert relaxed.gates is not None
         features = made if isinstance(made, Tensor) else torch.stack(list(made))
@@ -103,18 +104,31 @@ class RatesModule(FrozenModule):
     def cost(self) -> Tensor:
         """Operations of tower and language model on what is left, as a share of those on all tokens; with gradient."""
         dropping, merging = self.pruner.numbers()
-        vision, text = self.vlm.config.vision_config, self.vlm.config.get_text_config()
-        total = whole = dropping.new_zeros(())
         found = every = dropping.new_tensor(float(self.pruner.config.tokens))
-        for dropped, left in zip(dropping, merging, strict=True):
-            behind = torch.minimum(torch.minimum(found.detach(), dropped), left)
-            total = total + attention_cost(vision, found) + mlp_cost(vision, behind)
-            whole = whole + attention_cost(vision, every) + mlp_cost(vision, every)
-            found = behind
-        layers = text.num_hidden_layers
-        for cost in (attention_cost, mlp_cost):
-            total, whole = total + layers * cost(text, found), whole + layers * cost(text, every)
-        return total / whole
+        left = []
+        for dropped, merged in zip(dropping, merging, strict=True):
+            found = torch.minimum(torch.minimum(found.detach(), dropped), merged)
+            left.append(found)
+        return cost_share(self.vlm.config, every, left)
+
+
+def cost_share(config: Any, every: Tensor, left: Sequence[Tensor]) -> Tensor:
+    """Operations of tower and language model, as a share of those on all tokens; with gradient.
+
+    Args:
+        config: Of the model.
+        every: Tokens of a picture.
+        left: Those left inside of each block of the tower, between its halves; the language model reads the last.
+    """
+    vision, text = config.vision_config, config.get_text_config()
+    total = whole = every.new_zeros(())
+    for found, behind in zip((every, *left), left, strict=False):
+        total = total + attention_cost(vision, found) + mlp_cost(vision, behind)
+        whole = whole + attention_cost(vision, every) + mlp_cost(vision, every)
+    for cost in (attention_cost, mlp_cost):
+        total = total + text.num_hidden_layers * cost(text, left[-1])
+        whole = whole + text.num_hidden_layers * cost(text, every)
+    return total / whole
 
 
 def attention_cost(config: Any, tokens: Tensor) -> Tensor:

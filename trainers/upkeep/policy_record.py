@@ -183,7 +183,7 @@ def alone(module: M, device: torch.device) -> M:
     """A training module that no trainer leads, at the start of its training."""
     module.total_steps = 1
     module.vlm.to(device)
-    if isinstance(module, PolicyModule):
+    if isinstance(module, PolicyModule) and module.reference is not None:
         module.reference.to(device)
     return module.to(device).train()
 

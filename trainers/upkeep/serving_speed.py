@@ -1,6 +1,6 @@
 """How fast vLLM serves a random LLaVA bare and under a pruner, and how many blocks of its KV cache that takes.
 
-    .venv-serve/bin/python -m trainers.upkeep.serving_speed --keep 192 64 --json hub_cards/serving.json
+    .venv-serve/bin/python -m trainers.upkeep.serving_speed --keep 64 --dtype float32 --json hub_cards/serving.json
 
 The same on a GPU, with graphs by `--graphs`. Each setting is an engine of its own, one after another in
 one run; times are of requests that come at once, with pictures that no cache has seen.
@@ -83,10 +83,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     processor.save_pretrained(folder)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": WORDS}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    bare = {"model": str(folder)}
     settings: list[tuple[str, Any, dict[str, Any]]] = [
-        ("vLLM's own", None, bare),
-        ("bare", None, {**bare, "model_impl": "transformers"}),
+        ("bare", None, {"model": str(folder), "model_impl": "transformers"}),
         *((args.pruner, keep, engine_args(folder, args.pruner, keep)) for keep in args.keep),
     ]
     rows = []
@@ -94,7 +92,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         common = {"dtype": args.dtype, "max_model_len": 1024, "max_num_seqs": args.batch, "seed": 0}
         common |= {"enforce_eager": not args.graphs, "enable_prefix_caching": False, "max_num_batched_tokens": 8192}
         with engine({**options, **common, "distributed_executor_backend": "uni"}) as llm:
-            round_of(llm, requests(prompt, args.batch, seed=0), args.decode)  # to warm up
+            round_of(llm, requests(prompt, 1, seed=0), args.decode)  # to warm up
             rounds = [
                 round_of(llm, requests(prompt, args.batch, seed), args.decode) for seed in range(1, args.repeats + 1)
             ]
@@ -134,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = "wall_s" if torch.cuda.is_available() else "cpu_s"
     table = Table("model", "keep", clock, "times as fast", "KV blocks")
     for row in rows:
-        ratio = rows[1][clock] / row[clock]
+        ratio = rows[0][clock] / row[clock]
         table.add_row(row["model"], row["keep"] or "all", f"{row[clock]:.2f}", f"{ratio:.2f}", f"{row['blocks']:.0f}")
     Terminal().print(table)
 

@@ -33,6 +33,19 @@ class Choosing(Pretrained):
     threshold: float | None = None  # `auto` keeps what scores above it; a property where it depends on the config
     _select = Select()
 
+    @classmethod
+    def search_space(cls, depth: int) -> dict[str, tuple[Any, ...]]:
+        """The config fields that `trainers.search` varies for a model, unless it is told others; none by default.
+
+        Args:
+            depth: Number of decoder layers.
+
+        Returns:
+            By name: least and most of a number, both whole where only whole ones make sense; or, where there are more
+            or fewer than two, or they are no numbers, all that it may be.
+        """
+        return {}
+
     @property
     def reads_prompt(self) -> bool:
         """Whether another question may keep other tokens of the same image, at the same ``keep``.

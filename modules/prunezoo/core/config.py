@@ -48,6 +48,13 @@ class PrunerConfig:
         """The fields as JSON values."""
         return asdict(self)
 
+    def for_tower(self, width: int) -> Self:
+        """The same for a vision tower of this width, where the config does not say its own; itself by default.
+
+        For configs that have such a width.
+        """
+        return self
+
     def for_tokens(self, width: int) -> Self:
         """The same for tokens of this width, where the config does not say its own: where `width` is the default.
 
@@ -77,9 +84,12 @@ def _fits(value: Any, hint: Any) -> bool:
 C = TypeVar("C", bound="Configured")
 
 
-def fit_width(module: C, width: int) -> C:
-    """A module that has not been trained, for tokens of this width; itself where its config says one."""
+def fit_width(module: C, width: int, tower_width: int | None = None) -> C:
+    """A module that has not been trained, for tokens of this width, and for a vision tower of that one, if it is known;
+    itself where its config says both.
+    """
     config = module.config.for_tokens(width)
+    config = config if tower_width is None else config.for_tower(tower_width)
     return module if config == module.config else type(module)(config)
 
 

@@ -56,6 +56,7 @@ class PruneInputs:
     text_roles: Tensor | None = None  # (B, T) long: what each word is, see :class:`roles.Role`; None: nobody could tell
     memory: tuple[Mapping[str, Tensor] | None, ...] | None = None  # of each image, what `remember` returned last time
     carry: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N, ...) each: from its stage before this one
+    drop_only: bool = False  # vision stage: each is a whole cell of patches, the mean of which stands here: none merges
     pixels: tuple[int, int, int, int] | None = None  # input stage: frames, channels, rows, columns, whose product is D
 
     @cached_property
@@ -169,7 +170,9 @@ class Pruner(Staging, Choosing):
     needs: ClassVar[tuple[str, ...]] = ()  # signals it wants; a property where it depends on the config
     together: ClassVar[bool] = False  # images of one prompt see each other, by `sample`; False: neighbours never matter
     across_batch: ClassVar[str] = ""  # the option, `scaling='batch'`, that compares images of a batch; or a property
-    remembers: ClassVar[bool] = False  # holds something of a stream between calls, see :meth:`remember`; prompt stage
+    remembers: ClassVar[bool] = (
+        False  # holds something of a stream between calls: :meth:`remember`; prompt, layer stage
+    )
     exact: ClassVar[bool] = True  # keeps exactly what it is asked for; False: decides alone (all, none, adaptive)
     comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # layer stage: in which state, see `stages/layer_return.py`
     restore: ClassVar[bool] = False  # vision stage: the tower puts out every patch again, and the model reads them all
@@ -320,6 +323,8 @@ class Pruner(Staging, Choosing):
 
     def remember(self, inputs: PruneInputs, output: PruneOutput) -> Sequence[Mapping[str, Tensor]]:
         """What a pruner that `remembers` wants to find in ``inputs.memory`` next time, of each image.
+
+        In the layer stage it is asked behind each of the :meth:`stages`, and the next one finds it already.
 
         Args:
             inputs: What it was given, with what it held before; None for an image that is the first of its stream.

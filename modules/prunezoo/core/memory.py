@@ -34,13 +34,13 @@ class Memory:
             if not streams or key[0] in streams:
                 del self._held[key]
 
-    def recall(self, pruner: Pruner, inputs: PruneInputs, sample: Tensor, samples: int) -> PruneInputs:
+    def recall(self, pruner: Pruner, inputs: PruneInputs, rows: Sequence[int], samples: int) -> PruneInputs:
         """The same inputs with what is held for each image.
 
         Args:
             pruner: Who asks; one that does not remember finds nothing.
             inputs: The images of a call.
-            sample: ``(R,)`` long, the sample that each belongs to.
+            rows: (R) the sample that each belongs to.
             samples: How many the call has.
 
         Raises:
@@ -50,15 +50,15 @@ class Memory:
             return inputs
         if pruner.training:
             raise PruneZooError(f"pruner '{pruner.name}' remembers in use only: train it without a memory")
-        return replace(inputs, memory=tuple(self._held.get(key) for key in self._keys(pruner, sample, samples)))
+        return replace(inputs, memory=tuple(self._held.get(key) for key in self._keys(pruner, rows, samples)))
 
-    def note(self, pruner: Pruner, inputs: PruneInputs, output: PruneOutput, sample: Tensor, samples: int) -> None:
+    def note(self, pruner: Pruner, inputs: PruneInputs, output: PruneOutput, rows: Sequence[int], samples: int) -> None:
         """Hold what the pruner wants to find next time; arguments as in :meth:`recall`, and what it left."""
         if pruner.remembers:
-            keys = self._keys(pruner, sample, samples)
+            keys = self._keys(pruner, rows, samples)
             self._held.update(zip(keys, pruner.remember(inputs, output), strict=True))
 
-    def _keys(self, pruner: Pruner, sample: Tensor, samples: int) -> list[Key]:
+    def _keys(self, pruner: Pruner, rows: Sequence[int], samples: int) -> list[Key]:
         """Of each image: its stream, its place among the images of its sample, and the pruner."""
         streams = self.streams
         if streams is None:
@@ -72,5 +72,4 @@ class Memory:
             raise PruneZooError(
                 f"memory.streams={list(streams)!r:.80} must name {samples} different streams, one for each sample"
             )
-        rows = sample.tolist()
         return [(streams[row], rows[:place].count(row), pruner.name) for place, row in enumerate(rows)]

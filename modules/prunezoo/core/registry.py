@@ -23,6 +23,7 @@ from .bounds import parse_json
 from .config import PrunerConfig, fit_width
 from .contract import Pruner
 from .errors import PruneZooError
+from .files import read_object
 from .hub import Pretrained, load, read_method
 from .near import near
 from .schedule import Schedule
@@ -32,6 +33,12 @@ from .source import Source
 METHOD_FOLDERS = ("learned", "training_free", "tokenizers")
 PLUGINS = "prunezoo.pruners"
 """Group of the entry points that bring methods from outside."""
+TAKEN = {
+    "select": "how any scorer chooses",
+    "schedule": "a file of counts by block",
+    "options": "a file of config fields",
+}
+"""Words behind a name that are no fields of a config, whatever the method."""
 log = logging.getLogger(__name__)
 _PRUNERS: dict[str, type[Pruner]] = {}
 P = TypeVar("P", bound=type[Pruner])
@@ -56,9 +63,11 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(f"{cls.__name__} must override score() or reduce(), one of the two")
         if cls.distribution and (cls.score is Pruner.score or cls.choose_budget is not Pruner.choose_budget):
             raise PruneZooError(f"{cls.__name__} is a distribution: it must override score() and not choose_budget()")
-        if cls.remembers and (cls.stage != "prompt" or cls.remember is Pruner.remember):
-            raise PruneZooError(f"{cls.__name__} remembers: it must be of the prompt stage and override remember()")
-        for taken_field, what in {"select": "how any scorer chooses", "schedule": "a file of counts by block"}.items():
+        if cls.remembers and (cls.stage not in ("prompt", "layer") or cls.remember is Pruner.remember):
+            raise PruneZooError(
+                f"{cls.__name__} remembers: it must be of prompt or layer stage and override remember()"
+            )
+        for taken_field, what in TAKEN.items():
             if taken_field in {field.name for field in fields(cls.config_class)}:
                 raise PruneZooError(f"{cls.__name__}: config field '{taken_field}' is taken, it says {what}")
         if isinstance(cls.needs, tuple):  # else a property, which depends on the config
@@ -115,10 +124,13 @@ def pruner_class(name: str) -> type[Pruner]:
 def build_pruner(name: str, /, vlm: Any = None, **config: Any) -> Pruner:
     """A new, untrained instance of the method ``name`` with these config fields.
 
-    Where they do not say the width of the tokens, it is that of ``vlm``, if there is one.
+    Where they do not say the width of the tokens or of the tower, it is that of ``vlm``, if there is one.
     """
     pruner = pruner_class(name)(**config)
-    return pruner if vlm is None else fit_width(pruner, BaseModel.describe(vlm).width)
+    if vlm is None:
+        return pruner
+    model = BaseModel.describe(vlm)
+    return fit_width(pruner, model.width, model.tower_width)
 
 
 def load_pruner(
@@ -129,8 +141,9 @@ def load_pruner(
     Args:
         source: A registry name of a method without weights (``divprune``), a folder written by ``save_pretrained``,
             or a Hub id (``org/ppm-llava-1.5-7b``). A string may go on with options: config fields to be set otherwise,
-            ``select``, see :attr:`Pruner.select`, ``checkpoints/ppm-tiny?select=mmr``, and ``schedule``, a file of a
-            :class:`schedule.Schedule`, ``tome?schedule=half.json``.
+            ``select``, see :attr:`Pruner.select`, ``checkpoints/ppm-tiny?select=mmr``, ``schedule``, a file of a
+            :class:`schedule.Schedule`, ``tome?schedule=half.json``, and ``options``, a file of config fields as
+            `python -m trainers.search` writes it, ``vflowopt?options=found.json``; fields beside it win.
         revision: Branch, tag or commit, for a Hub id.
         vlm: The model it is for: refuses, here and now, a pruner that was trained for a model of another build. Without
             it `attach` does.
@@ -144,7 +157,9 @@ def load_pruner(
     """
     name, changes = split_options(source)
     pruner = _load_plain(name, revision, **options)
-    select, schedule = changes.pop("select", None), changes.pop("schedule", None)
+    select, schedule, found = (changes.pop(word, None) for word in TAKEN)
+    if found is not None:
+        changes = {**read_options(Path(str(found)), pruner.name), **changes}
     if changes:
         pruner = _vary(pruner, changes, str(source))
     if select is not None:
@@ -156,6 +171,17 @@ def load_pruner(
     if vlm is not None:
         check_base_model(pruner.name, pruner.base_model, vlm)
     return pruner
+
+
+def read_options(path: Path, method: str) -> dict[str, Any]:
+    """The config fields that a file has for a method; PruneZooError where it is of another, or none."""
+    remedy = "give a file that `python -m trainers.search` wrote"
+    record = read_object(path, "method", "options", what="options of a method", remedy=remedy)
+    if not isinstance(record["options"], dict):
+        raise PruneZooError(f"{path}: options must be an object of config fields; {remedy}")
+    if record["method"] != method:
+        raise PruneZooError(f"{path}: options of '{record['method']!s:.40}' are not for '{method}'; {remedy} for it")
+    return dict(record["options"])
 
 
 def split_options(source: str | Path) -> tuple[str | Path, dict[str, Any]]:

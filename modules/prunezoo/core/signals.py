@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from .errors import PruneZooError
@@ -198,6 +199,29 @@ def follow_tokens(name: str, values: Tensor, index: Tensor) -> Tensor:
         if axis == "N":
             values = gather_rows(values.movedim(place, 1), index).movedim(1, place)
     return values
+
+
+def join_images(name: str, items: Sequence[Tensor]) -> Tensor:
+    """A signal of several images as that of one with the tokens of all, which see nothing of one another.
+
+    Args:
+        name: Of the signal.
+        items: Of each image, with the axes of its kind but R.
+    """
+    own = [place for place, axis in enumerate(parse_signal(name).axes[1:]) if axis == "N"]
+    if len(own) < 2:
+        return torch.cat(list(items), own[0]) if own else items[0]
+    shape = list(items[0].shape)
+    for place in own:
+        shape[place] = sum(item.shape[place] for item in items)
+    whole, start = items[0].new_zeros(shape), 0
+    for item in items:
+        part = whole
+        for place in own:
+            part = part.narrow(place, start, item.shape[place])
+        part.copy_(item)
+        start += item.shape[own[0]]
+    return whole
 
 
 def stack_images(items: Sequence[Tensor]) -> Tensor:

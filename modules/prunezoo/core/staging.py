@@ -28,6 +28,7 @@ class Staging(Configured):
 
     stage: ClassVar[Stage] = "prompt"
     after_block: ClassVar[bool] = False  # vision stage: on the output of a block, not between attention and MLP
+    merges: ClassVar[bool] = False  # vision stage: makes tokens of several, and cannot do without; see `drop_only`
     exact: ClassVar[bool] = True  # see the base class of pruners
     comes_back: ClassVar[Literal["", "raw", "last"]] = ""  # likewise
     _given: Schedule | None = None
@@ -73,6 +74,21 @@ class Staging(Configured):
             ``(B,)`` long, at least 1; on the device if need be, which the host then waits for.
         """
         return keep
+
+    def recover(self, gone: Tensor, left: Tensor, valid: Tensor) -> Tensor | None:
+        """Vision stage with `restore`: what the tower puts out for every patch, where the method makes that itself.
+
+        By default nothing is made: a patch has the state of the token that it went into, or the one that it left with.
+
+        Args:
+            gone: ``(B, N, C)`` the patches' states when the first of them left.
+            left: ``(B, K, C)`` the tokens behind the last block.
+            valid: ``(B, K)`` bool, False for filler.
+
+        Returns:
+            ``(B, N, C)``, or None; of images that lost nothing it is not asked for.
+        """
+        return None
 
     @property
     def given_schedule(self) -> Schedule | None:

@@ -50,9 +50,10 @@ class Attached(Calls):
         markers: ChatMarkers | None,
         text_encoder: TextEncoder | None,
         timeout: float | None,
+        clips: bool = False,
     ) -> None:
         """Change nothing yet; ``timeout`` is that of :meth:`enable`, in seconds."""
-        super().__init__(vlm, pruners, keeps, positions, markers, text_encoder)
+        super().__init__(vlm, pruners, keeps, positions, markers, text_encoder, clips)
         self.timeout = timeout
 
     @property
@@ -191,6 +192,7 @@ def attach(
     markers: ChatMarkers | None = None,
     text_encoder: TextEncoder | None = None,
     timeout: float | None = None,
+    clips: bool = False,
 ) -> Attachment:
     """Prune the visual tokens of every call of a model inside a ``with`` block.
 
@@ -213,6 +215,8 @@ def attach(
         text_encoder: For pruners that need `text_features`: from ids ``(B, L)``, and which are the question, to
             ``(B, E)``; and with a method that makes `image_features`, as :class:`ClipText` has, for those that need it.
         timeout: Seconds to wait for another thread to leave this model; None: as long as it takes.
+        clips: The images of each prompt are the frames of one clip: a pruner of the prompt or layer stage sees them
+            together, as one image of many tiles, and ``keep`` is of the clip.
 
     Returns:
         A context manager; its ``stats`` tell the tokens before and after each stage, KV bytes saved, and seconds; its
@@ -226,4 +230,4 @@ def attach(
     given = [pruner] if isinstance(pruner, Pruner | str | Path) else list(pruner)
     keeps = [keep] if isinstance(pruner, Pruner | str | Path) else spread(keep, len(given))
     loaded = [one if isinstance(one, Pruner) else load_pruner(one) for one in given]
-    return Attachment(Attached(vlm, loaded, keeps, positions, markers, text_encoder, timeout))
+    return Attachment(Attached(vlm, loaded, keeps, positions, markers, text_encoder, timeout, clips))

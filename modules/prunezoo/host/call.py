@@ -86,6 +86,7 @@ class Calls:
         positions: Positions,
         markers: ChatMarkers | None = None,
         text_encoder: TextEncoder | None = None,
+        clips: bool = False,
     ) -> None:
         """Check everything that can be checked before a call; change nothing yet."""
         family = find_family(vlm)
@@ -98,14 +99,14 @@ class Calls:
         parts = self.parts(self.keeps)
         check_parts(family, parts)
         self.early, layer = split_parts(parts, self.depth)
-        self.layers = LayerStage(vlm, *layer, positions) if layer else None
+        self.memory, self.text, self.clips = Memory(), (markers, text_encoder), clips
+        self.layers = LayerStage(vlm, *layer, positions, memory=self.memory) if layer else None
         self.needs = tuple(dict.fromkeys(name for pruner, _ in parts for name in encode_needs(pruner)))
         self.pruners = list(dict.fromkeys([*pruners, *(pruner for pruner, _ in parts)]))
         stages = [StageStats(p.name, p.stage, 0 if p.stage == "layer" else None) for p, _ in self.early]
         if self.layers:
             stages += [StageStats(self.layers.plan.pruner.name, "layer", number) for number in self.layers.plan.stages]
         self.stats = AttachStats(stages)
-        self.memory, self.text = Memory(), (markers, text_encoder)
         self._turn = Turn()  # hooks tell of one call at a time
         self._shadowed: Any = None  # a `generate` that somebody else had put on the instance
         self._encoding = False  # the call under way is our own, to compute signals
@@ -193,7 +194,8 @@ class Calls:
             # the tower sees.
             stages = {pruner.stage for pruner, _ in self.early}
             alone = "input" in stages or (not self.needs and "vision" in stages)
-            encoded = encode(self.vlm, kwargs, () if alone else self.needs, not alone, *self.text)
+            needs = () if alone else self.needs
+            encoded = encode(self.vlm, kwargs, needs, not alone, *self.text, clips=self.clips)
             with deferred() as checks:
                 early = reduce_early(self.vlm, encoded, self.early, self.positions, generating, self.memory, self.needs)
         finally:

@@ -18,7 +18,7 @@ from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
 from ..core.roles import ChatMarkers, JointEncoder, Role, TextEncoder
-from ..core.signals import DECODER_SIGNALS, follow_tokens, parse_signal, stack_images
+from ..core.signals import DECODER_SIGNALS, follow_tokens, join_images, parse_signal, stack_images
 from .encoded import IGNORED, Encoded, Newlines, Source, Words
 from .families import Family, Visual, find_family
 from .families.gaps import Gaps, no_gaps
@@ -36,6 +36,7 @@ def encode(
     markers: ChatMarkers | None = None,
     text_encoder: TextEncoder | None = None,
     gaps: Gaps = no_gaps,
+    clips: bool = False,
 ) -> Encoded:
     """Run vision tower and projector once, and lay out what pruners and forwards need.
 
@@ -50,6 +51,7 @@ def encode(
         text_encoder: Makes the signal `text_features`, of all words of a prompt where no markers tell the question; and
             `image_features`, if it has a method of that name.
         gaps: Entered around each run of the tower; leaves patches out of it, whose tokens are zeros then.
+        clips: The images of a prompt are the frames of one clip: they are one row to pruners.
 
     Raises:
         PruneZooError: Unsupported family, unknown signal, or placeholders that do not fit the images; `text_features`
@@ -78,14 +80,15 @@ def encode(
     pixels = {k: v for k, v in given.items() if k in family.consumed}
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
-    encoded = _lay_out(family, host, given, labels, visuals, embedded)
+    placed = _place(family, host, visuals)
+    encoded = _lay_out(host, given, labels, _join(placed) if clips else placed, embedded)
     columns, real = encoded.words
     text = gather_rows(embedded, columns)[encoded.sample]
     inputs = replace(encoded.inputs, text=text, text_valid=real[encoded.sample], sample=encoded.sample)
     if "frame" in needs:  # the tile of a clip
-        clips = upload([kind == "video" for kind in encoded.kinds], device)
+        moving = upload([clips or kind == "video" for kind in encoded.kinds], device)
         inputs = replace(
-            inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * clips[:, None]}
+            inputs, signals={**inputs.signals, "frame": inputs.cells[..., 0].clamp_min(0) * moving[:, None]}
         )
     asked = torch.from_numpy(host.words)  # on the host until somebody wants them
     if markers is not None:
@@ -100,7 +103,7 @@ def encode(
         signals = {**inputs.signals, "image_features": encode_images(joint, inputs.signal("vision_states"))}
         inputs = replace(inputs, signals={n: s for n, s in signals.items() if n in needs})
     source = Source(batch, markers, text_encoder)
-    return add_late_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels, source=source), needs)
+    return add_late_signals(vlm, replace(encoded, inputs=inputs, pixels=pixels, source=source, clips=clips), needs)
 
 
 def encode_text(text_encoder: TextEncoder | None, ids: Tensor, asked: Tensor) -> Tensor:
@@ -203,16 +206,12 @@ class HostPrompt:
         return index.to(device), real.to(device)
 
 
-def _lay_out(
-    family: Family,
-    host: HostPrompt,
-    batch: dict[str, Any],
-    labels: Tensor | None,
-    visuals: list[Visual],
-    like: Tensor,
-) -> Encoded:
-    """Find the columns of each image, and part patches from newlines; ``like`` has the type and width of embeddings."""
-    placed = _place(family, host, visuals)
+Placed = list[tuple[int, Tensor, Visual]]
+"""Images, each with its row and its columns ``(n,)`` in the prompt, in reading order."""
+
+
+def _lay_out(host: HostPrompt, batch: dict[str, Any], labels: Tensor | None, placed: Placed, like: Tensor) -> Encoded:
+    """Part patches from newlines; ``like`` has the type and width of embeddings."""
     patches = [_where(visual.cells[:, 2] >= 0) for _, _, visual in placed]
     counts = tuple(map(len, patches))
     parted = any(count < len(visual.cells) for count, (_, _, visual) in zip(counts, placed, strict=True))  # by newlines
@@ -259,13 +258,31 @@ def _lay_out(
     )
 
 
-def _place(family: Family, host: HostPrompt, visuals: list[Visual]) -> list[tuple[int, Tensor, Visual]]:
-    """Each image with its row and its columns ``(n,)`` in the prompt, in reading order.
+def _join(placed: Placed) -> Placed:
+    """The images of each prompt as one, frame after frame."""
+    clips: Placed = []
+    for row in dict.fromkeys(row for row, _, _ in placed):
+        frames = [(columns, visual) for at, columns, visual in placed if at == row]
+        cells, frame = [], 0
+        for _, visual in frames:
+            cells.append(visual.cells + torch.tensor([frame, 0, 0]))
+            frame = int(cells[-1][:, 0].max()) + 1
+        shown = [visual for _, visual in frames]
+        deep = tuple(torch.cat(level) for level in zip(*(visual.deep for visual in shown), strict=True))
+        signals = {name: join_images(name, [visual.signals[name] for visual in shown]) for name in shown[0].signals}
+        features = torch.cat([visual.features for visual in shown])
+        columns = torch.cat([columns for columns, _ in frames])
+        clips.append((row, columns, Visual(shown[0].kind, features, torch.cat(cells), deep, signals)))
+    return clips
+
+
+def _place(family: Family, host: HostPrompt, visuals: list[Visual]) -> Placed:
+    """Where each image is.
 
     Raises:
         PruneZooError: Placeholders that do not fit the images.
     """
-    placed: list[tuple[int, Tensor, Visual]] = []
+    placed: Placed = []
     for kind, token in family.placeholders.items():
         own = [visual for visual in visuals if visual.kind == kind]
         sizes = [len(visual.cells) for visual in own]

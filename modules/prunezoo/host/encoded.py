@@ -75,6 +75,7 @@ class Encoded:
     pixels: dict[str, Any] = field(default_factory=dict, repr=False)  # what only the vision tower reads
     source: Source | None = field(default=None, repr=False)  # None: it cannot be encoded again
     start: PruneOutput | None = None  # what an input stage left, of which the tower is to be given no more
+    clips: bool = False  # the images of each prompt are one row, the frames of a clip
     planned: tuple[Tensor, ...] = ()  # (R,) long each, on the host: what later stages of a begun pruner leave
 
     @property

@@ -20,6 +20,7 @@ from .encoded import Encoded
 from .families import Family, find_family
 from .parts.model import VLM
 from .signals.language import check_signals, encode_needs
+from .stages.cell_runs import choose_by_cells
 from .stages.cut import Cut, Timer, layer_tokens
 from .stages.input import check_input_stage, choose_by_pixels
 from .stages.layer import LayerStage
@@ -138,18 +139,25 @@ def reduce_early(
     inside = any(pruner.stage == "vision" for pruner, _ in parts)  # which runs the tower itself
     early = Early(encoded, (), (), ())
     for pruner, keep in parts:
+        if encoded.clips and pruner.stage in ("input", "vision"):
+            raise PruneZooError(
+                f"pruner '{pruner.name}' acts where the tower sees frames one by one, so images cannot be one clip to "
+                "it: leave `clips` out, or use a pruner of the prompt or layer stage"
+            )
         timer = Timer(encoded.slots.device)
         with timer.running():
             found, asked = find_early(vlm, early.encoded, pruner, keep)
         if memory is not None:
-            found = replace(found, inputs=memory.recall(pruner, found.inputs, found.sample, len(found.mask)))
+            found = replace(found, inputs=memory.recall(pruner, found.inputs, found.rows, len(found.mask)))
         by_pixels = pruner.stage == "input" and len(found.sample) > 0
         if by_pixels:
             found, output = choose_by_pixels(vlm, found, pruner, asked, needs, not inside, timer)
+        elif pruner.stage == "vision" and len(found.sample) and find_family(vlm).tower().joined is not None:
+            found, output = choose_by_cells(vlm, found, pruner, asked, timer)
         else:
             output = choose(vlm, found, pruner, asked, timer)
         if memory is not None:
-            memory.note(pruner, found.inputs, output, found.sample, len(found.mask))
+            memory.note(pruner, found.inputs, output, found.rows, len(found.mask))
         layer = 0 if pruner.stage == "layer" else None
         encoded, plan = shorten_prompt(vlm, found, output, positions, generating)
         if by_pixels:
@@ -189,7 +197,7 @@ def run_pruned(
             host = full_forward(vlm, early.encoded, **options)
         else:
             labels = None if labels is None else labels.clone()
-            with LayerStage(vlm, *layer, positions) as stage:
+            with LayerStage(vlm, *layer, positions, memory=memory) as stage:
                 prompt = stage.prefill(early.encoded, labels)
                 host = full_forward(vlm, early.encoded, **options)
             cuts, outputs = cuts + prompt.cuts, [*outputs, prompt.output]

@@ -52,6 +52,13 @@ class ACLIPConfig(PrunerConfig):
                 raise PruneZooError(f"{name}={value} of a_clip is out of range: 1 to {most}")
 
 
+def same_cell(inputs: PruneInputs, side: int) -> Tensor:
+    """``(B, N, N)`` bool: whether two patches are in one cell of ``side`` by ``side``; no column of padding."""
+    tile, row, column = inputs.cells.unbind(-1)
+    number = (tile * MOST_ROWS + row // side) * MOST_ROWS + column // side
+    return (number[:, None] == number[..., None]) & inputs.valid[:, None]
+
+
 def by_cells(scores: Tensor, inputs: PruneInputs, side: int) -> Tensor:
     """The mean of the scores in the cell that each patch is in.
 
@@ -63,10 +70,7 @@ def by_cells(scores: Tensor, inputs: PruneInputs, side: int) -> Tensor:
     Returns:
         ``(B, N)``, the same number for all patches of a cell; arbitrary on padding.
     """
-    tile, row, column = inputs.cells.unbind(-1)
-    number = (tile * MOST_ROWS + row // side) * MOST_ROWS + column // side
-    same = (number[:, None] == number[..., None]) & inputs.valid[:, None]
-    weights = same.to(scores.dtype)
+    weights = same_cell(inputs, side).to(scores.dtype)
     total = weights @ scores.masked_fill(~inputs.valid, 0)[..., None]
     return total[..., 0] / weights.sum(2).clamp_min(1)
 

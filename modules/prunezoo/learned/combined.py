@@ -5,6 +5,7 @@ the model has made of them so far, and may drop what has been read. Ours; CoViPA
 (arXiv 2412.00447) are each used alone by their papers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -45,8 +46,15 @@ class CombinedConfig(PrunerConfig):
 
     def for_tokens(self, width: int) -> Self:
         """See the base class."""
+        return self._of_all(lambda config: config.for_tokens(width))
+
+    def for_tower(self, width: int) -> Self:
+        """See the base class."""
+        return self._of_all(lambda config: config.for_tower(width))
+
+    def _of_all(self, change: Callable[[PrunerConfig], PrunerConfig]) -> Self:
         pairs = zip(self.methods, self.configs, strict=True)
-        full = [pruner_class(name).config_class.from_dict(values).for_tokens(width) for name, values in pairs]
+        full = [change(pruner_class(name).config_class.from_dict(values)) for name, values in pairs]
         return replace(self, configs=tuple(config.to_dict() for config in full))
 
 

@@ -18,6 +18,7 @@ its similarity, and its logarithm is added in the attention of later blocks.
 | `keep` | the trained counts | any: the trained counts in shape, see :class:`schedule.Schedule` |
 | other towers | – | a block of a tower of another depth has the rate of the one as far in |
 | order | falling attention | raster; a merged token sits nearest to the middle of what it stands for |
+| a tower that joins patches behind it | – | what leaves is dropped, by whole cells; not in training |
 | no CLS | – | `attention="received"`, not in training |
 
 What it learns serves other methods: `python -m trainers.schedule read FOLDER --out FILE`, then `tome?schedule=FILE`.
@@ -178,12 +179,14 @@ class DiffRate(Pruner):
         """Drop the tail, merge the next lowest."""
         assert inputs.asked is not None  # `forward` has set it
         block, depth = inputs.layer or 0, inputs.depth or self.config.blocks
-        share = self.dropped_share(min(block, depth - 1), depth)
-        staying = [n - min(round(share * (n - k)), n - k) for n, k in zip(inputs.counts, inputs.asked, strict=True)]
         scores = inputs.signal(self.needs[0]).float().masked_fill(~inputs.valid, -torch.inf)
-        alive = topk_mask(scores, inputs.valid, upload(staying, keep.device))
         kept = topk_mask(scores, inputs.valid, keep)
         index, valid = mask_to_index(kept, inputs.most_asked)
+        if inputs.drop_only:
+            return PruneOutput(index, valid, scores=scores)
+        share = self.dropped_share(min(block, depth - 1), depth)
+        staying = [n - min(round(share * (n - k)), n - k) for n, k in zip(inputs.counts, inputs.asked, strict=True)]
+        alive = topk_mask(scores, inputs.valid, upload(staying, keep.device))
         sizes = inputs.valid.float() if inputs.sizes is None else inputs.sizes.float()
         groups, features, sizes = merged(inputs.features, kept, alive & ~kept, sizes, index.shape[1])
         gates = None
@@ -201,21 +204,18 @@ class DiffRate(Pruner):
         one, two = (rank_probability(row.float(), self.candidates, rank) for row in rows)
         return one * two
 
-    def relax(
-        self, block: int, scores: Tensor, features: Tensor, gates: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def relax(self, inputs: PruneInputs, gates: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block in training, in which every token keeps its row.
 
         Args:
-            block: Its number.
-            scores: ``(B, N)`` what CLS attends to.
-            features: ``(B, N, D)`` states.
+            inputs: What is found in the block, ``inputs.layer``: states, and what CLS attends to.
             gates: ``(B, N)`` of value 0 or 1: which tokens the blocks before have left.
             sizes: ``(B, N)``.
 
         Returns:
             The same three behind the block; gates have the gradients of the rates.
         """
+        block, features, scores = inputs.layer or 0, inputs.features, inputs.signal(self.needs[0])
         if block < self.first:
             return features, gates, sizes
         alive = gates.detach() > 0.5

@@ -16,9 +16,14 @@ and with them their eight neighbours; what stays keeps its position.
 | how many stay | what is chosen, and neighbours | `keep="auto"`: the same; a number: these first, by logit |
 | neighbours | 3×3 maximum of the mask | `grow`; tiles and crops each by itself |
 | clips | not taken | the mean of a cell's frames is judged |
+| contrast, neighbours | layer norm takes the one away, no cell knows the other | `facts`: ten numbers tell of both |
 
 It knows nothing of the question, and of photographs nothing either: it is for documents, and what is printed on a
 photograph's sky is all that it looks for there.
+
+The same network, with `facts`, also ranks the cells of any picture by how much a frozen model misses them: it is
+trained through the real drop, by policy gradient (`trainers.training.gaps`, ours), and `patch-gaps-tiny` is such a one
+for the embedded model. [In front of the tower](../input.md) has its figures.
 """
 
 from dataclasses import dataclass
@@ -34,6 +39,9 @@ from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 
 CHANNELS = 3
+FACTS = 2 * CHANNELS + 4
+BESIDE = ((0, -1), (0, 1), (-1, 0), (1, 0))
+"""Rows and columns to the four neighbours."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class PatchClassifierConfig(PrunerConfig):
     hidden: int = 256  # width of the layer between
     grow: bool = True  # keep="auto" keeps the eight neighbours of each chosen cell too
     least: float = 0.5  # probability, in (0, 1), above which a cell is chosen
+    facts: bool = False  # it is told the contrast of a cell too, and how unlike its four neighbours it is
 
     def __post_init__(self) -> None:
         for name in ("side", "hidden"):
@@ -67,6 +76,7 @@ class PatchClassifier(Pruner):
         pixels = CHANNELS * self.config.side**2
         self.norm = nn.LayerNorm(pixels)
         self.look = nn.Linear(pixels, self.config.hidden)
+        self.told = nn.Linear(FACTS, self.config.hidden, bias=False) if self.config.facts else None
         self.head = nn.Linear(self.config.hidden, 1)
 
     @classmethod
@@ -74,21 +84,57 @@ class PatchClassifier(Pruner):
         """See the base class."""
         return {"side": 4, "hidden": 8}
 
-    def logits(self, cells: Tensor) -> Tensor:
+    def logits(self, cells: Tensor, facts: Tensor | None = None) -> Tensor:
         """``(..., N)`` float32, above 0 where something is printed.
 
         Args:
             cells: ``(..., N, 3 * side * side)`` normalised pixels, channels first.
+            facts: ``(..., N, FACTS)``, from :func:`facts_of`, where the config asks for them.
         """
-        x = self.norm(cells.to(self.look.weight.dtype))
-        return self.head(F.gelu(self.look(x))).squeeze(-1).float()
+        x = self.look(self.norm(cells.to(self.look.weight.dtype)))
+        if self.told is not None:
+            if facts is None:
+                raise PruneZooError("patch_classifier: with facts=true it needs to know the cells around: call `rate`")
+            x = x + self.told(facts.to(x.dtype))
+        return self.head(F.gelu(x)).squeeze(-1).float()
+
+    def rate(self, inputs: PruneInputs) -> Tensor:
+        """``(B, N)`` float32: the logit of each cell."""
+        cells = scaled(inputs.features, inputs.pixels, self.config.side)
+        return self.logits(cells, facts_of(cells, inputs) if self.config.facts else None)
 
     def score(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` float32: the probability that a cell is printed on, 1 more where `keep="auto"` keeps it."""
-        logits = self.logits(scaled(inputs.features, inputs.pixels, self.config.side))
-        printed = logits.sigmoid()
+        printed = self.rate(inputs).sigmoid()
         chosen = (printed.detach() > self.config.least) & inputs.valid
         return printed + (grown(chosen, inputs) if self.config.grow else chosen)
+
+
+def facts_of(cells: Tensor, inputs: PruneInputs) -> Tensor:
+    """What layer norm and a look at one cell alone leave out.
+
+    Args:
+        cells: ``(B, N, 3 * side * side)`` float32.
+        inputs: Say where each of them is.
+
+    Returns:
+        ``(B, N, FACTS)`` float32: the mean of each channel, the logarithm of its variance, and that of the mean
+        distance to the cell on the left, right, above and below; where there is none, to a cell of zeros.
+    """
+    channels = cells.unflatten(-1, (CHANNELS, -1))
+    far = cells.new_zeros(*cells.shape[:2], len(BESIDE))
+    for row, (places, own) in enumerate(inputs.host_grids):
+        if not len(places):
+            continue
+        slots = torch.from_numpy(places).to(cells.device)
+        tile, down, right = (axis.to(cells.device) for axis in torch.from_numpy(own).unbind(-1))
+        tiles, rows, columns = (own.max(0) + 1).tolist()  # of NumPy: the device is not asked
+        framed = cells.new_zeros(tiles, rows + 2, columns + 2, cells.shape[-1])
+        framed[tile, down + 1, right + 1] = cells[row, slots]
+        apart = [(cells[row, slots] - framed[tile, down + 1 + y, right + 1 + x]).abs().mean(-1) for y, x in BESIDE]
+        far[row, slots] = torch.stack(apart, -1)
+    variance = channels.var(-1, correction=0)
+    return torch.cat([channels.mean(-1), (variance + 1e-4).log(), (far + 1e-2).log()], -1)
 
 
 def scaled(features: Tensor, pixels: tuple[int, int, int, int] | None, side: int) -> Tensor:

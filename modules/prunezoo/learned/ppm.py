@@ -170,11 +170,11 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
-        q, k, v = (_split(t, self.heads) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
         q, k = F.elu(q.float()) + 1, (F.elu(k.float()) + 1) * valid[:, None, :, None]  # float32: sums over all of N
         context = k.transpose(-1, -2) @ v.float()  # (B, H, E/H, E/H)
         mean = (q @ context) / (q @ k.sum(-2)[..., None]).clamp_min(1e-6)
-        return self.out(_join(mean.to(x.dtype)))
+        return self.out(join_heads(mean.to(x.dtype)))
 
 
 class CrossAttention(nn.Module):
@@ -202,8 +202,8 @@ class CrossAttention(nn.Module):
         key = torch.cat([self.none_key.expand(rows), self.key(words)], dim=1)
         value = torch.cat([self.none_value.expand(rows), self.value(words)], dim=1)
         seen = F.pad(valid, (1, 0), value=True)[:, None, None, :]
-        query, key, value = (_split(t, self.heads) for t in (self.query(self.norm_x(x)), key, value))
-        return self.gate * self.out(_join(F.scaled_dot_product_attention(query, key, value, attn_mask=seen)))
+        query, key, value = (split_heads(t, self.heads) for t in (self.query(self.norm_x(x)), key, value))
+        return self.gate * self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=seen)))
 
 
 class SwiGLU(nn.Module):
@@ -234,15 +234,22 @@ def place_features(inputs: PruneInputs, octaves: int) -> Tensor:
     """
     cells = inputs.cells
     patch = (cells[..., 1:] >= 0).all(-1) & inputs.valid
+    turns = place_in_tile(inputs)[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=cells.device)
+    waves = torch.cat([turns.sin(), turns.cos()], dim=-1).flatten(2) * patch[..., None]
+    number = cells[..., :1].clamp_min(0).float()
+    return torch.cat([waves, patch[..., None].float(), number / (number + 1)], dim=-1)
+
+
+def place_in_tile(inputs: PruneInputs) -> Tensor:
+    """``(B, N, 2)`` float32 in (0, 1): row and column of each token's middle over the sides of its own tile."""
+    cells = inputs.cells
+    patch = (cells[..., 1:] >= 0).all(-1) & inputs.valid
     tile, place = cells[..., 0].clamp_min(0), cells[..., 1:].float() * patch[..., None]
     # a tile's side is one more than the largest index within it
     largest = place.new_zeros(len(cells), max(inputs.tiles, 1), 2)
     where = tile[..., None].expand_as(place)
     side = largest.scatter_reduce(1, where, place, "amax").gather(1, where) + 1
-    turns = ((place + 0.5) / side)[..., None] * math.pi * 2.0 ** torch.arange(octaves, device=cells.device)
-    waves = torch.cat([turns.sin(), turns.cos()], dim=-1).flatten(2) * patch[..., None]
-    number = tile[..., None].float()
-    return torch.cat([waves, patch[..., None].float(), number / (number + 1)], dim=-1)
+    return (place + 0.5) / side
 
 
 def distance_features(valid: Tensor, hidden: int) -> Tensor:
@@ -261,11 +268,11 @@ def distance_features(valid: Tensor, hidden: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, N, E) to (B, H, N, E/H)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _join(x: Tensor) -> Tensor:
+def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, E/H) to (B, N, E)."""
     return x.transpose(1, 2).flatten(2)

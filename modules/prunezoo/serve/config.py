@@ -11,9 +11,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from ..core.base_model import check_base_model
 from ..core.errors import PruneZooError
 from .settings import ARCHITECTURE, Settings
-
-SERVED = ("llava",)
-"""Families whose served answers are tested against those of `attach`, by ``config.model_type``."""
+from .shapes import AXES, DIVIDED, PLAIN, family_of
 
 
 def register_architecture() -> None:
@@ -35,30 +33,37 @@ class ServedConfig(VerifyAndUpdateConfig):
         """
         config = model_config.hf_config
         settings = Settings.of(config)
-        if config.model_type not in SERVED:
-            raise PruneZooError(f"model_type '{config.model_type}' cannot be served yet: {', '.join(SERVED)} can")
+        family = family_of(config)
         pruner = settings.load()
         check_base_model(
             pruner.name, pruner.base_model, SimpleNamespace(config=config, name_or_path=model_config.model)
         )
         if settings.positions == "original":
             keep_positions(model_config)
+        elif AXES[config.model_type] != PLAIN:
+            raise PruneZooError(
+                "positions='compact' means nothing where tokens have a place in height and width: serve "
+                f"{family.title} with 'original'"
+            )
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what vLLM would do besides.
 
         Raises:
-            PruneZooError: A draft model, adapters, or several stages of a pipeline.
+            PruneZooError: A draft model, adapters, several stages of a pipeline, or several processes that divide the
+                heads of a tower where that is not tested.
         """
+        parallel, kind = vllm_config.parallel_config, vllm_config.model_config.hf_config.model_type
         others = {
             "--speculative-config": vllm_config.speculative_config,
             "--enable-lora": vllm_config.lora_config,
-            "--pipeline-parallel-size": vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+            "--tensor-parallel-size": parallel.tensor_parallel_size > 1 and kind not in DIVIDED,
         }
         for option, value in others.items():
             if value:
-                raise PruneZooError(f"{option} is not served under a pruner: leave it out")
+                raise PruneZooError(f"{option} is not served with '{kind}' under a pruner: leave it out")
 
 
 def keep_positions(model_config: ModelConfig) -> None:
@@ -68,6 +73,6 @@ def keep_positions(model_config: ModelConfig) -> None:
     embedding knows none pays no heed to them.
     """
     text: Any = model_config.hf_text_config
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [1, 1, 1]}
+    text.rope_parameters = {"mrope_section": [1, 1, 1], **text.rope_parameters}
     assert model_config.multimodal_config is not None
     model_config.multimodal_config.video_pruning_rate = 0.5  # no clip is read; any rate switches it on

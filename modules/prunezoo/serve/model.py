@@ -21,13 +21,14 @@ from vllm.model_executor.models.transformers.multimodal import MultiModalDummyIn
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..core.signals import parse_signal
-from ..host.families import FAMILIES, Visual
+from ..host.families import Visual
 from ..host.parts.tower import FusedAttention
 from ..host.signals.vision import watch_tower
 from .layout import prune_images
-from .positions import append_offsets, correct_positions, distance, lay_positions, split_offsets
-from .processor import EXTENT, WORDS, Info, Processor
-from .settings import KEEP, Settings
+from .positions import append_offsets, correct_positions, distance, lay_positions, move_tokens, split_offsets
+from .processor import EXTENT, LEFT, WORDS, Info, Processor
+from .settings import Settings
+from .shapes import AXES, PLAIN, family_of, offsets_of
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=MultiModalDummyInputsBuilder)
@@ -37,7 +38,8 @@ class PrunezooForConditionalGeneration(TransformersMultiModalForCausalLM, Suppor
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = Settings.of(self.config)
-        self.family = FAMILIES[self.config.model_type](self)
+        self.family = family_of(self.config, self)
+        self.axes = AXES[self.config.model_type]
         self.places = settings.positions == "original"
         self.pruner = settings.load()
         self._late: tuple[Tensor, Tensor] | None = None
@@ -57,13 +59,20 @@ class PrunezooForConditionalGeneration(TransformersMultiModalForCausalLM, Suppor
         if WORDS in kwargs:
             device = visuals[0].features.device
             text = [self.model.get_input_embeddings()(own.flatten().to(device)) for own in kwargs[WORDS]]
-        kept = prune_images(self.pruner, visuals, kwargs[KEEP].flatten().tolist(), text)
-        return [append_offsets(one.features, one.slots[:, None]) if self.places else one.features for one in kept]
+        kept = prune_images(self.pruner, visuals, kwargs[LEFT].flatten().tolist(), text)
+        if not self.places:
+            return [one.features for one in kept]
+        places = [offsets_of(self.config, own.cells, one.slots) for own, one in zip(visuals, kept, strict=True)]
+        return [append_offsets(one.features, own) for one, own in zip(kept, places, strict=True)]
 
     def _encode(self, kwargs: dict[str, Any]) -> list[Visual]:
         """Images through tower and projector, with the signals that the pruner needs."""
         batch = {key: kwargs[key] for key in self.family.encoder_keys["image"] if key in kwargs}
-        visuals = self.family.visuals(batch, partial(watch_tower, self.family.tower, self.pruner.needs))
+        visuals = [
+            visual
+            for own in self._alike(batch)
+            for visual in self.family.visuals(own, partial(watch_tower, self.family.tower, self.pruner.needs))
+        ]
         processes = get_tensor_model_parallel_world_size()
         shared = isinstance(self.family.tower().attention(0), FusedAttention)
         if processes == 1 or not shared:
@@ -72,6 +81,14 @@ class PrunezooForConditionalGeneration(TransformersMultiModalForCausalLM, Suppor
             replace(one, signals={name: across_heads(name, own, processes) for name, own in one.signals.items()})
             for one in visuals
         ]
+
+    def _alike(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Batches that the encoder takes: pictures of several requests may have been padded to several sizes."""
+        pixels = batch.get("pixel_values")
+        if not isinstance(pixels, list):
+            return [batch]
+        parts = (self._select_item_kwargs(batch, i, len(pixels)) for i in range(len(pixels)))
+        return [{**part, "pixel_values": pixels[i][None]} for i, part in enumerate(parts)]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Of a prompt before its images are encoded."""
@@ -110,17 +127,18 @@ class PrunezooForConditionalGeneration(TransformersMultiModalForCausalLM, Suppor
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The language model, which reads one row of the table of positions."""
+        """The language model, which reads one row of the table of positions, or all."""
         if positions.dim() == 2:
-            positions = positions[0]
             if self._late is not None:
                 (where, offsets), self._late = self._late, None
-                positions = positions.index_add(0, where, offsets[:, 0])
-        return super(MultiModalMixin, self).forward(input_ids, positions, *args, **kwargs)
+                positions = move_tokens(positions, where, offsets)
+            if self.axes == PLAIN:
+                return super(MultiModalMixin, self).forward(input_ids, positions[1], *args, **kwargs)
+        return super().forward(input_ids, positions, *args, **kwargs)
 
     def _split(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features and offsets."""
-        return split_offsets(features, axes=1)
+        return split_offsets(features, self.axes)
 
 
 def across_heads(name: str, values: Tensor, processes: int) -> Tensor:

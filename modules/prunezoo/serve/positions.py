@@ -4,8 +4,16 @@ vLLM lays out the positions of a prompt before its images are encoded, and lets 
 (`recompute_mrope_positions`); what it needs for that travels behind the features of each token, in digits that a half
 type can hold.
 
-Letters: L tokens of the prompt as vLLM has it, k tokens left of an image, A axes of a position (1, or 3 for time,
-height and width), D width.
+The table of a prompt has three rows, as of models whose positions have time, height and width:
+
+| row | words | tokens of an image | read as |
+|---|---|---|---|
+| 0 | their position | where their image begins | time |
+| 1 | their position | where each stands (its height), once the image is encoded | height, or the only position |
+| 2 | their position | where the image ends; where there are two axes, later the width of each | width |
+
+Letters: L tokens of the prompt as vLLM has it, k tokens left of an image, A axes in which they differ from where their
+image begins (the position; or height and width), D width.
 """
 
 from collections.abc import Sequence
@@ -37,8 +45,8 @@ def lay_positions(length: int, images: Sequence[tuple[int, int, int]]) -> Tensor
         images: First token, tokens left and extent (how much further the text behind it stands) of each, ascending.
 
     Returns:
-        ``(ROWS, L)`` long. Words stand where they would among all tokens. Of an image's tokens the first rows hold
-        where it begins, and the last where it ends: so it tells, whatever is corrected, how far the prompt goes.
+        ``(ROWS, L)`` long. Words stand where they would among all tokens; what tokens of images hold is said above: so
+        the last row tells how far the prompt goes.
     """
     begin = torch.arange(length)
     end = begin.clone()
@@ -57,15 +65,22 @@ def correct_positions(table: Tensor, placeholder: Tensor, offsets: Tensor, first
     Args:
         table: From :func:`lay_positions`.
         placeholder: ``(L,)`` bool: tokens of images.
-        offsets: ``(k, 1)`` of those from ``first`` on, as many as are being encoded.
+        offsets: ``(k, A)`` of those from ``first`` on, as many as are being encoded.
         first: Token from which on.
     """
     where = placeholder[first:].nonzero()[: len(offsets), 0] + first
+    return move_tokens(table, where, offsets)
+
+
+def move_tokens(table: Tensor, where: Tensor, offsets: Tensor) -> Tensor:
+    """The table with tokens ``where (k,)`` of images at ``offsets (k, A)`` from where each of these begins."""
     table = table.clone()
-    table[0, where] = table[1, where] + offsets[:, 0].to(table)
+    table[1 : 1 + offsets.shape[1], where] = table[0, where] + offsets.T.to(table)
     return table
 
 
 def distance(table: Tensor) -> int:
-    """How much further than the number of its tokens a prompt goes."""
-    return int(table[-1].max()) + 1 - table.shape[1]
+    """How much further than the number of its tokens a prompt goes: by its last row, and where that holds the width of
+    tokens, by the words behind the last image, as Qwen-VL's prompts have them.
+    """
+    return int(table.max()) + 1 - table.shape[1]

@@ -14,10 +14,11 @@ from ..core.errors import PruneZooError
 from ..core.roles import ChatMarkers, Role
 from ..host.signals.roles import chat_markers
 from .settings import KEEP, Settings
+from .shapes import ALONE, most_newlines, shapes_of
 
-WORDS, EXTENT = "prunezoo_words", "prunezoo_extent"
-OWN = (KEEP, WORDS, EXTENT)
-"""Fields of an image beside those of the model's processor: tokens kept, words read, how far the text behind it is."""
+LEFT, WORDS, EXTENT = "prunezoo_left", "prunezoo_words", "prunezoo_extent"
+OWN = (LEFT, WORDS, EXTENT)
+"""Fields of an image beside those of the model's processor: tokens left, words read, how far the text behind it is."""
 Words = tuple[int, ...]
 
 
@@ -31,9 +32,21 @@ class Info(MultiModalProcessingInfo):
         """The server's."""
         return Settings.of(self.get_hf_config())
 
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Images a prompt: any number, or one."""
+        return {"image": 1 if self.get_hf_config().model_type in ALONE else None}
+
+    def _get_num_image_tokens(self, size: Any) -> int:
+        """Of an image of ``size``; LLaVA's processor tells it for towers of CLIP alone, though all are of one."""
+        config = self.get_hf_config()
+        if config.model_type == "llava":
+            return shapes_of(config, {"pixel_values": [size]})[0].patches
+        return super()._get_num_image_tokens(size)
+
     def get_max_image_tokens(self) -> int:
-        """Left of the largest image."""
-        return self.settings.count(super().get_max_image_tokens())
+        """Left of an image at most."""
+        most = super().get_max_image_tokens()
+        return min(self.settings.count(most) + most_newlines(self.get_hf_config()), most)
 
 
 class Processor(MultiModalProcessor):
@@ -97,16 +110,17 @@ class Processor(MultiModalProcessor):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """What the model's own processor makes of images, and our fields."""
-        others = {key: value for key, value in hf_kwargs.items() if key not in OWN}
+        others = {key: value for key, value in hf_kwargs.items() if key not in (KEEP, WORDS)}
         out = super()._apply_hf_processor_main(mm_items, others)
         if "image_replacement_ids" not in out:
             return out
-        sizes = out["image_replacement_sizes"].tolist()
+        shapes = shapes_of(self.info.get_hf_config(), out)
         settings, asked = self.info.settings, hf_kwargs.get(KEEP)
-        out[KEEP] = torch.tensor([settings.count(size, asked) for size in sizes])
-        out[EXTENT] = torch.tensor(sizes)
+        out[LEFT] = torch.tensor([shape.left(settings, asked) for shape in shapes])
+        out[EXTENT] = torch.tensor([shape.extent for shape in shapes])
         if WORDS in hf_kwargs:
-            out[WORDS] = [torch.tensor(words, dtype=torch.long) for words in self._dealt(hf_kwargs[WORDS], len(sizes))]
+            words = self._dealt(hf_kwargs[WORDS], len(shapes))
+            out[WORDS] = [torch.tensor(own, dtype=torch.long) for own in words]
         return out
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
@@ -117,8 +131,8 @@ class Processor(MultiModalProcessor):
         return {**fields, **{name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in own}}
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
-        """As many placeholders as tokens are kept."""
-        counts = [int(item[KEEP].data) for item in out_mm_kwargs.get("image", [])]
+        """As many placeholders as tokens are left."""
+        counts = [int(item[LEFT].data) for item in out_mm_kwargs.get("image", [])]
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [shortened(update, counts) for update in updates]
 

@@ -14,7 +14,7 @@ on hidden states, :func:`fill_back` puts a copy of the most similar token that s
 |---|---|---|
 | where | self-attention of a U-Net's first level, filled behind it | in front of the language model |
 | noise on the sums | 0.1 N(0, 1) | none |
-| fewer tokens than cells | not met | cells of 3 x 3, 4 x 4, …; at last bases of the largest sums |
+| fewer tokens than cells | not met | cells of 3 x 3, 4 x 4, …, until at most half of what stays are bases |
 | cells | 2 x 2 | 2 x 2; `cell` |
 | order | bases, others | raster |
 """
@@ -73,7 +73,9 @@ class OptiPrune(Pruner):
     def cells(self, inputs: PruneInputs) -> Tensor:
         """``(B, N)`` long: the cell that each token is in; 0 on padding.
 
-        Of the configured side, or of the first longer one of which there are no more than tokens are asked for.
+        Of the configured side; where there are more of these than tokens are asked for, of the first longer one of
+        which there are at most half as many. A base is the most common token of its cell, and of a picture that kept
+        nothing else only background would be left.
         """
         assert inputs.asked is not None  # `forward` has set it
         grids = zip(inputs.host_grids, inputs.asked, strict=True)
@@ -86,7 +88,8 @@ class OptiPrune(Pruner):
         """Of the cells of an image, in tokens, where ``asked`` of its tokens ``cells (n, 3)`` are to stay."""
         longest = int(cells[:, 1:].max(initial=0)) + 1
         for side in range(self.config.cell, longest):
-            if len(np.unique(cells // [1, side, side], axis=0)) <= asked:
+            most = asked if side == self.config.cell else asked // 2  # as at the authors' ratio, of one half
+            if len(np.unique(cells // [1, side, side], axis=0)) <= most:
                 return side
         return max(longest, self.config.cell)
 

@@ -11,7 +11,10 @@ of two layers, at 9/28 and 18/28 of the depth, the least important of what is le
 
 `keep` = T is what the layers read **in the mean**: `first` T enter, `second` of these pass the first cut, and the last
 one leaves what makes the mean T; where that cannot be, both cuts leave the same. So `keep` = 1.0 is the model as it is.
-The authors search threshold, cell, alpha, first and second for each T. For LLaVA-OneVision 7B they ship 39.3, 17.4, 0,
+The authors search threshold, cell, alpha, first and second for each T, by 300 trials on 30 prompts, for the cosine of
+the last word's final state with all tokens and with few; `python -m trainers.search vflowopt` searches them and the
+layers for the least KL to the full model at the answer, on training items, and only among trials that read no more
+tokens than was asked for. For LLaVA-OneVision 7B they ship 39.3, 17.4, 0,
 1.17, 1 at 10 %, 34.8, 15.6, 0, 1.06, 0.983 at 25 %, and 28.7, 11.8, 0, 1.446, 0.749 at 50 %; the defaults are where a
 search begins, and every patch votes.
 
@@ -27,6 +30,7 @@ search begins, and every patch votes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +80,20 @@ class VFlowOpt(Pruner):
     exact = False
     config_class = VFlowOptConfig
     config: VFlowOptConfig
+
+    @classmethod
+    def search_space(cls, depth: int) -> dict[str, tuple[Any, ...]]:
+        """The authors' five, around a mean of any size, and the layers of the cuts, in sevenths of a deep model."""
+        places = sorted({max(1, round(depth * part / 7)) for part in range(1, 7)} if depth > 8 else range(1, depth))
+        layers = tuple([a, b] for a in places for b in places if a < b)
+        space: dict[str, tuple[Any, ...]] = {
+            "threshold": (0.0, 50.0),
+            "cell": (3.0, 24.0),
+            "alpha": (-1.0, 1.0),
+            "first": (1.0, 1.5),
+            "second": (0.2, 1.0),
+        }
+        return {**space, "layers": (None, *layers)} if layers else space
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # a class attribute where it is not configured

@@ -212,20 +212,33 @@ class Tower:
         """
         return next(part for part in self.model.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
 
-    def check_can_shrink(self, name: str) -> None:
-        """Raise PruneZooError where the pruner ``name`` would do wrong by taking tokens out of the blocks."""
-        reason = self.joined
-        if reason is None and len(self.layers) > 1:
+    def check_can_shrink(self, name: str, merges: bool = True) -> None:
+        """Raise PruneZooError where a pruner would do wrong by taking tokens out of the blocks.
+
+        Args:
+            name: Of the pruner.
+            merges: Whether it makes tokens of several; one that only drops can do so by whole cells where patches are
+                joined behind the tower.
+        """
+        reason, others = None, ""
+        if len(self.layers) > 1:
             reason = f"the projector reads the output of several blocks, vision_feature_layer={self.layers}"
+        elif merges and self.joined is not None:
+            reason = f"it merges tokens, and {self.joined}"
+            others = "one that only drops, as flowcut, spatten or zero_tprune, or "
         if reason is not None:
             raise PruneZooError(
-                f"pruner '{name}' cannot act inside this vision tower: {reason}; use a pruner of the prompt or layer "
-                "stage"
+                f"pruner '{name}' cannot act inside this vision tower: {reason}; use {others}a pruner of the prompt or "
+                "layer stage"
             )
 
     def mlp(self, index: int) -> tuple[nn.Module, nn.Module]:
         """The second half of a block: its norm and its MLP."""
         return self.blocks[index].layer_norm2, self.blocks[index].mlp
+
+    def scaled(self, index: int, made: Tensor) -> Tensor:
+        """What a block adds of what its MLP has made."""
+        return made
 
     def attention(self, index: int) -> VisionAttention:
         """The attention of a block."""
@@ -244,6 +257,14 @@ class InternVLTower(Tower):
         """Of a block."""
         return NormedAttention(self.blocks[index].attention)
 
+    def mlp(self, index: int) -> tuple[nn.Module, nn.Module]:
+        """Of a block."""
+        return self.blocks[index].layernorm_after, self.blocks[index].mlp
+
+    def scaled(self, index: int, made: Tensor) -> Tensor:
+        """By a factor for each channel."""
+        return self.blocks[index].lambda_2 * made
+
 
 class QwenTower(Tower):
     """The ViT of Qwen-VL, without CLS: any resolution, all images in one row."""
@@ -255,3 +276,7 @@ class QwenTower(Tower):
     def attention(self, index: int) -> VisionAttention:
         """Of a block."""
         return PackedAttention(self.blocks[index].attn)
+
+    def mlp(self, index: int) -> tuple[nn.Module, nn.Module]:
+        """Of a block."""
+        return self.blocks[index].norm2, self.blocks[index].mlp

@@ -76,22 +76,20 @@ def choose_by_pixels(
         encoded: From :func:`encode`, with or without the tower, which runs again; with at least one image.
         pruner: The pruner.
         keep: As in :meth:`Pruner.forward`.
-        needs: Signals that pruners behind it want; those of the language model are made later, of what is left.
-        run_tower: False leaves the tower to a pruner of the vision stage.
+        needs: As of :func:`leave_out`.
+        run_tower: Likewise.
         timer: Counts the pruner and what it is given, not the tower.
 
     Returns:
-        The batch of full length, features (and signals) of what is gone 0; and what is left of each image.
+        As :func:`leave_out`, with ``start`` set; and what is left of each image.
 
     Raises:
         PruneZooError: As the pruner and :func:`check_input_stage` do; the pruner merges; cells are mixed behind the
             tower.
     """
-    family, source = find_family(vlm), encoded.source
+    family = find_family(vlm)
     check_input_stage(family, pruner)
-    if source is None:
-        raise PruneZooError("the input stage runs the tower anew: give it a batch as `encode` returned it")
-    seen = {**encoded.batch, **encoded.pixels, "input_ids": encoded.batch["input_ids"].cpu()}
+    seen = with_host_ids(encoded)
     with timer.running():
         output = pruner(see_pixels(family, seen, encoded).inputs, keep)
     if output.features is not None or output.groups is not None:
@@ -99,11 +97,42 @@ def choose_by_pixels(
             f"pruner '{pruner.name}' makes or merges tokens, and in front of the vision tower there are none yet: use "
             "one that only drops"
         )
+    return replace(leave_out(vlm, seen, encoded, output, needs, run_tower), start=output), output
+
+
+def leave_out(
+    vlm: VLM,
+    batch: Mapping[str, Any],
+    encoded: Encoded,
+    output: PruneOutput,
+    needs: tuple[str, ...] = (),
+    run_tower: bool = True,
+) -> Encoded:
+    """The batch encoded anew, the tower being given only what ``output`` leaves of each image.
+
+    Args:
+        vlm: The model.
+        batch: As of :func:`see_pixels`.
+        encoded: From :func:`encode`, with or without the tower; with at least one image.
+        output: What is left.
+        needs: Signals that pruners behind it want; those of the language model are made later, of what is left.
+        run_tower: False leaves the tower to a pruner of the vision stage.
+
+    Returns:
+        The batch of full length, features (and signals) of what is gone 0.
+    """
+    family, source = find_family(vlm), encoded.source
+    if source is None:
+        raise PruneZooError("the input stage runs the tower anew: give it a batch as `encode` returned it")
     early = tuple(name for name in needs if not is_late(name))
-    gaps = Gaps(family, kept_tokens(family, seen, encoded, output))
+    gaps = Gaps(family, kept_tokens(family, batch, encoded, output))
     again = partial(encode, vlm, source.batch, markers=source.markers, text_encoder=source.text_encoder)
-    whole = again(early, gaps=gaps) if run_tower or early else again(run_tower=False)
-    return replace(whole, start=output), output
+    return again(early, gaps=gaps) if run_tower or early else again(run_tower=False)
+
+
+def with_host_ids(encoded: Encoded) -> dict[str, Any]:
+    """What the encoder reads of a batch, ``input_ids`` on the host: one read for all that is laid out from them."""
+    return {**encoded.batch, **encoded.pixels, "input_ids": encoded.batch["input_ids"].cpu()}
 
 
 def see_pixels(family: Family, batch: Mapping[str, Any], encoded: Encoded) -> Encoded:
@@ -113,7 +142,7 @@ def see_pixels(family: Family, batch: Mapping[str, Any], encoded: Encoded) -> En
 
     Args:
         family: The model's.
-        batch: What the encoder reads, ``input_ids`` on the host.
+        batch: From :func:`with_host_ids`.
         encoded: The batch, laid out.
     """
     tower = family.short().tower

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...core.budgets import Keep
 from ...core.contract import Pruner
 from ...core.errors import PruneZooError
+from ...core.memory import Memory
 from ..encoded import Encoded
 from ..parts.hooks import copy_error, remove_hooks
 from ..parts.model import VLM, KVCache
@@ -48,6 +49,7 @@ class LayerStage:
         keep: Keep,
         positions: Positions = "original",
         leak: float | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """Check the pruner's stages and signals against the model.
 
@@ -57,12 +59,14 @@ class LayerStage:
             keep: What its last stage leaves of each image.
             positions: As in :func:`attach`.
             leak: Drop nothing, but let the pruner's gates weigh the image tokens, a closed gate with this weight, > 0.
+            memory: What a pruner that remembers holds of the streams; None: each call is the first.
 
         Raises:
             PruneZooError: Layers that the model has not or where it needs all tokens, a signal of a layer that has not
                 run, attention that cannot be cut.
         """
         self.plan = LayerPlan.make(vlm, pruner, keep, positions, leak)
+        self.memory = memory
         self.pasts: WeakKeyDictionary[Any, Past] = WeakKeyDictionary()
         self._running: Prompt | Step | None = None
 
@@ -103,6 +107,7 @@ class LayerStage:
         """
         leak, drop = self.plan.leak, Return if self.plan.pruner.comes_back else Drop
         running = drop(self.plan, encoded, labels, self.pasts) if leak is None else Gate(self.plan, encoded, leak)
+        running.memory = self.memory
         self._running = running
         return running
 

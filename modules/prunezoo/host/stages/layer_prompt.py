@@ -15,6 +15,7 @@ from ...core.budgets import counts_of
 from ...core.checks import Check, deferred
 from ...core.contract import PruneOutput
 from ...core.errors import PruneZooError
+from ...core.memory import Memory
 from ...core.plan import gather_rows
 from ...core.signals import Signal
 from ..encoded import Encoded, put
@@ -50,6 +51,7 @@ class Prompt:
         self.checks: list[Check] = []  # to be settled when the forward is done
         self.timer = Timer(encoded.slots.device)  # of signals and pruner since the last cut
         self.memo: dict[Any, Keywords] = {}
+        self.memory: Memory | None = None  # of the streams, for a pruner that remembers
 
     @property
     def output(self) -> PruneOutput:
@@ -144,9 +146,14 @@ class Prompt:
             depth=self.decoder.depth,
             step=step + self.plan.begun,
         )
+        whose = encoded.rows, len(encoded.real)
+        if self.memory is not None:
+            inputs = self.memory.recall(self.plan.pruner, inputs, *whose)
         with self.timer.running(), deferred() as checks:
             asked = self.schedule[step].minimum(torch.tensor(inputs.counts)).clamp_min(1)
             output = self.plan.pruner(inputs, self.plan.pruner.step(inputs, asked, len(self.schedule) - 1 - step))
+        if self.memory is not None:
+            self.memory.note(self.plan.pruner, inputs, output, *whose)
         self.checks += checks
         self.outputs.append(output)
         self.encoded = replace(encoded, inputs=inputs)

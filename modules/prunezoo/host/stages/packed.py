@@ -21,6 +21,37 @@ from ..families.spread import Values
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Handed:
+    """What the loop of a tower hands to all its blocks besides the hidden states, made shorter once."""
+
+    def __init__(self, rows: Tensor, seams: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Of a row of which some patches are left.
+
+        Args:
+            rows: ``(K,)`` long, which.
+            seams: Gives the shorter ones for those of the whole row, on the host.
+            device: Where they are handed over.
+        """
+        self.rows, self.seams, self.device = rows, seams, device
+        self.made: dict[int, tuple[Any, Any]] = {}  # of each thing that is handed over, by its id
+
+    def shorter(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of a block, for what is left."""
+        seams = self._once(kwargs["cu_seqlens"], self.seams)
+        positions = tuple(self._once(part, lambda whole: whole[self.rows]) for part in kwargs["position_embeddings"])
+        given = self._once(seams, lambda own: own.to(self.device))
+        changed = {**kwargs, "cu_seqlens": given, "position_embeddings": positions}
+        if kwargs.get("max_seqlen") is not None:
+            changed["max_seqlen"] = int(seams.diff().numpy().max())
+        return changed
+
+    def _once(self, value: Any, make: Callable[[Any], Any]) -> Any:
+        """Made of the first block's for all that are handed the same."""
+        if id(value) not in self.made:
+            self.made[id(value)] = (value, make(value))  # the value is held, so that its id stays its own
+        return self.made[id(value)][1]
+
+
 class PackedGap:
     """One pass, from ``__enter__`` to ``__exit__``."""
 
@@ -34,7 +65,6 @@ class PackedGap:
         """
         self.short, self.find = short, find
         self.stack = ExitStack()
-        self.made: dict[int, tuple[Any, Any]] = {}  # of what the loop hands to all blocks, by its id
         self.sizes: list[list[int]] = []  # of whole segments, and of windows where there are such
 
     def __enter__(self) -> Self:
@@ -73,32 +103,20 @@ class PackedGap:
         self.alive = self.find(1, len(hidden))[0]
         self.rows = places(self.alive).to(hidden.device)
         self.before = pad(self.alive.cumsum(0), (1, 0))  # how many are left in front of each patch
+        self.handed = Handed(self.rows, self._shorter_seams, hidden.device)
         return (hidden[self.rows], *others), self._shorter(kwargs)
 
     def _later(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         return args, self._shorter(kwargs)
 
     def _shorter(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What a block is handed besides the hidden states."""
-        seams, longest = self._once(kwargs["cu_seqlens"], self._shorter_seams)
-        positions = tuple(self._once(part, lambda p: p[self.rows]) for part in kwargs["position_embeddings"])
-        changed = {**kwargs, "cu_seqlens": seams, "position_embeddings": positions}
-        if kwargs.get("max_seqlen") is not None:
-            changed["max_seqlen"] = longest
-        return changed
+        return self.handed.shorter(kwargs)
 
-    def _shorter_seams(self, seams: Tensor) -> tuple[Tensor, int]:
-        """Also the longest segment. One of which nothing is left goes: it would be a sequence of no tokens."""
+    def _shorter_seams(self, seams: Tensor) -> Tensor:
+        """One of which nothing is left goes: it would be a sequence of no tokens."""
         whole = seams.long().cpu()
         self.sizes.append(whole.diff().numpy().tolist())
-        shorter = torch.from_numpy(np.unique(self.before[whole].numpy()))
-        return shorter.to(seams), int(shorter.diff().numpy().max())
-
-    def _once(self, value: Any, make: Callable[[Any], Any]) -> Any:
-        """Made of the first block's for all that are handed the same."""
-        if id(value) not in self.made:
-            self.made[id(value)] = (value, make(value))  # the value is held, so that its id stays its own
-        return self.made[id(value)][1]
+        return torch.from_numpy(np.unique(self.before[whole].numpy())).to(seams.dtype)
 
     def _give_places(self, _end: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """``(M, D)``, zeros where nothing was left."""

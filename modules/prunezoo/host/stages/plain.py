@@ -18,6 +18,7 @@ from ...core.errors import PruneZooError
 from ...core.plan import gather_rows, mask_to_index
 from ..families.gaps import Short
 from ..families.spread import Values
+from ..parts.tower import Tower
 
 
 class PlainGap:
@@ -92,20 +93,11 @@ class PlainGap:
 
     def _make_mask(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """``(R', 1, 1, P + K)``: 0, and the lowest number for filler and what the tower hides; None if nothing is."""
-        own, prefix = kwargs.get("attention_mask"), self.tower.prefix
+        own = kwargs.get("attention_mask")
         if own is None and not self.ragged:
             return None
-        if self.tower.kernel not in ("sdpa", "eager"):
-            raise PruneZooError(
-                "pictures that keep different numbers of patches in front of the vision tower need attn_implementation "
-                f"'sdpa' or 'eager' there, which has '{self.tower.kernel}': keep a fixed number of tokens"
-            )
-        seen = self.valid
-        if own is not None:
-            open_ = own if own.dtype == torch.bool else own == 0  # a row of keys is the same for all queries
-            seen = seen & gather_rows(open_[self.pictures][:, 0, 0, prefix:], self.index)
-        weight = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-        return pad(weight, (prefix, 0))[:, None, None]
+        own = None if own is None else own[self.pictures]
+        return mask_of_left(self.tower, own, self.index, self.valid, hidden.dtype)
 
     def _give_places(self, end: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """``(R, N, D)``, behind a block with what stands before the patches."""
@@ -120,3 +112,32 @@ class PlainGap:
         """``(R', K, ...)`` in their places of ``(R, N, ...)``, zeros elsewhere."""
         whole = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[2:])
         return whole.index_copy(0, self.given, values.flatten(0, 1)[self.taken]).unflatten(0, self.shape)
+
+
+def mask_of_left(tower: Tower, own: Tensor | None, index: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention logits where pictures have some of their patches.
+
+    Args:
+        tower: The tower.
+        own: ``(R, 1, 1 or S, S)``, what it would be given for all patches, the same for every row; None: nothing.
+        index: ``(R, K)`` long, the patches that are left.
+        valid: ``(R, K)`` bool, False for filler.
+        dtype: Of the states.
+
+    Returns:
+        ``(R, 1, 1, P + K)``: 0, and the lowest number for filler and what the tower hides.
+
+    Raises:
+        PruneZooError: The tower's attention takes no such mask.
+    """
+    if tower.kernel not in ("sdpa", "eager"):
+        raise PruneZooError(
+            "pictures that keep different numbers of patches in the vision tower need attn_implementation 'sdpa' or "
+            f"'eager' there, which has '{tower.kernel}': keep a fixed number of tokens"
+        )
+    seen = valid
+    if own is not None:
+        open_ = own if own.dtype == torch.bool else own == 0
+        seen = seen & gather_rows(open_[:, 0, 0, tower.prefix :], index)
+    weight = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return pad(weight, (tower.prefix, 0))[:, None, None]

@@ -64,7 +64,7 @@ def choose(vlm: VLM, encoded: Encoded, pruner: Pruner, keep: Keep, timer: Timer)
 
 def check_vision_stage(tower: Tower, pruner: Pruner) -> None:
     """Raise PruneZooError on a tower that cannot be shortened, blocks that it has not, or signals of elsewhere."""
-    tower.check_can_shrink(pruner.name)
+    tower.check_can_shrink(pruner.name, pruner.merges)
     blocks = pruner.stages(tower.depth)
     if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < tower.depth:
         raise PruneZooError(
@@ -127,14 +127,10 @@ class VisionStage:
     def __enter__(self) -> Self:
         """Put the hooks on."""
         with self.stack:  # which takes them off again if one of them cannot be put on
-            if self.start is not None:
-                self._hook(self.tower.blocks[0].register_forward_pre_hook, self._begin)
-            for block in range(0 if self.start is not None else min(self.steps) + 1, self.tower.depth):
+            self._hook_rows()
+            for block in range(self.tower.depth):
                 attention = self.tower.attention(block)
-                self._hook(attention.module.register_forward_pre_hook, self._add_mask, with_kwargs=True)
                 self._hook(getattr(attention.module, attention.joiner).register_forward_pre_hook, self._silence)
-            if self.pruner.restore:  # put in front before the hooks of `_act_…` are, it comes behind them
-                self._hook(self.tower.blocks[self.tower.depth - 1].register_forward_hook, self._restore, prepend=True)
             for block in self.steps:
                 tap = self.stack.enter_context(VisionTap(self.tower, block, self.pruner.needs))
                 (self._act_behind if self.pruner.after_block else self._act_inside)(block, tap)
@@ -144,6 +140,16 @@ class VisionStage:
     def __exit__(self, *_: object) -> None:
         """Take them off."""
         self.stack.close()
+
+    def _hook_rows(self) -> None:
+        """Hook what lets blocks run on fewer tokens."""
+        if self.start is not None:
+            self._hook(self.tower.blocks[0].register_forward_pre_hook, self._begin)
+        for block in range(0 if self.start is not None else min(self.steps) + 1, self.tower.depth):
+            attention = self.tower.attention(block).module
+            self._hook(attention.register_forward_pre_hook, self._add_mask, with_kwargs=True)
+        if self.pruner.restore:  # put in front before the hooks of `_act_…` are, it comes behind them
+            self._hook(self.tower.blocks[self.tower.depth - 1].register_forward_hook, self._restore, prepend=True)
 
     def output(self, features: Tensor) -> PruneOutput:
         """What is left after the pass.
@@ -211,7 +217,7 @@ class VisionStage:
             return output.new_zeros(())  # what the block can add to the whole of h, to no effect
 
         def hand_on(_module: nn.Module, _args: Any, _output: Tensor) -> Tensor | None:
-            return fewer[0] + fewer[1] if fewer else None
+            return fewer[0] + self.tower.scaled(block, fewer[1]) if fewer else None
 
         self._hook(norm.register_forward_pre_hook, give_less)
         self._hook(mlp.register_forward_hook, hold)
@@ -219,10 +225,9 @@ class VisionStage:
 
     def _prune(self, block: int, tap: VisionTap, hidden: Tensor) -> Tensor | None:
         """Ask the pruner: ``(R, P + K, D)`` for ``hidden (R, P + M, D)``; None where it keeps everything."""
-        prefix = self.tower.prefix
-        signals = {name: tap.read(name) for name in self.pruner.needs}
+        signals = {name: self._signal(tap, name) for name in self.pruner.needs}
         step = list(self.steps).index(block)
-        inputs = replace(self.alive, features=hidden[:, prefix:], signals=signals, step=step)
+        inputs = replace(self.alive, features=self._states(hidden), signals=signals, step=step)
         inputs = replace(inputs, layer=block, depth=self.tower.depth)
         with self.timer.running():
             output = self.pruner(inputs, self.pruner.step(inputs, self.steps[block], len(self.steps) - 1 - step))
@@ -230,6 +235,19 @@ class VisionStage:
         if output.counts == inputs.counts:
             self.alive = replace(self.alive, carry=output.carry)
             return None
+        return self._shorten(hidden, inputs, output)
+
+    def _signal(self, tap: VisionTap, name: str) -> Tensor:
+        """Of the tokens alive."""
+        return tap.read(name)
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        """``(R, M, D)``: of the tokens alive."""
+        return hidden[:, self.tower.prefix :]
+
+    def _shorten(self, hidden: Tensor, inputs: PruneInputs, output: PruneOutput) -> Tensor:
+        """What is left of ``hidden``, which is noted."""
+        prefix = self.tower.prefix
         groups = kept_groups(output, hidden.shape[1] - prefix) if output.groups is None else output.groups
         before, self.owner = self.owner, torch.where(self.owner < 0, -1, groups.gather(1, self.owner.clamp_min(0)))
         if output.back is not None:
@@ -245,10 +263,15 @@ class VisionStage:
     def _restore(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """``(R, P + N, D)`` for ``output (R, P + K, D)``; None where nothing went."""
         prefix, own = self.tower.prefix, self.owner[..., None]
+        left = output[:, prefix:]
         if self.back is not None:
-            states = self.back.to(output.dtype) @ output[:, prefix:]
+            states = self.back.to(output.dtype) @ left
         elif self.dropped is not None:
-            states = gather_rows(output[:, prefix:], self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+            states = gather_rows(left, self.owner.clamp_min(0)).where(own >= 0, self.dropped)
+            made = self.pruner.recover(self.dropped, left, self.alive.valid)
+            if made is not None:
+                whole = self.alive.valid.sum(1) == self.patches.valid.sum(1)
+                states = states.where(whole[:, None, None], made.to(states.dtype))
         else:
             return None
         return torch.cat([output[:, :prefix], states], 1)

@@ -3,15 +3,18 @@
 For rates that are learned by gradient, after DiffRate's training. In each block ``log(gate + eps)`` is added to the
 attention logits of a patch, but where it looks at itself, so that what has gone changes nothing and its gate has a
 gradient; log(size) likewise. Between attention and MLP the pruner's `relax` says what becomes of states, gates, sizes.
+What is left behind each block, with gradient, can be read when the pass is over.
 Letters: R images, P tokens before the patches (CLS or none), N patches, D width of the tower.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from ...core.contract import PruneInputs
 from ..parts.tower import Tower
 from ..signals.vision import VisionTap
 
@@ -21,31 +24,33 @@ class Relaxing(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The signal that it sorts tokens by, alone."""
+        """The signals of a block that it reads."""
 
-    def relax(
-        self, block: int, scores: Tensor, features: Tensor, gates: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features ``(R, N, D)``, gates and sizes ``(R, N)`` behind a block, of those that enter its middle."""
+    def relax(self, inputs: PruneInputs, gates: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features ``(R, N, D)``, gates and sizes ``(R, N)`` behind the block ``inputs.layer``, of those that enter its
+        middle.
+        """
 
 
 class RelaxedTower:
     """Hooks on a tower, from ``__enter__`` to ``__exit__``, for one pass over pictures of one size."""
 
-    def __init__(self, tower: Tower, pruner: Relaxing, name: str, log_eps: float = 1e-6) -> None:
+    def __init__(self, tower: Tower, pruner: Relaxing, name: str, patches: PruneInputs, log_eps: float = 1e-6) -> None:
         """Plan the pass.
 
         Args:
             tower: A plain ViT with CLS.
             pruner: Relaxes.
             name: Of the pruner, for messages.
+            patches: The pictures, whose features do not matter.
             log_eps: Weight that a closed gate still leaks, > 0; what makes its gradient finite.
 
         Raises:
             PruneZooError: The tower cannot be shortened, so there is nothing to train for.
         """
         tower.check_can_shrink(name)
-        self.tower, self.pruner, self.log_eps = tower, pruner, log_eps
+        self.tower, self.pruner, self.log_eps, self.patches = tower, pruner, log_eps, patches
+        self.left: list[Tensor] = []  # ``(R,)`` float each: tokens behind each block
         self.gates: Tensor | None = None
         self.sizes: Tensor | None = None
         self.stack = ExitStack()
@@ -88,10 +93,13 @@ class RelaxedTower:
             hidden = args[0]
             patches = hidden[:, prefix:]
             if block == 0:
+                self.left.clear()
                 self.gates = self.sizes = patches.new_ones(patches.shape[:2], dtype=torch.float32)
             assert self.gates is not None and self.sizes is not None
-            scores = tap.read(self.pruner.needs[0])
-            patches, self.gates, self.sizes = self.pruner.relax(block, scores, patches, self.gates, self.sizes)
+            signals = {name: tap.read(name) for name in self.pruner.needs}
+            inputs = replace(self.patches, features=patches, signals=signals, layer=block, depth=self.tower.depth)
+            patches, self.gates, self.sizes = self.pruner.relax(inputs, self.gates, self.sizes)
+            self.left.append(self.gates.sum(1))
             made[:] = [torch.cat([hidden[:, :prefix], patches], 1)]
             return (made[0],)
 
