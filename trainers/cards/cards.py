@@ -196,7 +196,6 @@ def render_frozen_card(folder: Path, record: Mapping[str, Any]) -> ModelCard:
             name=folder.resolve().name,
             architecture=type(vlm).__name__,
             parameters=f"{sum(p.numel() for p in vlm.parameters()):,}",
-            tokens=mean_row(record, FULL, ALL_TOKENS)["tokens"],
             side=vlm.config.vision_config.image_size,
             grid=vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size,
             words=len(processor.tokenizer),
