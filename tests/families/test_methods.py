@@ -90,6 +90,8 @@ def test_methods(name, method, record_property):
         return
     if pruner_class(method).stage == "input" and ("of its patches only" in outcome or "before the tower" in outcome):
         return  # one is not trained for a model, but for pages
+    if pruner_class(method).stage == "vision" and "would leak into others" in outcome:
+        return  # with smaller pictures it can
     if (
         "this vision tower has no CLS token" in outcome
         and "attention" in pruner_class(method).config_class.__annotations__

@@ -122,7 +122,10 @@ def test_an_image_keeps_the_words_of_its_own_turn():
 
 
 def test_adapters_are_refused_at_start_up():
-    with pytest.raises(ValueError, match="--enable-lora is not served"), served(VLM, "uniform", 8, enable_lora=True):
+    with (
+        pytest.raises(ValueError, match="--enable-lora is not served with 'llava'"),
+        served(VLM, "uniform", 8, enable_lora=True),
+    ):
         pass
 
 

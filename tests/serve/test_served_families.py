@@ -86,3 +86,20 @@ def test_others_are_refused_by_name(name, positions, message):
     config.prunezoo = {"pruner": "uniform", "keep": 8, "positions": positions}
     with pytest.raises(ValueError, match=message):
         ServedConfig.verify_and_update_model_config(SimpleNamespace(hf_config=config, model="mine"))
+
+
+@pytest.mark.parametrize(("kind", "served"), [("llava", True), ("llava_next", False), ("qwen2_5_vl", False)])
+def test_several_processes_are_refused_where_they_are_not_tested(kind, served):
+    from prunezoo.serve.config import ServedConfig
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=kind)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=2),
+        speculative_config=None,
+        lora_config=None,
+    )
+    if served:
+        ServedConfig.verify_and_update_config(config)
+    else:
+        with pytest.raises(ValueError, match=f"--tensor-parallel-size is not served with '{kind}'"):
+            ServedConfig.verify_and_update_config(config)

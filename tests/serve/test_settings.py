@@ -14,9 +14,9 @@ from prunezoo.serve.settings import Settings, check_served
 from trainers import serve
 
 SERVED = {
-    "asked", "budget", "cdpruner", "divprune", "fastervlm", "fopru", "hiprune", "holov", "m3", "mmtok", "optiprune",
-    "policy", "pool", "ppm", "prumerge", "prumerge_plus", "random", "recoverable", "resize", "scope", "tail_drop",
-    "token_correlation", "uniform", "visionzip", "vispruner",
+    "aptp", "asked", "budget", "cdpruner", "divprune", "fast3d", "fastervlm", "fopru", "hiprune", "holov", "m3",
+    "mmtok", "optiprune", "policy", "pool", "ppm", "prumerge", "prumerge_plus", "random", "recoverable", "resize",
+    "scope", "tail_drop", "token_correlation", "uniform", "visionzip", "vispruner",
 }  # fmt: skip
 REFUSED = [
     ("fastv", 64, "'fastv' cannot be served: it acts in the layer stage"),

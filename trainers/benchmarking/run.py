@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         }
 
     names = ", ".join(name for name, _ in pruners) or "attach alone"
-    console.print(f"measuring {names} in turns with the bare {args.vlm} on {device_name(vlm.device)}")
+    console.print(f"measuring {names} alternating with the unpruned {args.vlm} on {device_name(vlm.device)}")
     try:
         with progress_bar(console, "requests") as progress:
             task = progress.add_task("", total=sum(setting.steps for setting in settings))

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .curves import INK, colours_of
 from .record import MEAN, select
 from .scores import NONE, is_diagnostic
 from .sight import unseen
@@ -22,14 +21,13 @@ class Curve:
 
     pruner: str
     number: int
-    colour: str
     diagnostic: bool
     points: list[tuple[float, float, float | None, float | None]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One group; all places in pixels, y downwards. `note` stands in place of curves."""
+    """One group; all places in pixels, y downwards."""
 
     title: str
     curves: list[Curve]
@@ -37,23 +35,16 @@ class Panel:
     full: float
     floor: float | None
     y_ticks: tuple[tuple[float, str], ...]
-    note: str = ""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
     right: int = RIGHT
-
-
-def page_colours(record: Mapping[str, Any]) -> dict[str, str]:
-    """The colours of the figure; what is black there is the page's ink, which is light on a dark page."""
-    colours = colours_of(methods_of(record))
-    return {pruner: "var(--ink)" if colour == INK else colour for pruner, colour in colours.items()}
+    bottom: int = BOTTOM
 
 
 def panels_of(record: Mapping[str, Any]) -> list[Panel]:
-    """A panel for the mean and one for each group."""
+    """A panel for the mean and one for each group that has a retention; ticks where the first method was measured."""
     pruners = methods_of(record)
-    colours = page_colours(record)
     tokens = sorted({row["tokens"] for row in record["rows"] if row["pruner"] in pruners})
     low, high = math.log(tokens[0]), math.log(tokens[-1])
 
@@ -68,11 +59,12 @@ def panels_of(record: Mapping[str, Any]) -> list[Panel]:
         return None if value is None else y(value)
 
     ticks: list[tuple[float, str]] = []
-    for value in tokens:  # as many as can be read
+    measured = {row["tokens"] for row in select(record, pruner=pruners[0], group=MEAN)}
+    for value in sorted(measured):  # as many as can be read
         if not ticks or x(value) - ticks[-1][0] > 18:
             ticks.append((x(value), f"{value:.0f}"))
     panels = []
-    for group in (MEAN, *record["groups"]):
+    for group in (name for name in (MEAN, *record["groups"]) if name not in unseen(record)):
         curves = []
         for number, pruner in enumerate(pruners):
             rows = [row for row in select(record, pruner=pruner, group=group) if row["retention"] is not None]
@@ -80,11 +72,10 @@ def panels_of(record: Mapping[str, Any]) -> list[Panel]:
                 (x(row["tokens"]), y(row["retention"]), maybe_y(row["ci"][0]), maybe_y(row["ci"][1]))
                 for row in sorted(rows, key=lambda row: row["tokens"])
             ]
-            curves.append(Curve(pruner, number, colours[pruner], is_diagnostic(pruner), points))
+            curves.append(Curve(pruner, number, is_diagnostic(pruner), points))
         (none,) = select(record, pruner=NONE, group=group)
         title = "mean over groups" if group == MEAN else group
         y_ticks = tuple((y(value), str(value)) for value in (0, 25, 50, 75, 100))
-        note = "no retention" if group in unseen(record) else ""
         # the first is drawn last, on top
-        panels.append(Panel(title, curves[::-1], ticks, y(100.0), maybe_y(none["retention"]), y_ticks, note))
+        panels.append(Panel(title, curves[::-1], ticks, y(100.0), maybe_y(none["retention"]), y_ticks))
     return panels

@@ -4,6 +4,18 @@ const element = (tag, className, text) => Object.assign(document.createElement(t
 const verdict = (right, answer) => element("div", "answer " + (right ? "good" : "bad"), (right ? "✓ " : "✗ ") + (answer || "(nothing)"));
 const cells = [];
 
+function enlarges(picture, name) {
+  const open = () => {
+    const large = document.getElementById("large"), image = large.firstElementChild;
+    image.src = picture.src ?? picture.toDataURL(); image.alt = name;
+    large.showModal();
+  };
+  picture.tabIndex = 0;
+  picture.addEventListener("click", open);
+  picture.addEventListener("keydown", event => { if (event.key === "Enter") open(); });
+}
+document.getElementById("large")?.addEventListener("click", event => event.currentTarget.close());
+
 for (const example of data.examples) {
   const box = element("div", "example"), left = element("div"), grid = element("div", "grid"), image = new Image();
   image.alt = "the picture"; image.src = example.picture;
@@ -13,10 +25,12 @@ for (const example of data.examples) {
     turn.append(element("b", "", answer));
     left.append(turn);
   }
+  enlarges(image, example.turns[0][0]);
   left.append(element("div", "turn soft", `all ${example.tokens} tokens:`), verdict(example.right, example.answer));
   for (const name of data.pruners) {
     const cell = element("div", "cell"), canvas = document.createElement("canvas"), below = element("div");
     canvas.setAttribute("role", "img");
+    enlarges(canvas, `what ${name} keeps`);
     cell.append(element("b", "", name), canvas, below);
     grid.append(cell);
     cells.push({ example, name, image, canvas, below });
@@ -63,6 +77,14 @@ for (const table of document.querySelectorAll("table.sorts")) {
     heading.addEventListener("keydown", event => { if (event.key === "Enter") sort(column); });
   });
 }
+
+for (const part of document.querySelectorAll("[data-pruner]")) for (const [event, on] of [["pointerenter", true], ["pointerleave", false]])
+  part.addEventListener(event, () => {
+    for (const other of document.querySelectorAll(`[data-pruner="${part.dataset.pruner}"]`)) other.classList.toggle("lit", on);
+  });
+document.getElementById("panel")?.addEventListener("change", event => {
+  [...document.querySelectorAll(".panels svg")].forEach((panel, number) => panel.classList.toggle("chosen", number === event.target.selectedIndex));
+});
 
 for (const button of document.querySelectorAll(".legend button")) button.addEventListener("click", () => {
   const on = button.ariaPressed !== "true";

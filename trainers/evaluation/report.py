@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from trainers.cli.errors import whole_file
 
 from .curves import draw_curves
 from .examples import Example
-from .panels import page_colours, panels_of
+from .panels import panels_of
 from .pictures import data_uri, enlarge
 from .record import MEAN, Row
 from .scores import FULL, NONE, is_diagnostic
-from .sight import is_blind, notes_of
+from .sight import is_blind, notes_of, unseen
 from .tables import display_name, methods_of, percent, rows_at, span, times, tokens_of
 
 PAGE, FIGURE = "index.html", "retention.png"
@@ -35,16 +36,22 @@ def write_report(record: Mapping[str, Any], examples: Sequence[Example], folder:
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(record, folder / FIGURE)
-    budgets = rising_budgets(record)
+    budgets, blind = rising_budgets(record), is_blind(record)
+    first, rest = differences_of(record)
     page = (
         page_templates()
         .get_template("report.html.j2")
         .render(
             record=record,
-            colours=page_colours(record),
-            panels=panels_of(record),
+            date=datetime.now(UTC).date(),
+            leader=methods_of(record)[0],
+            pruners=methods_of(record),
+            panels=[] if blind else panels_of(record),
             notes=notes_of(record),
-            blind=is_blind(record),
+            blind=blind,
+            unseen=unseen(record),
+            differences_first=first,
+            differences_rest=rest,
             summary=summary_of(record),
             budgets=list(budgets),
             preferred=preferred_budget(record),
@@ -68,7 +75,14 @@ def page_templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        name=display_name, percent=percent, span=span, tint=tint, tokens=tokens_of, json=to_json, times=times
+        name=display_name,
+        percent=percent,
+        span=span,
+        tint=tint,
+        tokens=tokens_of,
+        json=to_json,
+        times=times,
+        clear=clear,
     )
     return environment
 
@@ -88,7 +102,7 @@ def rising_budgets(record: Mapping[str, Any]) -> dict[str, float]:
 def gallery_of(record: Mapping[str, Any], examples: Sequence[Example], budgets: Mapping[str, float]) -> dict[str, Any]:
     """What the page's script draws: pictures once, and for each budget and method the kept cells and the answer."""
     return {
-        "labels": [f"{keep}: {tokens:g} tokens" for keep, tokens in budgets.items()],
+        "labels": [f"{keep}: {tokens:.4g} tokens" for keep, tokens in budgets.items()],
         "preferred": list(budgets).index(preferred_budget(record)),
         "pruners": [display_name(shown) for shown in dict.fromkeys(s.pruner for e in examples for s in e.shown)],
         "examples": [_example(example, list(budgets)) for example in examples],
@@ -118,6 +132,31 @@ def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "rival": rows[best] if best else None,
         "pair": pairs[best] if best else None,
     }
+
+
+def differences_of(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of the tables of paired differences: those of the first method compared, and all others; each pair once.
+
+    None where nothing has a retention.
+    """
+    if is_blind(record):
+        return [], []
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    order = {pruner: number for number, pruner in enumerate(methods_of(record))}
+    for pair in sorted(record["paired"], key=lambda pair: order.get(pair["pruner"], len(order))):
+        ends = pair["pruner"], pair["rival"]
+        if ends[::-1] not in lines and pair["difference"] is not None:
+            line = lines.setdefault(ends, {"pruner": ends[0], "rival": ends[1], "pairs": {}})
+            line["pairs"][pair["keep"]] = pair
+    leader = next(iter(lines), ("",))[0]
+    first = [line for ends, line in lines.items() if ends[0] == leader]
+    return first, [line for line in lines.values() if line not in first]
+
+
+def clear(pair: Row) -> bool:
+    """Whether the interval of a difference leaves out 0."""
+    low, high = pair["ci"]
+    return bool(low > 0 or high < 0)
 
 
 def table_of(record: Mapping[str, Any], keep: str) -> list[dict[str, Any]]:

@@ -73,7 +73,10 @@ def parse_range(text: str) -> tuple[str, tuple[Any, ...]]:
 def with_options(name: str, options: Mapping[str, Any]) -> str:
     """The name of a pruner with these options, over those that it has."""
     plain, own = split_options(name)
-    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in {**own, **options}.items()}
+    words = {
+        key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for key, value in {**own, **options}.items()
+    }
     return f"{plain}?{urlencode(words, safe=',[]/:')}" if words else str(plain)
 
 

@@ -131,11 +131,12 @@ class FrozenModule(L.LightningModule):
             f"{figure:.3g} {unit} at {label}" if math.isfinite(figure) else f"no figure at {label}"
             for figure, label in zip(figures.tolist(), labels, strict=True)
         )
-        right = f"step {self.global_step}: full model {accuracy[0]:.3f}"
+        step = f"step {self.global_step}:"
         if self.free_text:
-            rank_zero_info(f"{right} word for word, so the answers are free text; KL to it {kept} of the tokens")
+            said = f"full model {accuracy[0]:.3f} word for word, so the answers are free text; KL to it {kept}"
         else:
-            rank_zero_info(f"{right}, of which {kept} of the tokens")
+            said = f"accuracy {accuracy[0]:.3f} with all tokens; kept: {kept}"
+        rank_zero_info(f"{step} {said} of the tokens")
 
     @property
     def best_by(self) -> tuple[str, Literal["max", "min"]]:

@@ -52,6 +52,8 @@ class GapsModule(PolicyModule):
         entropy_weight: Weight of the bonus on the policy's entropy.
         gradient_clip: Largest norm of the gradient.
         lr: Peak learning rate.
+        slower: Factor in (0, 1] of the learning rate behind the start: what draws say is mostly noise, and Adam takes
+            steps of one size whatever the noise.
         warm_up: Share of the updates in which it rises from 0; from there it falls to 0 by a cosine.
         weight_decay: Of the matrices; vectors have none.
         measure: Shares of the cells that validation keeps, by hard selection.
@@ -75,7 +77,8 @@ class GapsModule(PolicyModule):
         temperature: float = 0.4,
         entropy_weight: float = 0.0,
         gradient_clip: float = 1.0,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
+        slower: float = 0.1,
         warm_up: float = 0.05,
         weight_decay: float = 0.01,
         measure: tuple[float, ...] = (3 / 4, 1 / 2, 1 / 4),
@@ -87,19 +90,22 @@ class GapsModule(PolicyModule):
                 "model.pruner.config.grow must be false here: cells that are kept as neighbours of others "
                 "are not ranked"
             )
-        if temperature <= 0:
-            raise PruneZooError(f"temperature must be above 0, got {temperature}")
+        if temperature <= 0 or not 0 < slower <= 1:
+            raise PruneZooError(f"temperature={temperature} must be above 0, slower={slower} in (0, 1]")
         super().__init__(
             vlm, pruner, None, vlm_dtype, draws, budgets, curriculum, answer_weight, agreement_weight, spread_floor,
             0.0, entropy_weight, gradient_clip=gradient_clip, lr=lr, warm_up=warm_up, weight_decay=weight_decay,
             measure=measure,
         )  # fmt: skip
         check_input_stage(find_family(self.vlm), pruner)
-        self.start_share, self.auto_share, self.temperature = start_share, auto_share, temperature
+        self.start_share, self.auto_share = start_share, auto_share
+        self.temperature, self.slower = temperature, slower
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Learn the variance at first; then draw, leave out, read and update."""
         if self.global_step >= self.start_share * self.total_steps:
+            for group in self.optimizers().param_groups:  # type: ignore[union-attr]  # which the schedule sets anew
+                group["lr"] *= self.slower
             return super().training_step(batch, batch_index)
         batch.pop(GROUPS, None)
         with torch.no_grad():

@@ -30,6 +30,7 @@ from prunezoo.host.stages.cut import Timer
 from prunezoo.host.stages.vision import VisionStage
 from trainers.benchmarking.models import Request, load_for_timing, load_model
 from trainers.cli.errors import check_output, command
+from trainers.cli.names import find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.cli.terminal import Terminal
 from trainers.evaluation.budgets import parse_budget
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace, command_line: str) -> None:
     check_output("--json", args.json)
     check_at_least_one(args, "repeats", "batch")
     budget = parse_budget(args.keep)
-    vlm, processor = load_model(args.vlm, None, None)
+    vlm, processor = load_model(find_vlm(args.vlm), None, None)
     tower = find_family(vlm).tower()
     if tower.joined is not None:
         raise PruneZooError(f"--vlm {args.vlm}: this is for plain towers, and {tower.joined}")

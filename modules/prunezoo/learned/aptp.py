@@ -1,10 +1,11 @@
 """APTP: a prompt is routed to one of a few budgets, which are learned with the router.
 
 Not All Prompts Are Made Equal: Prompt-based Pruning of Text-to-Image Diffusion Models, Ganjdanesh et al., ICLR 2025,
-https://arxiv.org/abs/2406.12042, code https://github.com/rezashkv/diffusion_pruning. Written from a description of the
-code. There a hypernet makes gates for the parts of a U-Net of a prompt's embedding, and the prompt is given the nearest
-of a few learned codes of gates, an architecture each. Here the parts are tokens of another pruner, the inner one, in
-the order of its scores, and a code is a budget.
+https://arxiv.org/abs/2406.12042, code https://github.com/rezashkv/diffusion_pruning.
+
+Written from a description of the code. There a hypernet makes gates for the parts of a U-Net of a prompt's embedding,
+and the prompt is given the nearest of a few learned codes of gates, an architecture each. That the parts are tokens of
+another pruner here, the inner one, in the order of its scores, and that a code is a budget, is ours.
 
 Gates fall in a fixed order, as the paper's gates of depth do: of logits over a ladder of shares of the tokens, the
 probabilities are added up from the top, and their log-odds, with 3 added so that gates begin open, over 0.4 through a

@@ -1,8 +1,10 @@
 """STViT: from an early block on, a few semantic tokens with places in the picture stand for all patches.
 
 Making Vision Transformers Efficient from A Token Sparsification View, Chang et al., CVPR 2023,
-https://arxiv.org/abs/2303.08685, code https://github.com/changsn/STViT-R. Written from a description of the code, which
-is of Swin alone: of the plain ViT, which we have here, the residuals of the second layer are reconstructed.
+https://arxiv.org/abs/2303.08685, code https://github.com/changsn/STViT-R.
+
+Reconstructed in part: the code, from a description of which this is written, is of Swin alone. Of the plain ViT, which
+we have here, the residuals of the second layer are not known.
 
 Two layers make the semantic tokens S of the image tokens X. In the first, means over parts of the grid P look at the
 image: S1 = P + MHA(P, X, X), and a feed-forward layer. In the second learned global centres G join the queries, and

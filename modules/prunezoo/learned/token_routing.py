@@ -1,9 +1,12 @@
 """Token routing: in each block of the vision tower a gate says whether a patch goes on, joins another, or stops.
 
 DiT: Efficient Vision Transformers with Dynamic Token Routing, Ma et al., 2023, https://arxiv.org/abs/2308.03409.
-No code is public and no gate is described: reconstructed from the abstract, with the gates of its ancestor, Learning
-Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020, https://arxiv.org/abs/2003.10401, code
-https://github.com/Megvii-BaseDetection/DynamicRouting, which has them by picture.
+
+Learning Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020, https://arxiv.org/abs/2003.10401, code
+https://github.com/Megvii-BaseDetection/DynamicRouting.
+
+Reconstructed: of the first no code is public, and its abstract describes no gate; the second is its ancestor, whose
+gates, of a picture each, are described.
 
 A gate is ReLU(tanh(f)), so that it can be exactly 0 without anything being drawn. There are three paths: through the
 block; down in scale, here into the patch of the same cell of 2x2 that goes on; and past the block, which here is for

@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from ..core.base_model import check_base_model
 from ..core.errors import PruneZooError
 from .settings import ARCHITECTURE, Settings
-from .shapes import AXES, PLAIN, family_of
+from .shapes import AXES, DIVIDED, PLAIN, family_of
 
 
 def register_architecture() -> None:
@@ -51,16 +51,19 @@ class ServedConfig(VerifyAndUpdateConfig):
         """Refuse what vLLM would do besides.
 
         Raises:
-            PruneZooError: A draft model, adapters, or several stages of a pipeline.
+            PruneZooError: A draft model, adapters, several stages of a pipeline, or several processes that divide the
+                heads of a tower where that is not tested.
         """
+        parallel, kind = vllm_config.parallel_config, vllm_config.model_config.hf_config.model_type
         others = {
             "--speculative-config": vllm_config.speculative_config,
             "--enable-lora": vllm_config.lora_config,
-            "--pipeline-parallel-size": vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+            "--tensor-parallel-size": parallel.tensor_parallel_size > 1 and kind not in DIVIDED,
         }
         for option, value in others.items():
             if value:
-                raise PruneZooError(f"{option} is not served under a pruner: leave it out")
+                raise PruneZooError(f"{option} is not served with '{kind}' under a pruner: leave it out")
 
 
 def keep_positions(model_config: ModelConfig) -> None:

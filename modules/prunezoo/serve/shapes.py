@@ -22,6 +22,8 @@ its image begins: its place in the prompt, or height and width (its time is that
 DEEPSTACK = "vLLM's Transformers backend passes no features to the first decoder layers, as its deepstack needs"
 WHY_NOT = {"qwen3_vl": DEEPSTACK, "qwen3_vl_moe": DEEPSTACK}
 """Why others that people ask for are not."""
+DIVIDED = ("llava",)
+"""Families that several processes may share (tensor parallel)."""
 ALONE = ("llava_onevision",)
 """Families that read an image otherwise when it is not alone in its prompt: they are served one image a prompt."""
 

@@ -10,13 +10,14 @@ of `cell` x `cell` tokens become their mean, weighted by importance, at the slot
 of two layers, at 9/28 and 18/28 of the depth, the least important of what is left go.
 
 `keep` = T is what the layers read **in the mean**: `first` T enter, `second` of these pass the first cut, and the last
-one leaves what makes the mean T; where that cannot be, both cuts leave the same. So `keep` = 1.0 is the model as it is.
-The authors search threshold, cell, alpha, first and second for each T, by 300 trials on 30 prompts, for the cosine of
-the last word's final state with all tokens and with few; `python -m trainers.search vflowopt` searches them and the
+one leaves what makes the mean T; where that cannot be, both cuts leave the same. So `keep` = 1.0 is the model as it
+is. The authors search threshold, cell, alpha, first and second for each T, by 300 trials on 30 prompts, for the cosine
+of the last word's final state with all tokens and with few; `python -m trainers.search vflowopt` searches them and the
 layers for the least KL to the full model at the answer, on training items, and only among trials that read no more
-tokens than was asked for. For LLaVA-OneVision 7B they ship 39.3, 17.4, 0,
-1.17, 1 at 10 %, 34.8, 15.6, 0, 1.06, 0.983 at 25 %, and 28.7, 11.8, 0, 1.446, 0.749 at 50 %; the defaults are where a
-search begins, and every patch votes.
+tokens than was asked for. On the embedded model at 1/9, `--limit 256 --trials 60` took that from 0.733 to 0.439 nats;
+on 420 validation questions what it found keeps 4.3 points more (0.8 to 7.5, paired) of the full model's accuracy. For
+LLaVA-OneVision 7B they ship 39.3, 17.4, 0, 1.17, 1 at 10 %, 34.8, 15.6, 0, 1.06, 0.983 at 25 %, and 28.7, 11.8, 0,
+1.446, 0.749 at 50 %; the defaults are where a search begins, and every patch votes.
 
 | | authors' code | ours |
 |---|---|---|
