@@ -98,13 +98,14 @@ def right_padding(tiny):
 @contextmanager
 def in_double(tiny):
     """Where rounding alone is more than the tests allow."""
+    before = tiny.dtype
     tiny.vlm.double()
     tiny.dtype = torch.float64
     try:
         yield
     finally:
-        tiny.dtype = torch.float32
-        tiny.vlm.float()
+        tiny.vlm.to(before)
+        tiny.dtype = before
 
 
 def video(tiny):
