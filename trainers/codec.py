@@ -86,7 +86,6 @@ def compress(args: argparse.Namespace, words: Sequence[str]) -> None:
     except BrokenImage as error:
         raise PruneZooError(f"{args.source} is not a readable picture ({error})") from None
     data = load(args.tokenizer).compress(picture, args.bytes)
-    args.target.parent.mkdir(parents=True, exist_ok=True)
     args.target.write_bytes(data)
     print(f"{args.target}: {len(data)} bytes")
 
@@ -102,7 +101,6 @@ def decompress(args: argparse.Namespace, words: Sequence[str]) -> None:
     except PruneZooError as error:
         raise PruneZooError(f"{args.source}: {error}") from None
     try:
-        args.target.parent.mkdir(parents=True, exist_ok=True)
         picture.save(args.target)
     except ValueError as error:  # no known suffix
         raise PruneZooError(f"{args.target}: {error}; name it .png, .jpg or .webp") from None

@@ -16,6 +16,7 @@ import optuna
 import torch
 from torch import Tensor
 
+from prunezoo.core.bounds import parse_json
 from prunezoo.core.budgets import budget as counts_of_budget
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.near import near
@@ -57,12 +58,12 @@ def parse_range(text: str) -> tuple[str, tuple[Any, ...]]:
     name, mark, values = text.partition("=")
     try:
         if name and mark and ":" in values:
-            low, high = (json.loads(value) for value in values.split(":"))
+            low, high = (parse_json(value) for value in values.split(":"))
             if is_range((low, high)) and low < high:
                 return name, (low, high)
         elif name and values:
             try:
-                return name, tuple(json.loads(f"[{values}]"))
+                return name, tuple(parse_json(f"[{values}]"))
             except ValueError:
                 return name, tuple(values.split(","))
     except ValueError:
@@ -166,8 +167,8 @@ class Search:
         whole = {**facts, "pruner": name, "space": {key: list(values) for key, values in space.items()}}
         if known is None:
             self.study.set_user_attr("facts", whole)
-        elif known != json.loads(json.dumps(whole)):
-            unlike = ", ".join(key for key in whole if known.get(key) != json.loads(json.dumps(whole[key])))
+        elif known != parse_json(json.dumps(whole)):
+            unlike = ", ".join(key for key in whole if known.get(key) != parse_json(json.dumps(whole[key])))
             raise PruneZooError(f"--out {folder} holds a search with another {unlike}: name another folder")
         # Another seed as it goes on, so that nothing is proposed twice.
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + self.done, multivariate=True, n_startup_trials=20)
@@ -195,7 +196,7 @@ class Search:
         options: dict[str, Any] = {}
         for key, values in self.space.items():
             if not is_range(values):
-                options[key] = json.loads(asked.suggest_categorical(key, [dumped(value) for value in values]))
+                options[key] = parse_json(asked.suggest_categorical(key, [dumped(value) for value in values]))
             elif all(type(value) is int for value in values):
                 options[key] = asked.suggest_int(key, *values)
             else:

@@ -11,6 +11,7 @@ what got worse by more than 10 % and by more than both spreads together; the exi
 
 import argparse
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from rich.table import Table
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
-from trainers import benchmark
 from trainers.benchmarking.measure import BARE
 from trainers.cli.errors import command
 from trainers.cli.terminal import Terminal
@@ -105,13 +105,19 @@ def options_of(stored: Mapping[str, Any], only: Sequence[str], repeats: int | No
     words = shlex.split(stored["command"])
     if words[:3] != ["python", "-m", "trainers.benchmark"]:
         raise PruneZooError("'command' of the stored record is not of trainers.benchmark: write it anew, `make speed`")
-    args = benchmark.parser().parse_args(words[3:])
-    names = [name for name in args.pruner if not only or name in only]
+    options: dict[str, list[str]] = {}
+    for word in words[3:]:
+        if word.startswith("--"):
+            values = options.setdefault(word, [])
+        else:
+            values.append(word)
+    names = [name for name in options["--pruner"] if not only or name in only]
     if not names:
-        raise PruneZooError(f"--only {' '.join(only)}: the stored record has {', '.join(args.pruner)}")
-    options = ["--vlm", args.vlm, "--pruner", *names, "--keep", *args.keep, "--picture", args.picture]
-    options += ["--batch", *map(str, args.batch), "--length", *map(str, args.length), "--decode", str(args.decode)]
-    return [*options, "--repeats", str(repeats or args.repeats), "--json", str(NEW)]
+        raise PruneZooError(f"--only {' '.join(only)}: the stored record has {', '.join(options['--pruner'])}")
+    options |= {"--pruner": names, "--json": [str(NEW)]}
+    if repeats is not None:
+        options["--repeats"] = [str(repeats)]
+    return [word for option, values in options.items() for word in (option, *values)]
 
 
 def report(old: Ratios, new: Ratios, console: Console) -> int:
@@ -145,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored = read_speed(args.stored)
     if args.new is None:
         NEW.parent.mkdir(parents=True, exist_ok=True)
-        status = benchmark.main(options_of(stored, args.only, args.repeats))
-        if status:
+        options = options_of(stored, args.only, args.repeats)
+        words = [sys.executable, "-m", "trainers.benchmark", *options]
+        if status := subprocess.run(words, cwd=ROOT, check=False).returncode:  # noqa: S603 - our own
             return status
     new = read_speed(args.new or NEW)
     if new["vlm"] != stored["vlm"] or new["dtype"] != stored["dtype"]:

@@ -166,14 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m trainers.upkeep.flops", description="Methods in the tower, at equal operations of it."
     )
     add_option(p, "vlm", default="tiny-llava")
-    p.add_argument("--pruner", nargs="+", default=list(METHODS), help="methods of the vision stage")
+    add_option(p, "pruner", default=list(METHODS), help="methods of the vision stage")
     p.add_argument("--schedule", required=True, type=Path, help="file that each of them takes in turn")
     p.add_argument("--share", nargs="+", default=list(SHARES), help="of the bare tower's operations, as 1/2")
-    p.add_argument("--suite", default="scenes", help="name of the suite")
-    p.add_argument("--split", default="test", choices=SPLITS, help="of the suite")
+    add_option(p, "suite", default="scenes")
+    add_option(p, "split", choices=SPLITS)
     add_option(p, "limit", default=2100)
     add_option(p, "batch-size", default=32)
-    p.add_argument("--json", required=True, type=Path, help="file for the numbers; an interrupted run goes on")
+    add_option(p, "json", required=True, help="file for the numbers; an interrupted run goes on")
     args = p.parse_args(argv)
     words = ["python", "-m", "trainers.upkeep.flops", *(sys.argv[1:] if argv is None else argv)]
     run(args, shlex.join(words), Terminal(width=None if sys.stdout.isatty() else WIDE))

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog="python -m trainers.upkeep.smaller_picture", description="Measure smaller pictures, bare model."
     )
-    p.add_argument("--keep", nargs="+", default=["3/4", "1/2", "1/4"], help="shares of the patches, as 1/2")
+    add_option(p, "keep", default=["3/4", "1/2", "1/4"], help="shares of the patches, as 1/2")
     for name, options in {"vlm": {"default": "tiny-llava"}, "suite": {"default": "scenes"}, "split": {}}.items():
         add_option(p, name, **options)
     add_option(p, "limit", default=2100)

@@ -12,7 +12,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m trainers.upkeep.tower_time", description="Time of a tower under methods inside it."
     )
     add_option(p, "vlm", default="random:llava-120m")
-    p.add_argument("--pruner", nargs="+", default=list(METHODS), help="methods of the vision stage")
-    p.add_argument("--keep", default="1/2", help="tokens that the tower leaves")
-    p.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    add_option(p, "pruner", default=list(METHODS), help="methods of the vision stage")
+    add_option(p, "keep", nargs=None, default="1/2", help="tokens that the tower leaves")
+    add_option(p, "batch")
     p.add_argument("--side", type=int, default=336, help="of the pictures, in pixels")
     p.add_argument("--repeats", type=int, default=9, help="pairs")
-    p.add_argument("--json", type=Path, help="file for the numbers")
+    add_option(p, "json")
     args = p.parse_args(argv)
     words = ["python", "-m", "trainers.upkeep.tower_time", *(sys.argv[1:] if argv is None else argv)]
     run(args, shlex.join(words))
