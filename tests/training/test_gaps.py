@@ -17,6 +17,7 @@ from prunezoo.host import run_pruned
 from prunezoo.host.group import group_forward
 from prunezoo.learned.patch_classifier import PatchClassifier
 from prunezoo.training_free.energy import Energy
+from trainers.cards.parts import weights_digest
 from trainers.fit import main
 from trainers.training.gaps import GapsModule
 from trainers.training.losses import answer_slots
@@ -177,3 +178,12 @@ def test_updates_make_better_subsets_likelier(words, tmp_path, monkeypatch):
 def test_the_recipe_says_what_is_wrong(words, tmp_path, monkeypatch, capsys):
     said = one_line_error(capsys, monkeypatch, [*words, f"--out={tmp_path}", "--model.start_share=1.0"])
     assert "start_share=1.0 must lie in [0, 1)" in said
+
+
+def test_the_shipped_one_is_what_was_measured():
+    folder = ROOT / "checkpoints" / "patch-gaps-tiny"
+    pruner, metrics = load_pruner(folder), json.loads((folder / "metrics.json").read_text())
+    assert isinstance(pruner, PatchClassifier) and pruner.config.facts and pruner.base_model is not None
+    assert set(metrics["weights"].values()) == {weights_digest(folder)} and metrics["n"] >= 2100
+    means = {row["keep"]: row["retention"] for row in metrics["rows"] if row["group"] == "mean"}
+    assert means["3/4"] > means["1/2"] > means["1/4"] > means["0"]

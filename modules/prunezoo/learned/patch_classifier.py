@@ -22,7 +22,8 @@ It knows nothing of the question, and of photographs nothing either: it is for d
 photograph's sky is all that it looks for there.
 
 The same network, with `facts`, also ranks the cells of any picture by how much a frozen model misses them: it is
-trained through the real drop, by policy gradient (`configs/patch_gaps_tiny.yaml`, ours).
+trained through the real drop, by policy gradient (`configs/patch_gaps_tiny.yaml`, ours), and
+`patch-gaps-tiny` is such a one for the embedded model, level with `energy` as far as was measured.
 [In front of the tower](../input.md) has its figures.
 """
 
