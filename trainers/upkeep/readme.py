@@ -21,7 +21,7 @@ from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import first_token_section, speed_brief, speed_section
 from trainers.cards.zoo import markdown
 from trainers.cli.errors import command
-from trainers.evaluation import league
+from trainers.evaluation import before_tower, league
 from trainers.evaluation.record import mean_row
 from trainers.evaluation.scores import ALL_TOKENS, FULL
 
@@ -87,7 +87,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
     ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed())},
-    ROOT / "docs" / "input.md": {"first token": first_token},
+    ROOT / "docs" / "input.md": {"first token": first_token, "before tower": before_tower.table},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
         "floors": league.floors,
