@@ -16,7 +16,7 @@ BETWEEN = [name for name in ALL if pruner_class(name).stage != "prompt" and name
 
 @pytest.mark.parametrize("name", BETWEEN)
 def test_planned_tokens_are_measured_tokens(name, deep_llava, mixed):
-    pruner, available = build(name), torch.tensor([36] * 4)
+    pruner, available = build(name, vlm=deep_llava.vlm), torch.tensor([36] * 4)
     with torch.no_grad():
         run = run_pruned(deep_llava.vlm, encode(deep_llava.vlm, mixed, encode_needs(pruner)), pruner, 5)
     assert planned_mean(pruner, 5, available, 4).tolist() == run.tokens.tolist()

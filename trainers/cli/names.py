@@ -113,7 +113,7 @@ def find_config(name: str) -> str:
     path = CONFIGS / (name if name.endswith(".yaml") else f"{name}.yaml")
     if not path.is_file():
         known = [one.stem for one in CONFIGS.glob("*.yaml")]
-        raise PruneZooError(f"no recipe is called '{name}'{near(name, known)}; they are in configs/")
+        raise PruneZooError(f"no recipe is called '{name}'{near(name, known, listed=False)}; they are in configs/")
     return shown(path)
 
 

@@ -65,9 +65,9 @@ UNMEASURED = (
     *BEFORE_TOWER,
     *NOT_YET,
 )
-"""A combination is its shipped one; `budget` and `aptp` set budgets; `changed` is for streams; `evs` and `vidcom2` are for
-clips, and docs/several_pictures.md has them; under `tome_unmerge` and `token_transforming_inverse` the language model
-reads everything; those in front of the tower spare it work too, so they have a table of their own."""
+"""A combination is its shipped one; `budget` and `aptp` set budgets; `changed` is for streams; `evs` and `vidcom2` are
+for clips, and docs/several_pictures.md has them; under `tome_unmerge` and `token_transforming_inverse` the language
+model reads everything; those in front of the tower spare it work too, so they have a table of their own."""
 
 
 def names_of_all() -> list[str]:

@@ -9,7 +9,7 @@ to one another (five numbers a pair) and which look at the words of the prompt; 
 softmax of the scores, so no gradient of the frozen model is needed; and an image keeps the fewest tokens whose
 probabilities add up to alpha, `keep="auto"` (:mod:`core.mass`; `python -m trainers.calibrate` finds alpha).
 
-AdaToken-3D (https://arxiv.org/abs/2505.12782), which prunes 3D models by their attention too, has published neither
+AdaToken-3D (IROS 2025), which prunes 3D models by their attention too, has published neither
 method section nor code; this is what can be built of the idea, and why the name says "after".
 
 | | authors' code | ours |
