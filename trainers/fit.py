@@ -33,6 +33,7 @@ from trainers.training.callbacks import (
     StopAtNaN,
     WholeCheckpoints,
 )
+from trainers.training.precision import usable_precision
 from trainers.training.resume import SameData, find_checkpoint, train
 from trainers.training.run_record import RunRecord
 
@@ -75,6 +76,11 @@ class FitCLI(LightningCLI):
         """Keep the words of the command line, for the run record."""
         self.words = sys.argv[1:] if args is None else [str(word) for word in args]
         super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Take the precision that this machine has, so that log and run record say what was used."""
+        trainer = self.config.trainer
+        trainer.precision = usable_precision(trainer.precision, trainer.accelerator)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; its log is what `--logger` says, unless one is built by `trainer.logger`."""

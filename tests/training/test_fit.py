@@ -17,6 +17,7 @@ from tiny_llava import make_image
 from trainings import one_line_error, run, words
 
 from prunezoo import AutoPruner, attach
+from trainers.fit import build
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -151,3 +152,12 @@ def test_a_broken_picture_met_by_a_worker_is_one_line(world, tiny_llava_folder, 
         (tmp_path / entry["image"]).write_text("no picture")
     arguments = words(world, tiny_llava_folder, tmp_path / "out", f"--data.images={tmp_path}", "--data.workers=1")
     assert "broken image of entry" in one_line_error(capsys, monkeypatch, arguments)
+
+
+@pytest.mark.parametrize(("has_it", "used"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_cpu_without_bfloat16_trains_in_float32(has_it, used, world, tiny_llava_folder, tmp_path, monkeypatch):
+    """It emulates bfloat16 ten times slower."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_it)
+    cli = build([*words(world, tiny_llava_folder, tmp_path), "--trainer.precision=bf16-mixed"])
+    assert cli.trainer.precision == used
+    assert f"precision: {used}" in cli.run_record().recipe

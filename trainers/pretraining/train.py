@@ -23,6 +23,7 @@ from trainers.data.pages_dense import DensePages
 from trainers.data.scenes_dense import DenseScenes
 from trainers.data.several_dense import KINDS, DenseSeveral
 from trainers.training.callbacks import Checkpoints, GracefulStop, Progress, SeedSteps, WholeCheckpoints
+from trainers.training.precision import usable_precision
 from trainers.training.resume import find_checkpoint
 from trainers.training.resume import train as run
 
@@ -219,7 +220,8 @@ def _fit(part: Part, vlm: LlavaForConditionalGeneration, machine: Machine, folde
     every = min(200, phase.steps)  # steps from one validation, and checkpoint, to the next
     trainer = L.Trainer(
         accelerator=machine.accelerator, devices=machine.devices, strategy=machine.strategy,
-        precision=machine.precision, max_steps=phase.steps, max_epochs=-1, gradient_clip_val=1.0,
+        precision=usable_precision(machine.precision, machine.accelerator),
+        max_steps=phase.steps, max_epochs=-1, gradient_clip_val=1.0,
         val_check_interval=every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
         log_every_n_steps=20, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
         plugins=[WholeCheckpoints()],
