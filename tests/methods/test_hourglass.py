@@ -78,7 +78,9 @@ def test_frames_of_other_sizes_give_exactly_what_is_asked():
 def test_what_stays_is_as_it_was_until_it_has_learnt_to_gather():
     inputs = clip(4, rows=2)
     output = tiny()(inputs, 6)
-    torch.testing.assert_close(output.features, inputs.features.gather(1, output.index[..., None].expand(-1, -1, WIDTH)))
+    torch.testing.assert_close(
+        output.features, inputs.features.gather(1, output.index[..., None].expand(-1, -1, WIDTH))
+    )
     pruner = trained(neighbours=2)
     before = pruner(inputs, 6)
     gone = torch.ones(36, dtype=torch.bool).index_fill(0, before.index[0], False).nonzero()[0, 0]
