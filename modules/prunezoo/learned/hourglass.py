@@ -10,7 +10,8 @@ behind run on them alone; and cross-attention from a learned query a frame, zero
 those of all frames. Theirs restores a pose for every frame. A language model answers in words, so here the few tokens
 are all that it reads, and the recovery head is what teaches them to hold what was dropped: it is trained to restore
 the hidden states that the whole clip would have had, and its gradient comes back through the frozen layers. In use it
-does not run; :meth:`Hourglass.recovered` is for who wants states of every frame.
+does not run; :meth:`Hourglass.recovered` is for who wants states of every frame. That a frame may give a share of its
+tokens, and that what stays gathers from what goes, are ours.
 
 | | authors' code | ours |
 |---|---|---|
