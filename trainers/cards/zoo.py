@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunezoo.core.files import read_object
-from prunezoo.core.hub import CONFIG_FILE
 from prunezoo.core.registry import list_pruners, pruner_class
-from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped
+from trainers.cli.names import has_weights, methods_shipped, trained_for
 from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
 from trainers.evaluation.tables import percent
 
@@ -50,9 +48,8 @@ def entries(zoo: Zoo) -> list[Entry]:
             continue
         folders = [folder for folder, of in shipped.items() if of == method]
         for folder in folders:
-            stored = read_object(CHECKPOINTS / folder / CONFIG_FILE, what="a config", remedy="save it again")
-            model = stored.get("base_model", {}).get("name", "any").rpartition("/")[2]
-            found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
+            line = zoo.shipped.get(folder)
+            found.append(Entry(folder, method, "learned", stage, trained_for(folder), line, about(cls)))
         if not folders:
             found.append(Entry(method, method, "learned", stage, None, None, about(cls)))
     return found

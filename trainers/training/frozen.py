@@ -5,7 +5,7 @@ Letters: B images (one a sample), S answer slots of the batch, V vocabulary, G g
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -51,6 +51,7 @@ class FrozenModule(L.LightningModule):
     """
 
     vlm: Any
+    clips: ClassVar[bool] = False  # the images of each sample are one clip to the pruner
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class FrozenModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Answer with all tokens and with each budget's tokens, really dropped."""
         groups = torch.tensor([self.groups.index(group) for group in batch.pop(GROUPS)], device=self.device)
-        encoded = encode(self.vlm, batch, self.pruner.needs)
+        encoded = encode(self.vlm, batch, self.pruner.needs, clips=self.clips)
         full = full_forward(self.vlm, encoded)
         teacher, tokens, sample = answer_slots(full.logits, full.labels)
         rows = [judge(teacher, teacher, tokens, sample, len(groups))]
