@@ -88,11 +88,10 @@ def test_every_command_on_a_page(page, clone, capsys):
 
 def test_the_first_screen_of_the_readme_runs_as_it_stands(clone, capsys):
     scope: dict = {"__name__": "readme"}
-    (_, _, attached), (_, _, trained), *_ = (block for block in blocks("README") if block[0] == "python")
-    run_code(attached, scope)
+    (code,) = (text for language, _, text in blocks("README") if language == "python")
+    run_code(code, scope)
     said = capsys.readouterr().out.splitlines()
     assert said[0].strip() in ("yes", "no") and "64 tokens" in said[1]
-    run_code(trained, scope)
     assert scope["pruner"].name == "ppm"
 
 
