@@ -122,8 +122,8 @@ def test_every_outcome_reaches_the_table():
     assert support_brief(record).splitlines() == [
         "- **prompt stage**: LLaVA, Qwen2-VL*, Gemma 3",
         "- **none**: LLaVA",
-        "- tested on tiny random models, with transformers 5.6 and 5.9 (*: needs a newer one than 5.6); clips, and why a "
-        "stage is missing: [families](docs/families.md)",
+        "- tested on tiny random models, with transformers 5.6 and 5.9 (*: needs a newer one than 5.6); clips, and why "
+        "a stage is missing: [families](docs/families.md)",
     ]
 
 

@@ -109,8 +109,8 @@ def support_brief(record: Mapping[str, Any]) -> str:
         groups.setdefault(works, {})[family_title(family).partition(" (")[0] + ("*" if young else "")] = None
     lines = [f"- {_stages(works)}: {', '.join(names)}" for works, names in groups.items()]
     tested = (
-        f"- tested on tiny random models, with transformers {oldest} and {newest} (*: needs a newer one than {oldest}); "
-        "clips, and why a stage is missing: [families](docs/families.md)"
+        f"- tested on tiny random models, with transformers {oldest} and {newest} (*: needs a newer one than {oldest})"
+        "; clips, and why a stage is missing: [families](docs/families.md)"
     )
     return "\n".join([*lines, tested, ""])
 
