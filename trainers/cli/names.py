@@ -18,6 +18,8 @@ TINY = "-tiny"
 """What ends the names of the pruners that were trained for the embedded model."""
 BY_FRAME = "frames:"
 """In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
+RANDOM_AT = "random@"
+"""Likewise, of a method inside the tower: random tokens at its places, as many as it leaves there."""
 
 
 def methods_shipped() -> dict[str, str]:
@@ -56,13 +58,14 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`). `frames:` in front stays there.
+            (`?k=v`). `frames:` and `random@` in front stay there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
-    if name.startswith(BY_FRAME):
-        return BY_FRAME + find_pruner(name.removeprefix(BY_FRAME))
+    for front in (BY_FRAME, RANDOM_AT):
+        if name.startswith(front):
+            return front + find_pruner(name.removeprefix(front))
     short, mark, query = name.partition("?")
     if "/" in short or "@" in short or Path(short).exists() or short in ("oracle", "relevance"):
         return name

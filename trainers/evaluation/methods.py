@@ -20,17 +20,19 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
-from trainers.cli.names import BY_FRAME
+from trainers.cli.names import BY_FRAME, RANDOM_AT
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
 from .budgets import keep_for_mean
+from .random_order import RandomOrder
 from .scores import ATTENTION, ORACLE, RELEVANCE, is_diagnostic
 
 RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
 """The training-free methods that every table shows beside a learned one."""
 RANDOM_SEEDS = 5
+ORDER_SEEDS = 2  # of `random@`, since the tower runs anew for each
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
 
     Args:
-        name: as on the command line; with `frames:` in front it sees the frames of a clip one by one.
+        name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with
+            `random@` it is a :class:`random_order.RandomOrder`.
         seed: where the seeds of `random` begin.
         depth: as :class:`PrunerMethod` takes it.
 
@@ -234,6 +237,9 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
         method = build_method(name.removeprefix(BY_FRAME), seed, depth)
         method.name, method.by_frame = name, True
         return method
+    if name.startswith(RANDOM_AT):
+        like = load_pruner(name.removeprefix(RANDOM_AT))
+        return PrunerMethod(name, [RandomOrder(like, seed + replica) for replica in range(ORDER_SEEDS)])
     if name == ORACLE:
         return Oracle()
     if name == RELEVANCE:
