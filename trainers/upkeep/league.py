@@ -54,7 +54,7 @@ VARIANTS = (
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
 NOT_YET = (
-    *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop", "a_clip"),
+    *("spatten", "zero_tprune", "gtp", "token_transforming", "eet", "diffrate", "dtop"),
     *("recoverable", "aim", "transprune", "fopru", "token_correlation", "catp", "holitom"),
     *("stvit", "token_routing", "vla_pruner", "top_vim"),
 )
