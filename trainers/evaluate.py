@@ -4,7 +4,8 @@
     python -m trainers.evaluate … --suite llava-json questions.json --suite-option images=DIR scorer=exact
 
 A pruner is a registry name (`divprune`), a folder or a Hub id, perhaps with config fields (`FOLDER?adaptive=false`);
-`oracle`, `relevance` and `attention@L` are diagnostics.
+`oracle`, `relevance` and `attention@L` are diagnostics; `random@NAME` is random choice at the places of a method inside
+the vision tower.
 """
 
 import argparse

@@ -9,7 +9,9 @@ from fake_suite import greedy, make_items, suite_of
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import encode
+from prunezoo.host.run import run_pruned
 from prunezoo.host.signals.relevance import relevance_map
+from trainers.cli.names import find_pruner
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.evaluation.budgets import parse_budgets
@@ -17,6 +19,7 @@ from trainers.evaluation.examples import show_examples
 from trainers.evaluation.instrument import judge
 from trainers.evaluation.measure import measure
 from trainers.evaluation.methods import View, build_method, view_of
+from trainers.evaluation.tables import display_name
 
 
 def look(vlm, processor, items, *names) -> View:
@@ -74,6 +77,24 @@ def test_the_relevance_diagnostic_knows_the_answer(ending_llava):
         measured = measure(vlm, processor, suite_of(items), [method], parse_budgets(["4"]))
         assert measured.scores["relevance", "4"].tokens.tolist() == [4, 4, 4]
     assert not torch.equal(*chosen)
+
+
+def test_random_order_stands_where_another_method_inside_the_tower_does(ending_llava):
+    vlm, processor = ending_llava
+    items = make_items(3)
+    batch = ConversationCollator(processor)(items)
+    encoded = encode(vlm, batch)
+    method = build_method("random@tome", seed=3)
+    view = view_of(vlm, batch, encoded, items, [method])
+    own, others = (run_pruned(vlm, encoded, method.pruner(view, number), 9).output for number in (0, 1))
+    theirs = run_pruned(vlm, encoded, build_pruner("tome"), 9).output
+    assert own.blocks.tolist() == theirs.blocks.tolist() and (own.blocks[:, 0] > own.blocks[:, -1]).any()
+    assert own.index.tolist() != others.index.tolist() and method.replicas == 2
+    assert method.pruner(view).restore is False and build_method("random@tome_unmerge").pruner(view).restore is True
+    assert display_name(find_pruner("random@tome")) == "random@tome"
+    assert display_name("random@checkpoints/mine") == "random@mine"
+    with pytest.raises(PruneZooError, match="random@divprune: this is for methods of the vision stage"):
+        build_method("random@divprune")
 
 
 def test_examples_show_what_generate_writes(ending_llava):

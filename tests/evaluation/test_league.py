@@ -55,6 +55,21 @@ def test_pairs_of_two_runs_are_those_of_one():
         assert places[rival].ci == pytest.approx(together[rival]["ci"], abs=1e-6)
 
 
+def test_a_card_by_the_league_is_that_of_one_run(monkeypatch):
+    monkeypatch.setattr(league, "methods_shipped", lambda: {"good": "fastv"})
+    monkeypatch.setattr(league, "read_league", lambda: [record(name) for name in RIGHT])
+    together, made = record(*RIGHT), league.beside_rivals("good")
+    assert {row["rival"] for row in made["paired"]} == {"divprune", "fastv", "random"}
+    assert {row["pruner"] for row in made["rows"]} == {"full", "none", *RIGHT}
+    for row in made["paired"]:
+        (same,) = (other for other in together["paired"] if other["rival"] == row["rival"])
+        assert row["difference"] == pytest.approx(same["difference"], abs=1e-6)
+        assert row["ci"] == pytest.approx(same["ci"], abs=1e-6)
+    assert made["command"].endswith("python -m trainers.cards good --league")
+    with pytest.raises(PruneZooError, match="the league has no record of 'bad'"):
+        league.beside_rivals("bad")
+
+
 def test_the_best_stands_first_learned_or_not_and_floors_are_told():
     places = league.standings([record(name) for name in RIGHT], KEEP)
     retention = [place.row["retention"] for place in places]

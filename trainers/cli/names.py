@@ -22,6 +22,8 @@ BY_FRAME = "frames:"
 """In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
 BY_STEP = "steps:"
 """Likewise: it sees the steps of a stream one by one, each as if it were the first."""
+RANDOM_AT = "random@"
+"""Likewise, of a method inside the tower: random tokens at its places, as many as it leaves there."""
 
 
 def methods_shipped() -> dict[str, str]:
@@ -68,14 +70,14 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`). `frames:` and `steps:` in front stay there.
+            (`?k=v`). `frames:`, `steps:` and `random@` in front stay there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
-    for how in (BY_FRAME, BY_STEP):
-        if name.startswith(how):
-            return how + find_pruner(name.removeprefix(how))
+    for front in (BY_FRAME, BY_STEP, RANDOM_AT):
+        if name.startswith(front):
+            return front + find_pruner(name.removeprefix(front))
     short, mark, query = name.partition("?")
     if "/" in short or "@" in short or Path(short).exists() or short in ("oracle", "relevance"):
         return name

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from prunezoo.core.registry import pruner_class
+from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import list_pruners, pruner_class
 from trainers.cards.about import about, stage_of
 from trainers.cli.names import ROOT, methods_shipped
 
 from .answers import join_answers
-from .record import MEAN, Row, read_record, select
+from .methods import RIVALS
+from .record import MEAN, Row, paired_of, read_record, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from .statistics import interval
-from .tables import display_name, methods_of, percent, span
+from .tables import budgets_of, display_name, methods_of, percent, span
 
 FOLDER = ROOT / "hub_cards" / "league"
 BUDGETS = ("1/2", "1/3", "2/9", "1/9", "1/18")
@@ -86,6 +88,35 @@ def standings(records: Sequence[Record], keep: str) -> list[Place]:
         below = tuple(floor for floor in FLOORS if floor in rows and floor != name and less(name, floor)[1][0] > 0)
         places.append(Place(name, row, behind, ci, below))
     return sorted(places, key=lambda place: -place.row["retention"])
+
+
+def beside_rivals(name: str) -> dict[str, Any]:
+    """What a card can rest on: the record of a shipped pruner, with its rivals' rows and the differences to them.
+
+    Rivals are those of every table, and methods without weights of the same stage, as far as they were measured at all
+    the budgets of its record; over the same questions, so that differences are paired as if it had been one run.
+
+    Args:
+        name: of its folder in `checkpoints/`.
+
+    Raises:
+        PruneZooError: the league has no record of it.
+    """
+    records = {display_name(one): record for record in read_league() for one in methods_of(record)}
+    if name not in records:
+        raise PruneZooError(f"the league has no record of '{name}': `python -m trainers.upkeep.league {name}` makes it")
+    own, budgets = records[name], budgets_of(records[name])
+    (pruner,) = methods_of(own)
+    free = [one for one in records if one in list_pruners()]  # and not what is shipped, or has other settings
+    alike = [one for one in free if _stage(one) == _stage(pruner)]
+    known = [rival for rival in dict.fromkeys((*RIVALS, *alike)) if rival in records]
+    rivals = [rival for rival in known if budgets_of(records[rival]) == budgets]
+    keys = [(method, keep) for method in (pruner, *rivals) for keep in budgets]
+    resampled = join_answers([own, *(records[rival] for rival in rivals)]).resample(keys)
+    rows = [row for rival in rivals for row in records[rival]["rows"] if row["pruner"] == rival]
+    paired = paired_of(keys, resampled, [pruner])
+    command = f"{own['command']}\npython -m trainers.cards {name} --league"
+    return {**own, "rows": [*own["rows"], *rows], "paired": paired, "command": command}
 
 
 @cache

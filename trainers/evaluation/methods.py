@@ -20,17 +20,19 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
-from trainers.cli.names import BY_FRAME, BY_STEP
+from trainers.cli.names import BY_FRAME, BY_STEP, RANDOM_AT
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
 from .budgets import keep_for_mean
+from .random_order import RandomOrder
 from .scores import ATTENTION, ORACLE, RELEVANCE, is_diagnostic
 
 RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
 """The training-free methods that every table shows beside a learned one."""
 RANDOM_SEEDS = 5
+ORDER_SEEDS = 2  # of `random@`, since the tower runs anew for each
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
 
     Args:
         name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with `steps:` the
-            steps of a stream.
+            steps of a stream, and with `random@` it is a :class:`random_order.RandomOrder`.
         seed: where the seeds of `random` begin.
         depth: as :class:`PrunerMethod` takes it.
 
@@ -242,6 +244,9 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
         method = build_method(name.removeprefix(BY_STEP), seed, depth)
         method.name, method.remembers = name, False
         return method
+    if name.startswith(RANDOM_AT):
+        like = load_pruner(name.removeprefix(RANDOM_AT))
+        return PrunerMethod(name, [RandomOrder(like, seed + replica) for replica in range(ORDER_SEEDS)])
     if name == ORACLE:
         return Oracle()
     if name == RELEVANCE:

@@ -75,13 +75,17 @@ def rows_of(measurement: Measurement, resampled: Resampled) -> list[Row]:
     return rows
 
 
-def paired_of(measurement: Measurement, resampled: Resampled, contenders: Sequence[str]) -> list[Row]:
+def paired_of(keys: Sequence[Key], resampled: Resampled, contenders: Sequence[str]) -> list[Row]:
     """Each contender against every other method at the same budget, over the same items.
+
+    Args:
+        keys: whose answers were resampled, in that order.
+        resampled: of them.
+        contenders: methods among them.
 
     Returns:
         `{pruner, rival, keep, difference, ci}` in points of mean retention; positive where the contender is better.
     """
-    keys = list(measurement.scores)
     index: dict[Key, int] = {key: m for m, key in enumerate(keys)}
     mean, mean_draws = resampled.retention()[:, -1], resampled.retention_draws()[:, -1]
     rows = []
@@ -201,7 +205,7 @@ def build_record(
         "chance": {group: measurement.chance.get(group) for group in measurement.groups},
         "sight": sight_of(measurement, resampled),
         "rows": rows_of(measurement, resampled),
-        "paired": paired_of(measurement, resampled, contenders),
+        "paired": paired_of(list(measurement.scores), resampled, contenders),
         "oracle_scale": oracle_scale_of(measurement, contenders),
         "layers": layers_of(measurement),
         "histogram": histogram_of(measurement),

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainers.cli.names import RANDOM_AT
+
 from .instrument import Verdict
 from .record import MEAN, Row, select
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
@@ -21,6 +23,8 @@ WIDE = 150
 
 def display_name(pruner: str) -> str:
     """A short name for a table or figure: the last part of a Hub id or folder, the last two of a deeper folder."""
+    if pruner.startswith(RANDOM_AT):
+        return RANDOM_AT + display_name(pruner.removeprefix(RANDOM_AT))
     parts = Path(pruner).parts
     return pruner if "/" not in pruner else "/".join(parts[-2:]) if len(parts) > 2 else parts[-1]
 
