@@ -2,7 +2,7 @@
 
     python -m trainers.show scenes:3                                 the picture and question 3 of a suite's test split
     python -m trainers.show photo.jpg "what is it?" --vlm V --pruner P --keep 64 1/9
-    python -m trainers.show --serve                                  the same in a browser, on this machine only
+    python -m trainers.show --serve --beside divprune                the same in a browser, on this machine only
 
 The picture of what is kept is written to `--out`.
 """
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         add_option(p, name, default=default)
     p.add_argument("--out", type=Path, default=Path("runs/show.png"), help="the picture that is written")
     p.add_argument("--serve", action="store_true", help="a page on this machine instead")
+    p.add_argument("--beside", metavar="P", help="on that page, the pruner that is shown next to the first")
     p.add_argument("--port", type=int, default=7860, help="of that page")
     p.add_argument(
         "--allow-host",
@@ -59,6 +60,8 @@ def check(args: argparse.Namespace) -> None:
     check_output("--out", args.out)
     if args.out.suffix.lower() not in Image.registered_extensions():
         raise PruneZooError(f"--out {args.out}: not the name of a picture; name it .png, .jpg or .webp")
+    if args.beside is not None and not args.serve:
+        raise PruneZooError(f"--beside {args.beside}: for the page of --serve; here name several after --pruner")
     parse_budgets(args.keep)
 
 
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     item = None if args.serve else read_item(args.picture, args.question)
     names = [find_pruner(name) for name in args.pruner]
+    beside = None if args.beside is None else find_pruner(args.beside)
+    names += [beside] if beside is not None and beside not in names else []
     vlm, processor = load_vlm(find_vlm(args.vlm))
     methods = [build_method(name) for name in names]
     console = Terminal()
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with listen(args.port) as socket:
             console.print(f"http://127.0.0.1:{socket.getsockname()[1]}/  (Ctrl-C ends it)", highlight=False)
             try:
-                server_of(application(Page(vlm, processor, methods), args.allow_host)).run(sockets=[socket])
+                server_of(application(Page(vlm, processor, methods, beside), args.allow_host)).run(sockets=[socket])
             except KeyboardInterrupt:
                 return 0
         return 0

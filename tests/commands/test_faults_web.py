@@ -81,7 +81,7 @@ def raw(address, sent):
 
 def still_answers(address):
     status, body = post(address, ASKED)
-    assert status == 200 and json.loads(body)["tokens"] == 4, body
+    assert status == 200 and len(json.loads(body)["shown"][0]["kept"]) == 4, body
 
 
 def bomb():
@@ -102,6 +102,7 @@ def bomb():
         ({"keep": "auto"}, "sets no budgets"),
         ({"question": "what " * 1000}, "question: 5,000 letters, more than 2,000"),
         ({"pruner": "[/b]\x1b[31m"}, "no pruner"),
+        ({"beside": "x" * 5000}, "beside: 5,000 letters, more than 1,000"),
         ({"pruner": "x" * 5000}, "pruner: 5,000 letters, more than 1,000"),
         ({"picture": uri(png((9000, 6000)))}, "9000 x 6000 pixels, more than 50,000,000"),
         ({"picture": uri(bomb())}, "picture"),
