@@ -3,8 +3,8 @@
     python -m trainers.upkeep.walk --json hub_cards/walk.json     from nothing to a pruner that could be published
 
 The library is installed into a bare environment, and the repository is cloned and set up, by the commands that README
-has, with this clone as the address. Uncommitted changes are not walked. The times of docs/quick_start.md are made from the
-record that is written.
+has, with this clone as the address. Uncommitted changes are not walked. The times of docs/quick_start.md are
+made from the record that is written.
 """
 
 import argparse
@@ -116,8 +116,8 @@ def walk_section(record: Mapping[str, Any]) -> str:
     lines += [f"| {step['heading']} | `{step['run']}` | {step['seconds']:.1f} |" for step in record["steps"]]
     minutes = sum(step["seconds"] for step in record["steps"]) / 60
     said = (
-        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']}, downloads included, under "
-        f"a load of {record['load']} from other work at the start. Measured {record['date']} by "
+        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']}, downloads included, "
+        f"under a load of {record['load']} from other work at the start. Measured {record['date']} by "
         "`python -m trainers.upkeep.walk --json hub_cards/walk.json`."
     )
     return "\n".join([*lines, "", said, ""])
