@@ -23,6 +23,7 @@ from trainers.evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from trainers.evaluation.sheet import draw_sheet
 from trainers.evaluation.sight import is_blind, notes_of
 from trainers.evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
+from trainers.planning.share import share_on
 from trainers.training.run_record import RUN_FILE, read_run
 
 from .about import about
@@ -123,6 +124,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             evidence=method.evidence,
             papers=method.references,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
+            work=share_on(pruner, vlm),
             query_aware=getattr(pruner.config, "query_aware", None),
             base_model=pruner.base_model,
             clips=shows_clips(metrics),

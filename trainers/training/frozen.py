@@ -22,6 +22,7 @@ from prunezoo.core.base_model import BaseModel
 from prunezoo.core.config import fit_width
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.prefill import Prefill
 from prunezoo.host import encode, full_forward
 from prunezoo.host.run import run_pruned
 from trainers.data.modules import GROUPS
@@ -70,7 +71,7 @@ class FrozenModule(L.LightningModule):
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
         self.shared_out = self.free_text = False
         model = BaseModel.describe(self.vlm)
-        self.pruner = fit_width(pruner, model.width, model.tower_width)
+        self.pruner = fit_width(pruner, model.width, model.tower_width, Prefill.of(self.vlm.config))
         self.pruner.base_model = model
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
 

@@ -17,8 +17,8 @@ Letters: B batch, N image tokens, T prompt tokens, D width of the language model
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
+from ..core.prefill import Prefill
 from ..core.registry import register_pruner
+from ._sizes import BLOCKS, DEEP, HIDDEN, SHARE, largest, text_flops, visual_flops
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,49 @@ class PPMConfig(PrunerConfig):
     """Sizes of a PPM."""
 
     width: int = 4096  # D, width of the language model's input embeddings
-    hidden: int = 512  # E, width inside the pruner
+    hidden: int = 0  # E, width inside the pruner; 0: as `budget_flops` says, 512 where no model is known or blocks are
     heads: int = 8  # H, divides hidden
-    blocks: int = 4  # blocks that end in a choice between visual tokens
+    blocks: int = 0  # blocks that end in a choice between visual tokens; 0: likewise, 4
     text_blocks: int = 2  # blocks of the prompt encoder; unused if not query_aware
     octaves: int = 5  # position features are sines and cosines of 2^0 ... 2^(octaves - 1) half turns over the picture
     query_aware: bool = True  # False: reads no prompt, so that one choice serves every question about an image
+    budget_flops: float | None = None  # share of the model's prefill, in operations, that hidden and blocks may take
 
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "heads", "blocks", "text_blocks", "octaves"):
-            if getattr(self, name) < 1:
-                raise PruneZooError(f"ppm: {name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name in ("hidden", "blocks") else 1
+            if getattr(self, name) < least:
+                raise PruneZooError(f"ppm: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.budget_flops is not None and (self.hidden or self.blocks):
+            raise PruneZooError("ppm: budget_flops chooses hidden and blocks: give it, or them")
+        if self.budget_flops is not None and not 0 < self.budget_flops <= 1:
+            raise PruneZooError(f"ppm: budget_flops must be a share above 0, up to 1, got {self.budget_flops}")
         if self.hidden % (2 * self.heads):
             raise PruneZooError(f"ppm: hidden={self.hidden} must be a multiple of 2 * heads={2 * self.heads}")
+
+    def filled(self) -> Self:
+        """See the base class."""
+        return replace(self, hidden=self.hidden or HIDDEN, blocks=self.blocks or BLOCKS, budget_flops=None)
+
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """`hidden` and `blocks` by `budget_flops`, 0.01 where it is None; itself where one of them is given."""
+        if self.hidden or self.blocks:
+            return self
+
+        def sized(hidden: int) -> Self:
+            return replace(self, hidden=hidden, blocks=BLOCKS if hidden >= DEEP else BLOCKS // 2, budget_flops=None)
+
+        step, most = 2 * self.heads, (self.budget_flops or SHARE) * prefill.flops
+        widths = range(step, max(self.width, step) + 1, step)
+        return sized(largest(widths, lambda h: sized(h).flops(prefill), most, "ppm", self.budget_flops))
+
+    def flops(self, prefill: Prefill) -> int:
+        """Operations of the pruner on one picture and its prompt."""
+        n, t, e = prefill.tokens, prefill.words if self.query_aware else 0, self.hidden
+        reading = 2 * (n + t) * self.width * e + 2 * n * (4 * self.octaves + 2) * e
+        writing = self.text_blocks * text_flops(t, e) if self.query_aware else 0
+        block = visual_flops(n, t if self.query_aware else None, e, self.heads)
+        return reading + writing + self.blocks * block + 2 * n * e
 
 
 @register_pruner("ppm")
