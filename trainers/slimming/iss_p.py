@@ -5,7 +5,7 @@ https://arxiv.org/abs/2303.09650, https://github.com/Jiamian-Wang/Iterative-Soft
 
 | | authors' code | ours |
 |---|---|---|
-| which are small | of each run of M weights the N smallest, M grown to a divisor | M grown to one of the weight's size |
+| which are small | the N smallest of each run of M weights, M grown to a divisor | M grown to one of the size |
 | shrinking | times 0.95 after each step, chosen anew each time; 0 is iterative hard thresholding | likewise |
 | phases | 100,000 steps of shrinking at a constant rate, then tuned | a share of the recipe's steps, by its own rates |
 | left out | mean shift and tail | the parts that `skip` names, by default the head |
