@@ -25,10 +25,12 @@ def print_table(zoo: Zoo, found: Sequence[Entry], console: Console) -> None:
     """Print it."""
     header, lines = lines_of(zoo, found)
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="Mean retention in % of the model with all tokens."
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="Mean retention in % of the model with all tokens; work: own operations as a share of a prefill's.",
     )
     for number, name in enumerate(header):
-        is_number = name.endswith("tokens")
+        is_number = name.endswith(("tokens", "work"))
         shown = name.replace(" ", "\n") if is_number else name
         table.add_column(shown, justify="right" if is_number else "left", no_wrap=number < 2 or is_number)
     for line in lines:
@@ -41,6 +43,8 @@ def print_entry(entry: Entry, console: Console) -> None:
     console.rule(Text(entry.name, style="bold").append(f" ({entry.method}, {entry.kind}, {entry.stage} stage)", "none"))
     console.print(entry.about.text, highlight=False)
     console.print(f"\nEvidence: {entry.about.evidence}.", highlight=False)
+    if entry.work is not None:
+        console.print(f"Own operations, at 1/9: {100 * entry.work:.1f} % of a prefill's.", highlight=False)
     for row in entry.line.rows if entry.line else ():
         low, high = row["ci"]
         kept = f"keep {row['keep']}: {row['tokens']:g} tokens"

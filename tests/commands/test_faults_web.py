@@ -19,9 +19,12 @@ import zlib
 from contextlib import closing
 
 import pytest
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
 from PIL import Image
 from web import serving
 
+from trainers import show
 from trainers.cli.names import ROOT
 from trainers.evaluation import web
 from trainers.evaluation.methods import build_method
@@ -81,7 +84,7 @@ def raw(address, sent):
 
 def still_answers(address):
     status, body = post(address, ASKED)
-    assert status == 200 and json.loads(body)["tokens"] == 4, body
+    assert status == 200 and len(json.loads(body)["shown"][0]["kept"]) == 4, body
 
 
 def bomb():
@@ -102,6 +105,7 @@ def bomb():
         ({"keep": "auto"}, "sets no budgets"),
         ({"question": "what " * 1000}, "question: 5,000 letters, more than 2,000"),
         ({"pruner": "[/b]\x1b[31m"}, "no pruner"),
+        ({"beside": "x" * 5000}, "beside: 5,000 letters, more than 1,000"),
         ({"pruner": "x" * 5000}, "pruner: 5,000 letters, more than 1,000"),
         ({"picture": uri(png((9000, 6000)))}, "9000 x 6000 pixels, more than 50,000,000"),
         ({"picture": uri(bomb())}, "picture"),
@@ -216,3 +220,30 @@ def test_the_command_serves_until_ctrl_c(tiny_llava_folder):
         server.send_signal(signal.SIGINT)
         said, wrong = server.communicate(timeout=30)
     assert server.returncode == 0 and said == "" and "Traceback" not in wrong
+
+
+def test_a_space_is_a_folder_that_serves_the_page(tmp_path):
+    """Its app runs as a process of its own, from the folder alone, and answers under the name that the Hub tells it."""
+    folder = tmp_path / "space"
+    words = ["--vlm", "tiny-llava", "--pruner", "uniform", "--beside", "ppm"]
+    assert show.main([*words, "--space", str(folder)]) == 0
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.sdk, card.app_port, card.license) == ("docker", 7860, "apache-2.0")
+    assert f"EXPOSE {card.app_port}" in (folder / "Dockerfile").read_text()
+    needed = {Requirement(line).name for line in (folder / "requirements.txt").read_text().splitlines()}
+    assert {"torch", "transformers", "starlette", "uvicorn", "jinja2"} <= needed and "torchvision" not in needed
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"ADDRESS": "127.0.0.1", "PORT": "0", "SPACE_HOST": "org-name.hf.space", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(folder / "app.py")], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = re.search(r"http://\S+", server.stdout.readline())[0]
+            status, said = raw(address, b"GET / HTTP/1.1\r\nHost: org-name.hf.space\r\n\r\n")
+            assert status == 200 and "<option selected>ppm-tiny</option>" in said
+            status, body = post(address, {**ASKED, "question": "is there a red circle ?", "beside": "ppm-tiny"})
+            assert status == 200 and [len(one["kept"]) for one in json.loads(body)["shown"]] == [16, 16]
+        finally:
+            server.terminate()
+    with pytest.raises(SystemExit):
+        show.main([*words, "--space", str(folder)])  # it is not empty any more

@@ -1,6 +1,7 @@
 """What makes the commands pleasant: short names, helps that read well, errors in one line with the remedy, the list."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -87,6 +88,17 @@ def test_a_method_stands_for_the_one_pruner_that_ships_of_it(monkeypatch):
     assert not names.pruners_shipped(), "in front of the tower is no league"
     monkeypatch.setattr(names, "methods_shipped", lambda: {"dtop-tiny": "dtop", "a-clip-tiny": "a_clip"})
     assert names.pruners_shipped() == {"a-clip-tiny": "a_clip"}, "under dtop the language model reads everything"
+
+
+def test_the_league_asks_one_embedded_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(names, "CHECKPOINTS", tmp_path)
+    for folder, model in (("m3-tiny", "checkpoints/tiny-llava"), ("hourglass-tiny", "checkpoints/tiny-llava-multi")):
+        (tmp_path / folder).mkdir()
+        method = folder.removesuffix("-tiny")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"method": method, "base_model": {"name": model}}))
+    assert names.methods_shipped() == {"hourglass-tiny": "hourglass", "m3-tiny": "m3"}
+    assert names.pruners_shipped() == {"m3-tiny": "m3"}
+    assert names.trained_for("hourglass-tiny") == "tiny-llava-multi"
 
 
 def test_short_names_reach_the_commands(capsys):

@@ -12,7 +12,7 @@ from trainers.cli.options import OPTIONS
 
 TRAINERS = ROOT / "trainers"
 COMMANDS = [
-    *"fit calibrate evaluate benchmark harness show list publish plan schedule search".split(),
+    *"fit calibrate evaluate benchmark harness show list publish plan schedule search select slim".split(),
     *"teacher codec stop_rule pretrain demo serve".split(),
 ]
 MOST_LINES = 350

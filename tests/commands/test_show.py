@@ -31,7 +31,7 @@ def model():
 def served(model):
     """Address of a running server with two pruners."""
     methods = [build_method("checkpoints/ppm-tiny"), build_method("pool")]
-    with serving(Page(*model, methods)) as address:
+    with serving(Page(*model, methods, "pool")) as address:
         yield address
 
 
@@ -60,6 +60,7 @@ def test_a_question_in_the_terminal(tmp_path, capsys, monkeypatch, model):
         (["scenes:x"], "scenes:x: an item of a suite is written scenes:3"),
         (["scene:3"], "scene:3: no suite is called 'scene'; did you mean 'scenes'"),
         (["scenes:1", "--keep", "0"], "--keep 0: a budget is at least 1 token"),
+        (["scenes:1", "--beside", "pool"], "--beside pool: for the page of --serve; here name several after --pruner"),
         (["scenes:1", "--pruner", "pmm"], "did you mean 'ppm'?"),
     ],
 )
@@ -86,13 +87,19 @@ def test_the_server_answers_and_refuses(served, tmp_path):
     asked = {"picture": picture, "question": "is there a red circle ?", "pruner": "ppm-tiny", "keep": "16"}
     status, found = post(served, asked)
     assert status == 200, found
-    assert found["grid"] == [12, 12] and found["tokens"] == len(set(found["kept"])) == 16
-    assert found["same"] == (found["answer"] == found["full"]) and not found["anchors"]
-    assert post(served, {**asked, "pruner": "pool"})[1]["anchors"]
+    (one,) = found["shown"]
+    assert found["grid"] == [12, 12] and len(one["kept"]) == len(set(one["kept"])) == 16
+    assert one["same"] == (one["answer"] == found["full"]) and not one["anchors"]
+    both = post(served, {**asked, "beside": "pool"})[1]
+    assert both["shown"][0] == one and both["full"] == found["full"]
+    assert [(shown["pruner"], shown["anchors"]) for shown in both["shown"]] == [("ppm-tiny", False), ("pool", True)]
+    assert len(post(served, {**asked, "beside": "ppm-tiny"})[1]["shown"]) == 1
     for change, message in (
         ({"picture": "data:image/png;base64,AAAA"}, "not a picture"),
         ({"picture": "?"}, "not a picture"),
         ({"pruner": "x"}, "no pruner 'x' here; there are: pool, ppm-tiny"),
+        ({"beside": "x"}, "no pruner 'x' here"),
+        ({"beside": 3}, "beside: the name of a pruner, or nothing"),
         ({"keep": "0"}, "at least 1 token"),
         ({"question": " "}, "what is the question?"),
         ({"question": None}, "a question has picture, question, pruner, keep, all texts"),
@@ -105,22 +112,54 @@ def test_the_server_answers_and_refuses(served, tmp_path):
         urllib.request.urlopen(f"{served}etc/passwd", timeout=10)
 
 
+UNTIL = """
+const until = async text => {
+  while (!text.test($("said").textContent)) await new Promise(done => setTimeout(done, 50)); };
+const answers = () => [...document.querySelectorAll(".answer")].map(one => one.textContent);
+const captions = () => [...document.querySelectorAll("figure:not([hidden]) figcaption")].map(one => one.textContent);
+const columns = () => getComputedStyle(document.querySelector("main")).gridTemplateColumns.split(" ").length;
+await until(/16 of 144/);
+"""
+
+
+def seen(served, tmp_path, monkeypatch, script, **how):
+    """What a script found on the real page of the real server."""
+    whole = Page.html
+    monkeypatch.setattr(Page, "html", lambda self: probed(whole(self), UNTIL + script))
+    found = read(served, tmp_path, **how)
+    assert found["errors"] == []
+    return found
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_asks_and_draws(served, tmp_path, monkeypatch):
-    """The real page against the real server: it answers when opened, and again when the slider moves."""
+def test_the_page_asks_and_draws_two_pruners(served, tmp_path, monkeypatch):
+    """It answers when opened, and again when the slider moves or the second pruner goes."""
     script = """
-        const until = async text => {
-          while (!text.test($("said").textContent)) await new Promise(done => setTimeout(done, 50)); };
-        await until(/tokens/);
-        const first = $("answer").textContent, size = [$("canvas").width, $("canvas").height];
+        const first = captions(), said = answers(), sizes = [...document.querySelectorAll("canvas")].map(c => c.width);
         $("keep").value = 50; $("keep").dispatchEvent(new Event("input")); $("keep").dispatchEvent(new Event("change"));
         await until(/72 of 144/);
-        return { first, size, then: $("answer").textContent, full: $("full").textContent,
-          share: $("share").textContent };
+        const then = captions();
+        $("beside").value = ""; $("beside").dispatchEvent(new Event("change")); await until(/reading/);
+        await until(/72 of 144/);
+        return { first, said, sizes, then, alone: captions(), share: $("share").textContent, columns: columns() };
     """
-    whole = Page.html
-    monkeypatch.setattr(Page, "html", lambda self: probed(whole(self), script))
-    found = read(served, tmp_path)
-    assert found["errors"] == []
-    assert found["first"].startswith("16: ") and found["then"].startswith("72: ") and found["share"] == "50 %"
-    assert found["full"].startswith("all 144: ") and found["size"] == [384, 384]
+    found = seen(served, tmp_path, monkeypatch, script)
+    assert found["first"] == ["all tokens", "ppm-tiny, 16 tokens", "pool, 16 tokens"] and all(found["said"])
+    assert found["then"] == ["all tokens", "ppm-tiny, 72 tokens", "pool, 72 tokens"] and found["share"] == "50 %"
+    assert found["alone"] == found["then"][:2] and found["sizes"] == [384, 384] and found["columns"] == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_sample_is_pressed_on_a_phone(served, tmp_path, monkeypatch):
+    script = """
+        const buttons = [...document.querySelectorAll("#samples button")], before = $("picture").src;
+        buttons[2].click(); await until(/reading/); await until(/16 of 144/);
+        const root = document.documentElement;
+        return { count: buttons.length, pressed: buttons.map(one => one.ariaPressed), asked: $("question").value,
+          wanted: buttons[2].dataset.question, changed: $("picture").src !== before, columns: columns(),
+          wide: root.scrollWidth, window: innerWidth };
+    """
+    found = seen(served, tmp_path, monkeypatch, script, size=(390, 844), dark=True)
+    assert found["count"] >= 5 and [at for at, on in enumerate(found["pressed"]) if on == "true"] == [2]
+    assert found["asked"] == found["wanted"] and found["changed"]
+    assert found["columns"] == 1 and found["wide"] <= found["window"] <= 640

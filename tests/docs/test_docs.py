@@ -11,12 +11,13 @@ import pytest
 from prunezoo.command import main as prunezoo_command
 from prunezoo.core import registry
 from trainers.cli.names import ROOT
+from trainers.evaluation.record import MEAN, read_record, select
 from trainers.upkeep.readme import PAGES, rendered
 
 DOCS = ROOT / "docs"
 RUN = (
     *("README", "quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command"),
-    *("serving", "tokenizer", "tower", "faq", "several_pictures"),
+    *("serving", "tokenizer", "tower", "faq", "several_pictures", "slim"),
 )
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
@@ -87,11 +88,10 @@ def test_every_command_on_a_page(page, clone, capsys):
 
 def test_the_first_screen_of_the_readme_runs_as_it_stands(clone, capsys):
     scope: dict = {"__name__": "readme"}
-    (_, _, attached), (_, _, trained), *_ = (block for block in blocks("README") if block[0] == "python")
-    run_code(attached, scope)
+    (code,) = (text for language, _, text in blocks("README") if language == "python")
+    run_code(code, scope)
     said = capsys.readouterr().out.splitlines()
     assert said[0].strip() in ("yes", "no") and "64 tokens" in said[1]
-    run_code(trained, scope)
     assert scope["pruner"].name == "ppm"
 
 
@@ -105,16 +105,35 @@ def test_most_is_run():
     assert {page for page, needs in found if not needs} == set(followed) - {"faq"}
 
 
-def test_the_notebook_runs_offline(clone, capsys):
-    notebook = json.loads((DOCS / "quick_start.ipynb").read_text("utf-8"))
+def run_notebook(name):
+    """All its code, in order: what it has defined in the end."""
+    notebook = json.loads((DOCS / name).read_text("utf-8"))
     scope: dict = {"__name__": "notebook"}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
             run_code("".join(cell["source"]), scope)
+    return scope
+
+
+def test_the_notebook_runs_offline(clone, capsys):
+    scope = run_notebook("quick_start.ipynb")
     assert scope["answers"].keys() == {48, 16, 8} and scope["answers"][48] == scope["full"] != ""
     assert scope["sheet"].width > 800
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_with_a_pruner_that_learned_something(clone, capsys):
+    run_notebook("tutorial.ipynb")
+    said = capsys.readouterr().out
+    assert "dry run: nothing was uploaded" in said and "prunezoo.keep 0.25" in said
+    folder = clone / "runs" / "tutorial"
+    assert (folder / "report" / "index.html").is_file() and (folder / "ppm" / "README.md").is_file()
+    record = read_record(folder / "ppm" / "metrics.json")
+    assert record["n"] == 40 and record["vlm"].endswith("tutorial/vlm")
+    kept = {row["pruner"].rpartition("/")[2]: row["retention"] for row in select(record, keep="1/16", group=MEAN)}
+    assert kept["ppm"] > kept["random"] + 20
 
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda path: path.stem)

@@ -12,10 +12,11 @@ import torch
 from tiny_llava import IMAGE_SIZE, make_llava, make_processor
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.prefill import decoder_flops
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import attach
 from trainers import benchmark
-from trainers.benchmarking.flops import Work, counted_flops, decoder_flops, request_work
+from trainers.benchmarking.flops import Work, counted_flops, request_work
 from trainers.benchmarking.measure import BARE, MEMORY, Setting, cases_of
 from trainers.benchmarking.memory import peak_memory, weights_size
 from trainers.benchmarking.models import SIZES, Request, Sizes, load_for_timing, random_llava

@@ -5,8 +5,9 @@ import torch
 from tiny_llava import make_image
 
 from prunezoo import build_pruner, encode
+from prunezoo.core.prefill import decoder_flops
 from prunezoo.host import encode_needs, full_forward, run_pruned
-from trainers.benchmarking.flops import counted_flops, decoder_flops
+from trainers.benchmarking.flops import counted_flops
 from trainers.evaluation.flops import flops_share
 
 

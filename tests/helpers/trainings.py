@@ -73,10 +73,10 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
-def one_line_error(capsys, monkeypatch, arguments: list[str]) -> str:
+def one_line_error(capsys, monkeypatch, arguments: list[str], command=main) -> str:
     monkeypatch.setattr(sys, "argv", ["fit"])  # LightningCLI warns about pytest's own words otherwise
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        command(arguments)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and message.startswith("error: "), message
     return message

@@ -10,6 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from prunezoo import PruneZooError, attach, build_pruner, encode, full_forward, gated_forward, pruned_forward
 from prunezoo.core.contract import PruneOutput
 from prunezoo.core.plan import KeepPlan
+from prunezoo.host.families.base import TAKES_FEATURES
+from prunezoo.host.stages.prompt import shorten_prompt
 
 STEPS = 5
 
@@ -39,6 +41,38 @@ def oracle(vlm, encoded, output):
     mask = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None]
     batch = {**encoded.batch, "attention_mask": mask, "position_ids": torch.arange(length)[None]}
     return full_forward(vlm, replace(encoded, batch=batch, labels=None)).logits
+
+
+# Nothing dropped
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="from 5.19 on")
+@pytest.mark.parametrize("name", ["full", "uniform"])
+def test_nothing_is_moved_where_everything_is_kept(name, tiny):
+    """Tokens of one image go into the model as they came out of the projector: attaching costs no copy of them."""
+    batch = tiny.batch([LONG], [[make_image(0)]])
+    encoded, pruner = encode(tiny.vlm, batch), build_pruner(name).eval()
+    output = pruner(encoded.inputs, 1.0)
+    left, plan = shorten_prompt(tiny.vlm, encoded, output)
+    assert plan.identity and output.is_all(encoded.inputs)
+    assert left.inputs.features is encoded.inputs.features and left.slots is encoded.slots
+    (given,) = left.model_inputs(tiny.vlm)["mm_encoder_outputs"]["image"].pooler_output
+    assert given.data_ptr() == encoded.inputs.features.data_ptr()
+    fewer = build_pruner("uniform")(encoded.inputs, 35)
+    assert not fewer.is_all(encoded.inputs)
+    assert shorten_prompt(tiny.vlm, encoded, fewer)[0].inputs.features is not encoded.inputs.features
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="from 5.19 on")
+def test_rows_of_the_prompt_get_their_tokens_by_both_ways(tiny, layouts):
+    """Where the host knows how tokens lie they are handed over as they lie; else by their columns. Both are one."""
+    encoded = encode(tiny.vlm, layouts)
+    asked = torch.tensor([9, 4, 36, 1])
+    left, _ = shorten_prompt(tiny.vlm, encoded, build_pruner("uniform")(encoded.inputs, asked))
+    unknown = replace(left, inputs=replace(left.inputs, known=None))
+    known, slow = (one.model_inputs(tiny.vlm)["mm_encoder_outputs"]["image"].pooler_output for one in (left, unknown))
+    assert [len(row) for row in known] == [9, 40, 1]
+    assert all(torch.equal(a, b) for a, b in zip(known, slow, strict=True))
 
 
 # Encoding

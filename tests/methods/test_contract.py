@@ -17,6 +17,7 @@ from prunezoo.core.registry import pruner_class, register_pruner
 from prunezoo.host import encode_needs, full_forward, run_pruned
 from prunezoo.learned.aptp import APTP
 from prunezoo.learned.budget import BudgetPolicy
+from prunezoo.learned.hourglass import Hourglass
 
 EXACT = tuple(name for name in ALL if pruner_class(name).exact)
 OUT_OF_RANGE = (
@@ -172,6 +173,8 @@ def test_every_parameter_gets_a_gradient(learned):
             loss = loss + output.features[output.valid].square().sum()
         if isinstance(pruner, BudgetPolicy | APTP):  # it learns from what its budgets earned, not through what was kept
             loss = loss + pruner.values(inputs).square().sum()
+        if isinstance(pruner, Hourglass):  # a head of it reads what the language model made of the tokens
+            loss = loss + pruner.recovered(inputs, output, output.features.detach())[inputs.valid].square().sum()
         loss.backward()
         for key, parameter in pruner.named_parameters():
             if parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0:

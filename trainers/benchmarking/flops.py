@@ -1,8 +1,6 @@
 """Floating-point operations of a vision-language model, from which the ideal speed-up of dropping tokens follows.
 
-A multiplication and an addition are two operations. Matrix products are counted, as `torch.utils.flop_counter` counts
-them: attention in full, without the half that a causal kernel may skip; norms, activations and the rotary embedding
-left out. A sliding window is not counted either: at prompts shorter than it there is no difference.
+They are counted as in `prunezoo/core/prefill.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from prunezoo.core.prefill import decoder_flops
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,6 @@ class Work:
             "end_to_end": self.vision + self.prefill + self.decode,
         }
         return sums.get(part)
-
-
-def decoder_flops(config: Any, queries: Sequence[int], keys: Sequence[int]) -> int:
-    """Operations of one forward pass of a gated decoder (Llama, Mistral, Qwen, Gemma) over one row of a batch.
-
-    Args:
-        config: Of the language model, `vlm.config.get_text_config()`.
-        queries: Tokens that each decoder layer computes.
-        keys: Tokens that each of them attends to, its cache and its own.
-
-    Returns:
-        Operations of the layers, and of the output embedding for the last position alone, as `generate` asks for it.
-    """
-    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    projections = 2 * width * head * (heads + groups)  # query and output; key and value
-    weights = projections + 3 * width * inner  # gate, up and down
-    layers = sum(2 * q * weights + 4 * q * k * heads * head for q, k in zip(queries, keys, strict=True))
-    return layers + 2 * width * config.vocab_size
 
 
 def request_work(config: Any, lengths: Sequence[int], decode: int, batch: int, vision: int) -> Work:

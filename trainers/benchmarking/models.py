@@ -14,6 +14,7 @@ from prunezoo.core.config import fit_width
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.near import near
+from prunezoo.core.prefill import Prefill
 from prunezoo.core.registry import build_pruner, list_pruners, load_pruner
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
@@ -93,15 +94,16 @@ def load_model(source: str, device: str | None, dtype: str | None) -> tuple[Any,
     return random_llava(SIZES[name], device, DTYPES[dtype or default_dtype(device)]), processor
 
 
-def load_for_timing(source: str, width: int, tower_width: int | None = None) -> Pruner:
+def load_for_timing(source: str, width: int, tower_width: int | None = None, prefill: Prefill | None = None) -> Pruner:
     """A pruner as :func:`load_pruner` gives it; a learned method by its registry name is built, untrained.
 
     How long a pruner takes does not depend on its weights, so that none need be trained for a model to be timed on it;
-    only its ``width`` and ``tower_width``, if it has them, must be those of the model's tokens and of its tower.
+    only its ``width`` and ``tower_width``, if it has them, must be those of the model's tokens and of its tower, and
+    sizes that it leaves open suit the ``prefill``, if that is given.
     """
     if source not in list_pruners():
         return load_pruner(source)
-    return fit_width(build_pruner(source), width, tower_width).eval()
+    return fit_width(build_pruner(source), width, tower_width, prefill).eval()
 
 
 class Request:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from prunezoo.core.base_model import BaseModel
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.prefill import Prefill
 from prunezoo.core.registry import list_pruners
 from prunezoo.host import attach
 from trainers.cli.errors import check_output
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     vlm, processor = load_model(args.vlm, args.device, args.dtype)
     model = BaseModel.describe(vlm)
     named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
-    widths = model.width, model.tower_width
-    pruners = [(name, load_for_timing(name, *widths).to(vlm.device)) for name in dict.fromkeys(named)]
+    sizes = model.width, model.tower_width, Prefill.of(vlm.config)
+    pruners = [(name, load_for_timing(name, *sizes).to(vlm.device)) for name in dict.fromkeys(named)]
     for budget, (_, pruner) in product(budgets, pruners):
         with attach(vlm, pruner, budget.keep):  # refuses here and now what it cannot do
             pass

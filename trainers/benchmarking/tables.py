@@ -136,7 +136,8 @@ def speed_brief(record: Mapping[str, Any], shown: Sequence[str]) -> str:
         f"Speed-up over the unpruned model, measured alternating with it: `{record['vlm']}` with random weights and "
         f"{bare['prefill']['tokens']:.0f} image tokens, {record['dtype']}, batch {batch}, {record['device']}, medians "
         f"of {record['repeats']}. Unpruned: prefill {absolute(bare['prefill'])}, end to end "
-        f"{absolute(bare['end_to_end'])}. Tokens: mean over the decoder layers."
+        f"{absolute(bare['end_to_end'])}. Tokens: mean over the decoder layers. "
+        "[All methods, with the ideal speed-up and memory](docs/protocol.md#speed)."
     )
     return "\n".join([*lines, "", said, ""])
 

@@ -23,6 +23,7 @@ from trainers.cli.lock import held
 from trainers.cli.terminal import Terminal, progress_bar
 from trainers.data.conversation import ConversationCollator
 from trainers.data.modules import ItemDataModule
+from trainers.data.selection.chosen import Chosen
 from trainers.data.shards import Advance, Compute, ShardedCache, fill
 from trainers.data.suite import Item
 from trainers.evaluation.loading import default_device
@@ -145,6 +146,7 @@ class CachedDataModule(ItemDataModule):
             "vlm": fingerprint(module.vlm),
             "dtype": dtype_of(module.vlm),
             **self.source,
+            **({} if self.only is None else {"only": Chosen.read(self.only).digest}),
             "split": "train",
             "max_length": self.max_length,
             **self.facts(module),

@@ -12,7 +12,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.hub import file_names
 from prunezoo.core.registry import load_pruner
 from trainers.cli.text import shown_path
-from trainers.data.suite import list_suites, load_suite
+from trainers.data.suite import list_suites, load_suite, suite_class
 from trainers.evaluation.budgets import parse_budgets
 from trainers.evaluation.examples import Example, pick_items, show_examples
 from trainers.evaluation.loading import load_vlm
@@ -23,6 +23,7 @@ from trainers.evaluation.scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from trainers.evaluation.sheet import draw_sheet
 from trainers.evaluation.sight import is_blind, notes_of
 from trainers.evaluation.tables import budgets_of, display_name, methods_of, percent, span, tokens_of
+from trainers.planning.share import share_on
 from trainers.training.run_record import RUN_FILE, read_run
 
 from .about import about
@@ -123,8 +124,10 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             evidence=method.evidence,
             papers=method.references,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
+            work=share_on(pruner, vlm),
             query_aware=getattr(pruner.config, "query_aware", None),
             base_model=pruner.base_model,
+            clips=shows_clips(metrics),
             picture=PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None,
             run=run,
             metrics=metrics,
@@ -249,6 +252,11 @@ def card_examples(folder: Path, record: Mapping[str, Any]) -> list[Example]:
             "draws them"
         )
     vlm, processor = load_vlm(metrics["vlm"])
-    items = pick_items(load_suite(metrics["suite"], metrics["split"]), 1)[:PICTURES]
-    method = build_method(metrics["pruner"])
-    return show_examples(vlm, processor, items, [method], parse_budgets(budgets_of(metrics)))
+    suite = load_suite(metrics["suite"], metrics["split"])
+    items, method = pick_items(suite, 1)[:PICTURES], build_method(metrics["pruner"])
+    return show_examples(vlm, processor, items, [method], parse_budgets(budgets_of(metrics)), suite)
+
+
+def shows_clips(record: Mapping[str, Any]) -> bool:
+    """Whether what was measured are clips, as far as the suite is known here."""
+    return record["suite"] in list_suites() and suite_class(record["suite"]).clips

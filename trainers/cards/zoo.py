@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunezoo.core.files import read_object
-from prunezoo.core.hub import CONFIG_FILE
-from prunezoo.core.registry import list_pruners, pruner_class
-from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped
+from prunezoo.core.registry import list_pruners, load_pruner, pruner_class
+from trainers.cli.names import CHECKPOINTS, has_weights, methods_shipped, trained_for
 from trainers.evaluation.summary import Line, Zoo, footnotes, read_zoo
 from trainers.evaluation.tables import percent
+from trainers.planning.share import share_on
 
 from .about import About, about, stage_of
 
@@ -25,6 +24,7 @@ class Entry:
         trained_for: the frozen model; empty for what needs no training, None for a learned method that is not shipped.
         line: what was measured of it; None: nothing.
         about: the method in words.
+        work: of a trained pruner, see `planning.share.prefill_share`; None: it has none of its own that can be counted.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Entry:
     trained_for: str | None
     line: Line | None
     about: About
+    work: float | None = None
 
 
 def entries(zoo: Zoo) -> list[Entry]:
@@ -50,9 +51,9 @@ def entries(zoo: Zoo) -> list[Entry]:
             continue
         folders = [folder for folder, of in shipped.items() if of == method]
         for folder in folders:
-            stored = read_object(CHECKPOINTS / folder / CONFIG_FILE, what="a config", remedy="save it again")
-            model = stored.get("base_model", {}).get("name", "any").rpartition("/")[2]
-            found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls)))
+            model = trained_for(folder)
+            work = share_on(load_pruner(CHECKPOINTS / folder), str(CHECKPOINTS / model))
+            found.append(Entry(folder, method, "learned", stage, model, zoo.shipped.get(folder), about(cls), work))
         if not folders:
             found.append(Entry(method, method, "learned", stage, None, None, about(cls)))
     return found
@@ -61,14 +62,16 @@ def entries(zoo: Zoo) -> list[Entry]:
 def lines_of(zoo: Zoo, found: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table."""
     columns = zoo.columns()
-    header = ["name", "kind", "stage", "trained for", *(f"{tokens} tokens" for tokens in columns.values()), "arXiv"]
+    results_of = (f"{tokens} tokens" for tokens in columns.values())
+    header = ["name", "kind", "stage", "trained for", "work", *results_of, "arXiv"]
     lines = []
     for entry in found:
         papers = "–" if entry.about.evidence == "ours" else entry.about.papers[0]
         trained = "not shipped" if entry.trained_for is None else entry.trained_for or "–"
         rows = [entry.line.at(tokens) if entry.line else None for tokens in columns.values()]
         results = [percent(row["retention"]) if row else "–" for row in rows]
-        lines.append([entry.name, entry.kind, entry.stage, trained, *results, papers])
+        work = "–" if entry.work is None else f"{100 * entry.work:.1f} %"
+        lines.append([entry.name, entry.kind, entry.stage, trained, work, *results, papers])
     return header, lines
 
 
@@ -82,6 +85,8 @@ def markdown() -> str:
     said = (
         f"Mean retention in % on `{zoo.record['suite']}`, {zoo.record['split']} split, with `{zoo.record['vlm']}`, at "
         "measured tokens, mean over the model's layers; how many questions, and the command, stand in each card, and "
-        "of methods without weights in the records of `hub_cards/measured/`; a dash: not measured with so many tokens."
+        "of methods without weights in the records of `hub_cards/measured/`; a dash: not measured with so many tokens. "
+        "Work: the pruner's own operations at 1/9, over those of the language model on all tokens; a dash: no "
+        "weights, or part of its work is done by the model."
     )
     return "\n".join([*rows, "", *notes, said, ""])

@@ -15,9 +15,13 @@ from prunezoo.core.registry import list_pruners, pruner_class
 ROOT = Path(__file__).parent.parent.parent
 CHECKPOINTS, CONFIGS = ROOT / "checkpoints", ROOT / "configs"
 TINY = "-tiny"
-"""What ends the names of the pruners that were trained for the embedded model."""
+"""What ends the names of the pruners that were trained for an embedded model."""
+EMBEDDED = "tiny-llava"
+"""The one that is asked in the league."""
 BY_FRAME = "frames:"
 """In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
+BY_STEP = "steps:"
+"""Likewise: it sees the steps of a stream one by one, each as if it were the first."""
 RANDOM_AT = "random@"
 """Likewise, of a method inside the tower: random tokens at its places, as many as it leaves there."""
 
@@ -36,14 +40,22 @@ def pruners_shipped() -> dict[str, str]:
     """Those of them that were trained for the embedded model and are in the league; no tokenizers.
 
     Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own. Nor those
-    under which the tower puts out every patch again, so that the language model reads all of them.
+    under which the tower puts out every patch again, so that the language model reads all of them. Nor those for
+    another model, as of clips.
     """
     known = list_pruners()
     return {
         name: method
         for name, method in methods_shipped().items()
-        if name.endswith(TINY) and method in known and fits_league(method)
+        if name.endswith(TINY) and method in known and fits_league(method) and trained_for(name) in ("any", EMBEDDED)
     }
+
+
+def trained_for(folder: str) -> str:
+    """The name of the model that what lies in a folder of `checkpoints/` was trained for; "any": it does not say."""
+    path = CHECKPOINTS / folder / CONFIG_FILE
+    stored = read_object(path, what="a config", remedy="save it again") if path.is_file() else {}
+    return str(stored.get("base_model", {}).get("name", "any")).rpartition("/")[2]
 
 
 def fits_league(method: str) -> bool:
@@ -58,12 +70,12 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`). `frames:` and `random@` in front stay there.
+            (`?k=v`). `frames:`, `steps:` and `random@` in front stay there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
-    for front in (BY_FRAME, RANDOM_AT):
+    for front in (BY_FRAME, BY_STEP, RANDOM_AT):
         if name.startswith(front):
             return front + find_pruner(name.removeprefix(front))
     short, mark, query = name.partition("?")

@@ -18,6 +18,7 @@ from .conversation import ConversationCollator
 from .hub_dataset import HubDataset
 from .llava_json import LlavaJson
 from .loading import ResumableLoader, TellingLoader, begin_worker
+from .selection.chosen import Chosen, ChosenItems
 from .suite import Item, load_suite
 from .talks import Talks
 from .web_shards import WebShards
@@ -43,10 +44,17 @@ class ItemDataModule(L.LightningDataModule, ABC):
         workers: Processes that make batches; 0: the training process does.
         max_length: Longest sequence in tokens; see ConversationCollator.
         seed: Of the order of the training items.
+        only: List of training items by `python -m trainers.select`, to be trained on alone; None: all.
     """
 
     def __init__(
-        self, vlm: str, batch_size: int = 32, workers: int = 1, max_length: int | None = None, seed: int = 0
+        self,
+        vlm: str,
+        batch_size: int = 32,
+        workers: int = 1,
+        max_length: int | None = None,
+        seed: int = 0,
+        only: Path | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -54,6 +62,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
         if workers < 0:
             raise PruneZooError(f"workers must be at least 0, got {workers}")
         self.vlm, self.batch_size, self.workers, self.max_length, self.seed = vlm, batch_size, workers, max_length, seed
+        self.only = only
         self.train_set: Sequence[Item] | None = None
         self.validation_set: Sequence[Item] | None = None
 
@@ -69,6 +78,21 @@ class ItemDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def source(self) -> dict[str, Any]:
         """What the items are taken from, as JSON values."""
+
+    def chosen(self, total: int) -> Chosen | None:
+        """Which of the training items are trained on; None: all.
+
+        Args:
+            total: How many there are.
+
+        Raises:
+            PruneZooError: `only` cannot be read, or was chosen from something else.
+        """
+        if self.only is None:
+            return None
+        chosen = Chosen.read(self.only)
+        chosen.check(self.only, self.source, total)
+        return chosen
 
     @property
     @abstractmethod
@@ -139,14 +163,17 @@ class SuiteDataModule(ItemDataModule):
         max_length: int | None = None,
         seed: int = 0,
         options: dict[str, Any] | None = None,
+        only: Path | None = None,
     ) -> None:
-        super().__init__(vlm, batch_size, workers, max_length, seed)
+        super().__init__(vlm, batch_size, workers, max_length, seed, only)
         self.suite, self.options = suite, options or {}
         self.limits = {"train": train_items, "validation": validation_items}
 
     def items(self, split: str) -> Sequence[Item]:
         """Items of the suite's own split."""
-        return load_suite(self.suite, split=split, limit=self.limits[split], **self.options)
+        items = load_suite(self.suite, split=split, limit=self.limits[split], **self.options)
+        chosen = self.chosen(len(items)) if split == "train" else None
+        return items if chosen is None else ChosenItems(items, chosen, str(self.only))
 
     @property
     def source(self) -> dict[str, Any]:
@@ -184,8 +211,9 @@ class TalksDataModule(ItemDataModule):
         group_by_length: bool = False,
         max_length: int | None = 2048,
         seed: int = 0,
+        only: Path | None = None,
     ) -> None:
-        super().__init__(vlm, batch_size, workers, max_length, seed)
+        super().__init__(vlm, batch_size, workers, max_length, seed, only)
         self.validation_share, self.broken_share, self.group_by_length = validation_share, broken_share, group_by_length
         self.limits = {"train": train_items, "validation": validation_items}
         self._splits: dict[str, SkipBroken] = {}
@@ -202,7 +230,11 @@ class TalksDataModule(ItemDataModule):
     def items(self, split: str) -> Sequence[Item]:
         """Training or held-out items."""
         if not self._splits:
-            self._splits = skip_broken(self.splits(), self.broken_share, self.collate)
+            splits = self.splits()
+            if chosen := self.chosen(len(splits["train"])):
+                splits["train"] = splits["train"].pick(chosen.numbers)
+                chosen.check_ids(str(self.only), map(splits["train"].id_of, range(len(chosen.numbers))))
+            self._splits = skip_broken(splits, self.broken_share, self.collate)
         return self._splits[split]
 
     def lengths(self) -> list[int] | None:

@@ -123,6 +123,7 @@ class ScenesSteps(Suite):
 
     groups = GROUPS
     chance = {group: 1 / len(WAYS) for group in GROUPS}
+    streams = True
 
     def size(self) -> int:
         """Number of items in the split; train is as good as endless."""

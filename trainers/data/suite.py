@@ -123,6 +123,7 @@ class Suite(Items):
             is where greedy decoding would write exactly the reference answer.
         new_tokens: longest answer that is written.
         clips: whether the pictures of an item are the frames of one clip.
+        streams: whether items are steps of streams, :attr:`Item.stream`; pruners that remember are told of them.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Suite(Items):
     scorer: str | None = None
     new_tokens: int = 16
     clips: bool = False
+    streams: bool = False
 
     def __init__(self, split: str = "test", limit: int | None = None) -> None:
         if split not in SPLITS:

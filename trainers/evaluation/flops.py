@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from prunezoo.core.contract import Pruner
+from prunezoo.core.prefill import decoder_flops
 from prunezoo.host import Encoded
 from prunezoo.host.families import find_family
 from prunezoo.host.parts.tower import Tower
 from prunezoo.host.run import PrunedRun
-from trainers.benchmarking.flops import decoder_flops
 from trainers.planning.costs import attention_cost, mlp_cost
 
 NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads")

@@ -173,11 +173,13 @@ def leaders() -> str:
     assert blind is not None
     lines += [
         "",
-        f"Accuracy in % of the unpruned model's, at shares of its {full['tokens']:.0f} image tokens, with 95 % "
-        f"bootstrap interval: `{first['vlm'].rpartition('/')[2]}` on {first['n']:,} held-out questions of "
+        f"Accuracy in % of the unpruned model's ([protocol](docs/protocol.md)), at shares of its "
+        f"{full['tokens']:.0f} image tokens, with 95 % bootstrap interval: "
+        f"`{first['vlm'].rpartition('/')[2]}` on {first['n']:,} held-out questions of "
         f"`{first['suite']}`, mean over {len(first['groups'])} kinds of questions. Unpruned it answers "
         f"{100 * full['accuracy']:.1f} % right, without image tokens {100 * blind['accuracy']:.1f} %. Shown: the best "
-        f"two of {len(learned)} trained pruners and of {len(free)} training-free methods, and random choice.",
+        f"two of {len(learned)} trained pruners and of {len(free)} training-free methods, and random choice "
+        "([all](docs/league.md)).",
         "",
     ]
     return "\n".join(lines)

@@ -10,6 +10,9 @@ writes the same words in another case, or with a full stop, is counted as wrong.
 A suite with a scorer is measured otherwise: the model writes its answers, with the pruner attached, and its accuracy is
 their mean score. All else is read off the same teacher-forced passes.
 
+Where the items of a suite are steps of streams, methods that remember are measured apart, step after step; see
+:mod:`streams`.
+
 Agreement with the full model is defined on the same positions: 1 where the pruned model's first choices equal the full
 model's first choices at every answer position, given the same reference before them. KL is KL(full || pruned) over the
 vocabulary, averaged over these positions.
@@ -28,11 +31,13 @@ from torch import Tensor
 from prunezoo.core.budgets import Keep
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.memory import Memory
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import Encoded, HostOutput, encode, full_forward
 from prunezoo.host.families import find_family
 from prunezoo.host.run import run_pruned
 from trainers.cli.errors import one_line
+from trainers.cli.names import BY_STEP
 from trainers.data.conversation import IGNORED, ConversationCollator
 from trainers.data.suite import Item, Suite
 
@@ -42,6 +47,7 @@ from .journal import Journal
 from .methods import Method, View, view_of
 from .processes import Processes
 from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE, ItemScores, Key, Measurement
+from .streams import Memories, steps_of
 from .written import Judge
 
 ALONE = Processes()
@@ -127,37 +133,53 @@ def measure(
     """
     if not len(suite):
         raise PruneZooError(f"suite {suite.name}: split {suite.split} has no items")
-    collate = ConversationCollator(processor)
+    followed = [method for method in methods if method.remembers and suite.streams]
+    others = [method for method in methods if method not in followed]
+    if followed and suite.scorer is not None:
+        raise PruneZooError(
+            f"--pruner {followed[0].name}: it remembers, and suite {suite.name} has its answers written, where streams "
+            f"are not followed: say {BY_STEP}{followed[0].name}"
+        )
+    collate, memories = ConversationCollator(processor), Memories()
     keys: list[Key] = [(FULL, ALL_TOKENS), (NONE, NO_TOKENS)]
     keys += [(method.name, budget.label) for method in methods for budget in budgets]
     depth = find_family(vlm).decoder().depth
     scores = {key: ItemScores.empty(len(suite), depth) for key in keys}
     group_names: list[str] = [""] * len(suite)
-    needs = tuple(sorted({signal for method in methods for signal in method.needs}))
     per_item = passes(methods, budgets)
     done = processes.first_says(journal.read(scores, group_names) if journal and processes.rank == 0 else 0)
     _gather(suite, range(done), scores, group_names, processes)
     advance(done * per_item)
 
+    def put_down(key: Key, weight: float, places: Sequence[int], values: tuple[Tensor, ...]) -> None:
+        for whole, part in zip(vars(scores[key]).values(), values, strict=True):
+            whole[places] += weight * part.double().cpu().numpy()
+
     for begin in range(done, len(suite), WINDOW * batch_size):
         window = range(begin, min(begin + WINDOW * batch_size, len(suite)))
-        own = 0
+        to_go = len(window) * per_item
         for places, items in _batches(suite, window, batch_size, processes):
-            batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
-            sights = {False: see(vlm, batch, items, [m for m in methods if not m.by_frame], needs, suite.clips)}
-            if by_frame := [method for method in methods if method.by_frame]:
-                sights[True] = see(vlm, batch, items, by_frame, needs)
+            sights = _sights(vlm, collate, items, others, suite.clips)
             judge = Judge(vlm, processor, suite, items) if suite.scorer is not None else None
-            for key, weight, values in _passes(vlm, sights, methods, budgets, judge):
-                for whole, part in zip(vars(scores[key]).values(), values, strict=True):
-                    whole[places] += weight * part.double().cpu().numpy()
+            for key, weight, values in _passes(vlm, sights, others, budgets, judge):
+                put_down(key, weight, places, values)
                 advance(len(items))
-            own += len(items)
+                to_go -= len(items)
             for place, item in zip(places, items, strict=True):
                 group_names[place] = item.group
+        for step in steps_of(suite, window, batch_size, processes) if followed else ():
+            memories.turn_to(step)
+            sights = _sights(vlm, collate, step.items, followed, suite.clips)
+            counted = [number for number, place in enumerate(step.places) if place >= begin]
+            places = [step.places[number] for number in counted]
+            for key, weight, values in _passes(vlm, sights, followed, budgets, memories=memories):
+                if key[0] not in (FULL, NONE):  # which the other methods' batches have
+                    put_down(key, weight, places, tuple(value[counted] for value in values))
+                    advance(len(counted))
+                    to_go -= len(counted)
         _gather(suite, window, scores, group_names, processes)
-        if own < len(window):
-            advance((len(window) - own) * per_item)
+        if to_go:
+            advance(to_go)
         if journal and processes.rank == 0:
             journal.write(scores, group_names, window.stop)
 
@@ -205,6 +227,18 @@ def see(
     return encoded, view_of(vlm, batch, encoded, items, methods)
 
 
+def _sights(
+    vlm: Any, collate: ConversationCollator, items: Sequence[Item], methods: Sequence[Method], clips: bool
+) -> dict[bool, tuple[Encoded, View]]:
+    """A batch as methods see it that go by frame, if there are any, and others."""
+    batch = {k: v.to(vlm.device) if isinstance(v, Tensor) else v for k, v in collate(items).items()}
+    needs = tuple(sorted({signal for method in methods for signal in method.needs}))
+    sights = {False: see(vlm, batch, items, [m for m in methods if not m.by_frame], needs, clips)}
+    if by_frame := [method for method in methods if method.by_frame]:
+        sights[True] = see(vlm, batch, items, by_frame, needs)
+    return sights
+
+
 def of_pruner(name: str, why: str) -> str:
     """A reason with the method in front, unless it names it or an option already."""
     return why if why.startswith((name, f"`{name}`", "--")) else f"--pruner {name}: {why}"
@@ -216,9 +250,10 @@ def _passes(
     methods: Sequence[Method],
     budgets: Sequence[Budget],
     judge: Judge | None = None,
+    memories: Memories | None = None,
 ) -> Iterator[tuple[Key, float, tuple[Tensor, ...]]]:
     """Every forward pass over one batch, as methods see it that go by frame, and others; with a judge, right is what it
-    says of the written answers.
+    says of the written answers, and with memories methods remember the steps before.
 
     Yields:
         Key, weight among its seeds, and what ItemScores holds: (B, layers), then (B,) four times.
@@ -240,9 +275,9 @@ def _passes(
     share = flops_share(vlm, encoded, None)
     yield (FULL, ALL_TOKENS), 1.0, (everything, judge() if judge else right, agreement, kl, share)
 
-    def prune(pruner: Pruner, keep: Keep, by_frame: bool = False) -> tuple[Tensor, ...]:
+    def prune(pruner: Pruner, keep: Keep, by_frame: bool = False, memory: Memory | None = None) -> tuple[Tensor, ...]:
         encoded = sights[by_frame][0]
-        run = run_pruned(vlm, encoded, pruner, keep, logits_to_keep=tail)
+        run = run_pruned(vlm, encoded, pruner, keep, memory=memory, logits_to_keep=tail)
         right, agreement, kl = answers(run.host).compare(full, items)
         share = flops_share(vlm, encoded, run)
         right = judge(pruner, keep, by_frame) if judge else right
@@ -252,8 +287,9 @@ def _passes(
     for method in methods:
         for budget in budgets:
             for replica in range(method.replicas):
-                view = sights[method.by_frame][1]
-                values = prune(method.pruner(view, replica), method.amount(view, budget.keep), method.by_frame)
+                view, who = sights[method.by_frame][1], (method.name, budget.label, replica)
+                amount, memory = method.amount(view, budget.keep), memories.of(who) if memories else None
+                values = prune(method.pruner(view, replica), amount, method.by_frame, memory)
                 yield (method.name, budget.label), 1 / method.replicas, values
 
 

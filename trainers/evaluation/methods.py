@@ -20,7 +20,7 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
-from trainers.cli.names import BY_FRAME, RANDOM_AT
+from trainers.cli.names import BY_FRAME, BY_STEP, RANDOM_AT
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -70,6 +70,7 @@ class Method(ABC):
         wants_attention: whether it reads `View.attention`.
         wants_relevance: whether it reads `View.relevance`.
         by_frame: whether it sees the frames of a clip one by one, where others see the clip.
+        remembers: whether it holds something of the steps of a stream before.
     """
 
     needs: tuple[str, ...] = ()
@@ -77,6 +78,7 @@ class Method(ABC):
     wants_attention: bool = False
     wants_relevance: bool = False
     by_frame: bool = False
+    remembers: bool = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -112,6 +114,7 @@ class PrunerMethod(Method):
         self.pruners = [pruner.eval() for pruner in pruners]
         self.needs = encode_needs(pruners[0])
         self.replicas = len(pruners)
+        self.remembers = any(part.remembers for part, _ in pruners[0].parts(1.0))
 
     def pruner(self, view: View, replica: int = 0) -> Pruner:
         """The one with this seed."""
@@ -225,8 +228,8 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
 
     Args:
-        name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with
-            `random@` it is a :class:`random_order.RandomOrder`.
+        name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with `steps:` the
+            steps of a stream, and with `random@` it is a :class:`random_order.RandomOrder`.
         seed: where the seeds of `random` begin.
         depth: as :class:`PrunerMethod` takes it.
 
@@ -236,6 +239,10 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     if name.startswith(BY_FRAME):
         method = build_method(name.removeprefix(BY_FRAME), seed, depth)
         method.name, method.by_frame = name, True
+        return method
+    if name.startswith(BY_STEP):
+        method = build_method(name.removeprefix(BY_STEP), seed, depth)
+        method.name, method.remembers = name, False
         return method
     if name.startswith(RANDOM_AT):
         like = load_pruner(name.removeprefix(RANDOM_AT))

@@ -29,6 +29,7 @@ from trainers.cli.errors import one_line
 from trainers.data.pictures import BrokenImage, decode_picture
 from trainers.data.suite import Item, load_suite
 
+from .examples import pick_items
 from .look import look
 from .methods import Method
 from .pictures import data_uri
@@ -39,7 +40,7 @@ MOST_BYTES = 20 << 20
 """Of a question with its picture."""
 MOST_PIXELS = 50_000_000
 """Of a picture."""
-MOST_LETTERS = {"question": 2000, "pruner": 1000, "keep": 32}
+MOST_LETTERS = {"question": 2000, "pruner": 1000, "beside": 1000, "keep": 32}
 """Of the texts."""
 MOST_SECONDS = 10.0
 """Until the head of a request is there, and from there on until its body is."""
@@ -54,13 +55,15 @@ class Page:
     Args:
         vlm: the model.
         processor: its processor.
-        methods: what can be chosen.
+        methods: what can be chosen; the first is shown first.
+        beside: the one of them that is shown beside it at first; None: none.
     """
 
-    def __init__(self, vlm: Any, processor: Any, methods: Sequence[Method]) -> None:
+    def __init__(self, vlm: Any, processor: Any, methods: Sequence[Method], beside: str | None = None) -> None:
         self.vlm, self.processor = vlm, processor
         self.methods = {display_name(method.name): method for method in methods}
-        self.sample = load_suite("scenes", "test")[0]
+        self.beside = None if beside is None else display_name(beside)
+        self.samples = pick_items(load_suite("scenes", "test"), 1)
 
     def html(self) -> str:
         """The page itself."""
@@ -70,13 +73,16 @@ class Page:
             .render(
                 vlm=display_name(self.vlm.name_or_path),
                 pruners=list(self.methods),
+                beside=self.beside,
                 most={"bytes": MOST_BYTES, "letters": MOST_LETTERS["question"]},
-                sample={"picture": data_uri(self.sample.image), "question": self.sample.question},
+                samples=[{"picture": data_uri(item.image), "question": item.question} for item in self.samples],
             )
         )
 
     def answer(self, asked: Any) -> dict[str, Any]:
         """What the page asked for: `{picture, question, pruner, keep}`, the picture as a data URI.
+
+        A second pruner may be named as `beside`. What is found has an entry of `shown` for each of them.
 
         Raises:
             PruneZooError: something of it cannot be read, or is too large.
@@ -84,20 +90,31 @@ class Page:
         keys = ("picture", "question", "pruner", "keep")
         if not isinstance(asked, dict) or not all(isinstance(asked.get(key), str) for key in keys):
             raise PruneZooError(f"a question has {', '.join(keys)}, all texts")
+        if not isinstance(asked.get("beside", ""), str):
+            raise PruneZooError("beside: the name of a pruner, or nothing")
         for key, most in MOST_LETTERS.items():
-            if len(asked[key]) > most:
+            if len(asked.get(key, "")) > most:
                 raise PruneZooError(f"{key}: {len(asked[key]):,} letters, more than {most:,}")
-        if asked["pruner"] not in self.methods:
-            raise PruneZooError(f"no pruner '{asked['pruner']}' here{near(asked['pruner'], self.methods)}")
+        names = [asked[key] for key in ("pruner", "beside") if key in asked]
+        for name in names:
+            if name not in self.methods:
+                raise PruneZooError(f"no pruner '{name}' here{near(name, self.methods)}")
         if not asked["question"].strip():
             raise PruneZooError("what is the question?")
-        method = self.methods[asked["pruner"]]
         item = Item("asked", picture_of(asked["picture"]), ((asked["question"].strip(), ""),), "")
-        example = look(self.vlm, self.processor, item, [method], [asked["keep"]])
-        (shown,) = example.shown
-        kept = [int(row * example.grid[1] + column) for row, column in shown.kept]
-        facts = {"grid": example.grid, "kept": kept, "anchors": shown.anchors, "tokens": len(kept)}
-        return {**facts, "answer": shown.answer, "full": example.answer, "same": shown.right}
+        methods = [self.methods[name] for name in dict.fromkeys(names)]
+        example = look(self.vlm, self.processor, item, methods, [asked["keep"]])
+        found = [
+            {
+                "pruner": display_name(one.pruner),
+                "kept": [int(row * example.grid[1] + column) for row, column in one.kept],
+                "anchors": one.anchors,
+                "answer": one.answer,
+                "same": one.right,
+            }
+            for one in example.shown
+        ]
+        return {"grid": example.grid, "full": example.answer, "shown": found}
 
 
 def picture_of(uri: str) -> Image.Image:
@@ -184,17 +201,18 @@ class Protocol(H11Protocol):
             self.send_400_response(f"no request within {MOST_SECONDS:g} seconds")
 
 
-def listen(port: int) -> socket.socket:
-    """A socket on this machine alone.
+def listen(port: int, address: str = "127.0.0.1") -> socket.socket:
+    """A socket; by default on this machine alone.
 
     Args:
         port: 0: any that is free.
+        address: of this machine in a network; 0.0.0.0: every one that it has.
 
     Raises:
         PruneZooError: the port is taken, or not for everybody.
     """
     try:
-        return socket.create_server(("127.0.0.1", port))
+        return socket.create_server((address, port))
     except OSError as error:
         raise PruneZooError(f"--port {port}: {error.strerror}; take another, or 0 for any that is free") from None
 

@@ -53,7 +53,9 @@ class Judge:
             PruneZooError: the suite gives a score outside [0, 1].
         """
         clips = self.suite.clips and not by_frame
-        with attach(self.vlm, pruner, keep, clips=clips) if pruner is not None else nullcontext():
+        with attach(self.vlm, pruner, keep, clips=clips) if pruner is not None else nullcontext() as run:
+            if run is not None:  # who remembers has nothing to remember: each item is the first of a stream
+                run.memory.streams = range(len(self.items))
             said = write(self.vlm, self.processor, self.prompts, self.suite.new_tokens)
         scores = [float(self.suite.score(item, text)) for item, text in zip(self.items, said, strict=True)]
         for item, score in zip(self.items, scores, strict=True):

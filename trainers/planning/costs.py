@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainers.benchmarking.flops import decoder_flops
+from prunezoo.core.prefill import decoder_flops
 
 
 def tower_costs(config: Any, tokens: int) -> int:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from prunezoo.core.config import fit_width
 from prunezoo.core.hub import DTYPES
+from prunezoo.core.prefill import Prefill
 
 from .simulate import ANSWER, Pass, Weights, count_weights, simulate, vision_flops
 
@@ -59,13 +61,15 @@ class Job:
         return f"{name}{strategy.init_args.stage}" if name == "zero" else name
 
 
-def pruner_size(recipe: Any) -> int:
-    """Parameters that are trained."""
+def pruner_size(recipe: Any, config: Any) -> int:
+    """Parameters that are trained, of a pruner that suits the model of a configuration."""
     said = recipe.model.init_args.pruner.as_dict()
     place, _, name = said["class_path"].rpartition(".")
     cls = getattr(import_module(place), name)
     with torch.device("meta"):
         pruner = cls(**(said.get("init_args", {}).get("config") or {}))
+        widths = config.get_text_config().hidden_size, config.vision_config.hidden_size
+        pruner = fit_width(pruner, *widths, Prefill.of(config))
     return sum(p.numel() for p in pruner.parameters() if p.requires_grad)
 
 
@@ -100,7 +104,7 @@ def step_flops(job: Job, passes: Pass, vision: float) -> tuple[float, float, flo
 
 def plan(job: Job, tflops: float, items: int | None) -> dict[str, Any]:
     """All numbers."""
-    weights, trained = count_weights(job.config), pruner_size(job.recipe)
+    weights, trained = count_weights(job.config), pruner_size(job.recipe, job.config)
     text = job.config.get_text_config()
     autocast = job.recipe.trainer.precision == "bf16-mixed"
     passes = simulate(text, job.dtype, job.batch, job.tokens, autocast, recompute=job.model.recompute)

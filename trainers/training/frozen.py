@@ -5,7 +5,7 @@ Letters: B images (one a sample), S answer slots of the batch, V vocabulary, G g
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from prunezoo.core.base_model import BaseModel
 from prunezoo.core.config import fit_width
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.prefill import Prefill
 from prunezoo.host import encode, full_forward
 from prunezoo.host.run import run_pruned
 from trainers.data.modules import GROUPS
@@ -51,6 +52,7 @@ class FrozenModule(L.LightningModule):
     """
 
     vlm: Any
+    clips: ClassVar[bool] = False  # the images of each sample are one clip to the pruner
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class FrozenModule(L.LightningModule):
         self.__dict__["vlm"] = load_frozen(vlm, vlm_dtype)
         self.shared_out = self.free_text = False
         model = BaseModel.describe(self.vlm)
-        self.pruner = fit_width(pruner, model.width, model.tower_width)
+        self.pruner = fit_width(pruner, model.width, model.tower_width, Prefill.of(self.vlm.config))
         self.pruner.base_model = model
         self.lr, self.warm_up, self.weight_decay, self.measure = lr, warm_up, weight_decay, measure
 
@@ -91,7 +93,7 @@ class FrozenModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Answer with all tokens and with each budget's tokens, really dropped."""
         groups = torch.tensor([self.groups.index(group) for group in batch.pop(GROUPS)], device=self.device)
-        encoded = encode(self.vlm, batch, self.pruner.needs)
+        encoded = encode(self.vlm, batch, self.pruner.needs, clips=self.clips)
         full = full_forward(self.vlm, encoded)
         teacher, tokens, sample = answer_slots(full.logits, full.labels)
         rows = [judge(teacher, teacher, tokens, sample, len(groups))]

@@ -98,6 +98,22 @@ def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (error / teacher.square().mean((0, 2)).clamp_min(TINY)).mean()
 
 
+def unexplained(made: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+    """Squared error of restored states over their spread around their mean: 1 where only the mean state is known.
+
+    HoT (arXiv 2311.12028) takes the error of the poses that it restores; the division is ours.
+
+    Args:
+        made: (B, N, D).
+        wanted: (B, N, D), taken as constant.
+        valid: (B, N) bool; what is not counts nothing.
+    """
+    real, wanted = valid[..., None].float(), wanted.detach().float()
+    mean = (wanted * real).sum((0, 1)) / real.sum().clamp_min(1)
+    error, spread = (((value - wanted).square() * real).sum() for value in (made.float(), mean))
+    return error / spread.clamp_min(TINY)
+
+
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """-log p(reference token) in nats per answer slot; logits (S, V), tokens (S,)."""
     return F.cross_entropy(logits, tokens)

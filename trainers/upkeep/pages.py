@@ -141,26 +141,39 @@ def _cell(place: Place | None) -> str:
 
 
 def by_stage() -> str:
-    """The table of README: the names of all methods, by stage and kind."""
-    names = [name for name in list_pruners() if name not in (FULL, NONE)]
-    lines = ["| stage | where tokens are dropped or merged | learned | training-free |", "|---|---|---|---|"]
+    """The list of README: how many methods act at each stage, with links to them."""
+    lines = []
     for stage, where in STAGES.items():
-        own = [name for name in names if stage_of(pruner_class(name)) == stage]
-        learned = {name: has_weights(name) for name in own}
-        cells = [", ".join(f"`{name}`" for name in own if learned[name] is kind) or "none" for kind in (True, False)]
-        lines.append(f"| {stage} | {where} | {' | '.join(cells)} |")
+        own = [name for name in _methods(stage) if name not in (FULL, NONE)]
+        learned = sum(map(has_weights, own))
+        link = f"docs/methods/{INDEX}#{_title(stage).lower().replace(' ', '-')}"
+        lines.append(f"- [**{_title(stage)}**]({link}), {where}: {learned} learned, {len(own) - learned} training-free")
     return "\n".join([*lines, ""])
 
 
+def _methods(stage: str) -> list[str]:
+    """The methods of a stage, the learned ones first."""
+    own = [name for name in list_pruners() if stage_of(pruner_class(name)) == stage]
+    return sorted(own, key=lambda name: (not has_weights(name), name))
+
+
+def _title(stage: str) -> str:
+    return "Several stages" if stage == "several" else f"{stage.capitalize()} stage"
+
+
 def index() -> str:
-    """The list of all pages, and what was measured."""
-    lines = [MADE, "# Methods", "", "| method | kind | stage | what it does | arXiv |", "|---|---|---|---|---|"]
-    for name in sorted(list_pruners(), key=lambda name: (not has_weights(name), name)):
-        said, kind = about(pruner_class(name)), "learned" if has_weights(name) else "training-free"
-        paper = said.papers[0] if said.papers and said.evidence != "ours" else "–"
-        does = said.title.partition(": ")[2] or said.title
-        lines.append(f"| [`{name}`]({name}.md) | {kind} | {_stage(name)} | {does} | {paper} |")
-    lines += ["", "## Accuracy", "", summary_section(read_zoo())]
+    """The list of all pages by stage, and what was measured."""
+    lines = [MADE, "# Methods", ""]
+    for stage, where in STAGES.items():
+        lines += [f"## {_title(stage)}", "", f"{where.capitalize()}.", ""]
+        lines += ["| method | kind | what it does | arXiv |", "|---|---|---|---|"]
+        for name in _methods(stage):
+            said, kind = about(pruner_class(name)), "learned" if has_weights(name) else "training-free"
+            paper = said.papers[0] if said.papers and said.evidence != "ours" else "–"
+            does = said.title.partition(": ")[2] or said.title
+            lines.append(f"| [`{name}`]({name}.md) | {kind} | {does} | {paper} |")
+        lines.append("")
+    lines += ["## Accuracy", "", summary_section(read_zoo())]
     return "\n".join(lines)
 
 

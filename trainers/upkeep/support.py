@@ -94,23 +94,32 @@ def support_section(record: Mapping[str, Any]) -> str:
 
 
 def support_brief(record: Mapping[str, Any]) -> str:
-    """The table of README: at which stages a family can be pruned at all, families that are alike in one row.
+    """The list of README: at which stages a family can be pruned at all, families that are alike in one line.
 
     Variants of a family, such as a LLaVA with a SigLIP tower, do not stand apart.
     """
     cells = cells_of(record)
     oldest, newest = (record["runs"][at]["transformers"] for at in (0, -1))
-    groups: dict[tuple[str, ...], dict[str, None]] = {}  # names, by what their row has
+    groups: dict[tuple[str, ...], dict[str, None]] = {}  # names, by the stages that work
     for family in dict.fromkeys(family for family, _ in cells):
         own = {stage: cells.get((family, stage), {}) for stage in STAGES}
-        row = tuple("yes" if _works(runs) else "no" for runs in own.values())
-        young = "yes" in row and not _works({release: runs[oldest] for release, runs in own.items() if oldest in runs})
-        groups.setdefault(row, {})[family_title(family).partition(" (")[0] + ("*" if young else "")] = None
-    lines = [f"| models | {' | '.join(STAGES.values())} |", f"|---|{'---|' * len(STAGES)}"]
-    lines += [f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in groups.items()]
-    return "\n".join(
-        [*lines, "", f"Tested with transformers {oldest} and {newest}; * needs a newer one than {oldest}.", ""]
+        works = tuple(stage for stage, runs in own.items() if _works(runs))
+        old = {release: runs[oldest] for release, runs in own.items() if oldest in runs}
+        young = bool(works) and not _works(old)
+        groups.setdefault(works, {})[family_title(family).partition(" (")[0] + ("*" if young else "")] = None
+    lines = [f"- {_stages(works)}: {', '.join(names)}" for works, names in groups.items()]
+    tested = (
+        f"- tested on tiny random models, with transformers {oldest} and {newest} (*: needs a newer one than {oldest})"
+        "; clips, and why a stage is missing: [families](docs/families.md)"
     )
+    return "\n".join([*lines, tested, ""])
+
+
+def _stages(works: Sequence[str]) -> str:
+    """Some of the stages, in words."""
+    if len(works) == len(STAGES):
+        return "**all stages**"
+    return f"**{' and '.join(filter(None, [', '.join(works[:-1]), *works[-1:]]))} stage**" if works else "**none**"
 
 
 def _works(runs: Mapping[str, Mapping[str, str]]) -> bool:

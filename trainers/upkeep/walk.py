@@ -1,26 +1,32 @@
 """The way of a newcomer, timed: every command of README.md that a machine without network and GPU can run, in order.
 
-    python -m trainers.upkeep.walk --folder /tmp/walk     from nothing to a pruner that could be published
+    python -m trainers.upkeep.walk --json hub_cards/walk.json     from nothing to a pruner that could be published
 
 The library is installed into a bare environment, and the repository is cloned and set up, by the commands that README
-has, with this clone as the address. Uncommitted changes are not walked.
+has, with this clone as the address. Uncommitted changes are not walked. The times of docs/quick_start.md are
+made from the record that is written.
 """
 
 import argparse
+import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from prunezoo.core.errors import PruneZooError
-from trainers.cli.errors import command
+from trainers.cli.errors import check_output, command, whole_file
 from trainers.cli.names import ROOT
+from trainers.cli.options import add_option
 
 ADDRESS = "https://ADDRESS-OF-THIS-REPOSITORY"
 CLONE, BARE = "prunezoo", "bare"
@@ -35,6 +41,14 @@ class Step:
     language: str
     text: str
     installs: bool
+
+    @property
+    def short(self) -> str:
+        """What is run, without its options."""
+        if self.language != "bash":
+            return "the Python above it"
+        parts = [part.split() for part in self.text.split(" && ")]
+        return " && ".join(" ".join(words[: 3 if words[0] == "python" else 2]) for words in parts)
 
 
 def steps_of(page: str) -> Iterator[Step]:
@@ -80,23 +94,57 @@ def _programs(step: Step, folder: Path) -> Path:
     return folder / (BARE if step.text.startswith("pip ") else f"{CLONE}/.venv") / "bin"
 
 
+def record_of(steps: Sequence[tuple[Step, float]], load: float) -> dict[str, Any]:
+    """What was walked, and on what machine.
+
+    Args:
+        steps: each with its seconds.
+        load: processes that wanted to run on the machine when the walk began, as `os.getloadavg` counts them.
+    """
+    return {
+        "date": str(datetime.now(UTC).date()),
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "load": round(load, 1),
+        "steps": [{"heading": s.heading, "run": s.short, "seconds": round(seconds, 1)} for s, seconds in steps],
+    }
+
+
+def walk_section(record: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = ["| part of README | command | seconds |", "|---|---|---:|"]
+    lines += [f"| {step['heading']} | `{step['run']}` | {step['seconds']:.1f} |" for step in record["steps"]]
+    minutes = sum(step["seconds"] for step in record["steps"]) / 60
+    said = (
+        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']}, downloads included, "
+        f"under a load of {record['load']} from other work at the start. Measured {record['date']} by "
+        "`python -m trainers.upkeep.walk --json hub_cards/walk.json`."
+    )
+    return "\n".join([*lines, "", said, ""])
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Walk, and print a line for each step."""
     p = argparse.ArgumentParser(prog="python -m trainers.upkeep.walk", description="Run all commands of README, timed.")
     p.add_argument("--folder", type=Path, help="an empty one to work in; by default a new one that goes afterwards")
+    add_option(p, "json")
     args = p.parse_args(argv)
     if args.folder is not None and args.folder.exists() and any(args.folder.iterdir()):
         raise PruneZooError(f"--folder {args.folder}: not empty; name another")
+    if args.json is not None:
+        check_output("--json", args.json)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.folder or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         venv.create(folder / BARE, with_pip=True)
-        lines = []
-        for step, seconds in walk((ROOT / "README.md").read_text(encoding="utf-8"), folder, f"file://{ROOT}"):
-            shown = step.text if step.language == "bash" else f"Python, {len(step.text.splitlines())} lines"
-            lines.append(f"{seconds:7.1f} s  {step.heading}: {shown}")
-    print("\n".join(lines))
+        done = list(walk((ROOT / "README.md").read_text(encoding="utf-8"), folder, f"file://{ROOT}"))
+    for step, seconds in done:
+        print(f"{seconds:7.1f} s  {step.heading}: {step.short}")
+    if args.json is not None:
+        with whole_file(args.json) as scratch_file:
+            scratch_file.write_text(json.dumps(record_of(done, load), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,6 +11,7 @@ from .base_model import BaseModel
 from .bounds import MOST_ENTRIES
 from .errors import PruneZooError
 from .near import near
+from .prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class PrunerConfig:
         default = {one.name: one.default for one in fields(self)}.get("width")
         return self if default is None or self.width != default else replace(self, width=width)  # type: ignore[attr-defined,call-arg]
 
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """The same with sizes that suit a model's prefill, where the config leaves them open; itself by default."""
+        return self
+
+    def filled(self) -> Self:
+        """The same with every size said, those left open as for no model in particular; itself by default."""
+        return self
+
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of a config is of the type of its field; numbers are finite and fit 64 bits, lists are short."""
@@ -84,13 +93,14 @@ def _fits(value: Any, hint: Any) -> bool:
 C = TypeVar("C", bound="Configured")
 
 
-def fit_width(module: C, width: int, tower_width: int | None = None) -> C:
-    """A module that has not been trained, for tokens of this width, and for a vision tower of that one, if it is known;
-    itself where its config says both.
+def fit_width(module: C, width: int, tower_width: int | None = None, prefill: Prefill | None = None) -> C:
+    """A module that has not been trained, for tokens of this width, and for a vision tower of that one and a prefill,
+    if they are known; itself where its config says all that.
     """
-    config = module.config.for_tokens(width)
+    config = module.open_config.for_tokens(width)
     config = config if tower_width is None else config.for_tower(tower_width)
-    return module if config == module.config else type(module)(config)
+    config = config if prefill is None else config.for_prefill(prefill)
+    return module if config.filled() == module.config else type(module)(config)
 
 
 class Configured(nn.Module):
@@ -99,14 +109,16 @@ class Configured(nn.Module):
     name: ClassVar[str] = ""
     config_class: ClassVar[type[PrunerConfig]] = PrunerConfig
 
-    config: PrunerConfig
+    config: PrunerConfig  # with every size said
+    open_config: PrunerConfig  # as it was given: what it leaves open is for a model to say, see :func:`fit_width`
     base_model: BaseModel | None = None  # the frozen model that it was trained for, where it was for one
 
     def __init__(self, config: PrunerConfig | Mapping[str, Any] | None = None, **overrides: Any) -> None:
         """Take a config, a mapping or nothing, then single fields over it; unknown keys are refused."""
         super().__init__()
         values = config.to_dict() if isinstance(config, PrunerConfig) else dict(config or {})
-        self.config = self.config_class.from_dict({**values, **overrides})
+        self.open_config = self.config_class.from_dict({**values, **overrides})
+        self.config = self.open_config.filled()
 
     def settings(self) -> dict[str, Any]:
         """What is saved beside the config: JSON values that neither config nor weights hold; none by default."""

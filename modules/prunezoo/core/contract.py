@@ -14,7 +14,7 @@ A method is one file in ``learned/``, ``training_free/`` or ``tokenizers/``; doc
 The base class does budgets, validity, order, checks and gates. Tests, commands and cards find it by its name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -104,24 +104,26 @@ class PruneInputs:
 
         A merged token has the cell, the signals and the carry of the token whose slot it takes.
         """
-        index, valid, sizes = output.index, output.valid, self.sizes
+        index, valid, sizes, all_left = output.index, output.valid, self.sizes, output.is_all(self)
+        take: Callable[[Tensor], Tensor] = lambda values: values if all_left else gather_rows(values, index)  # noqa: E731
         if output.sizes is not None:
             sizes = output.sizes
         elif output.groups is not None:
             whole = self.valid.float() if sizes is None else sizes  # which a half type could not count
             sizes = group_sum(whole, output.groups, valid.shape[1])
         elif sizes is not None:
-            sizes = gather_rows(sizes, index)
-        nothing: dict[str, Any] = dict.fromkeys(("host_cells", "asked", "memory", "away"))  # of these, or one pruner's
+            sizes = take(sizes)
+        nothing: dict[str, Any] = dict.fromkeys(("asked", "memory", "away"))  # of one pruner's
         return replace(
             self,
             features=output.kept_features(self).to(self.features.dtype),
             valid=valid,
-            cells=gather_rows(self.cells, index),
-            signals={name: follow_tokens(name, signal, index) for name, signal in self.signals.items()},
+            cells=take(self.cells),
+            host_cells=self.host_cells if all_left else None,
+            signals={n: s if all_left else follow_tokens(n, s, index) for n, s in self.signals.items()},
             sizes=sizes,
             known=output.known,
-            carry={name: gather_rows(values, index) for name, values in output.carry.items()},
+            carry={name: take(values) for name, values in output.carry.items()},
             **nothing,
         )
 
@@ -155,9 +157,16 @@ class PruneOutput:
         """``(B,)`` long: tokens left of each image."""
         return self.valid.sum(1)
 
+    def is_all(self, inputs: PruneInputs) -> bool:
+        """Whether every token stands where it stood, as far as the host knows: then nothing need be moved."""
+        changed = self.features is not None or self.groups is not None or self.index.shape != inputs.valid.shape
+        return not changed and inputs.host_cells is not None and self.known == inputs.counts
+
     def kept_features(self, inputs: PruneInputs) -> Tensor:
         """``(B, K, D)``: the tokens to hand to the language model (arbitrary on filler)."""
-        return gather_rows(inputs.features, self.index) if self.features is None else self.features
+        if self.features is not None:
+            return self.features
+        return inputs.features if self.is_all(inputs) else gather_rows(inputs.features, self.index)
 
 
 class Pruner(Staging, Choosing):

@@ -73,6 +73,11 @@ class KeepPlan:
     counts: tuple[int, ...]  # (B) columns of each row that are no filler and no padding
 
     @classmethod
+    def of_all(cls, real: Tensor, counts: Sequence[int]) -> "KeepPlan":
+        """The identity; ``real`` and ``counts`` as in :meth:`from_mask`."""
+        return cls(torch.arange(real.shape[1], device=real.device).expand_as(real), real, True, tuple(counts))
+
+    @classmethod
     def from_mask(cls, keep: Tensor, real: Tensor, counts: Sequence[int], left: Sequence[int]) -> "KeepPlan":
         """Build the plan from what to keep.
 
@@ -83,7 +88,7 @@ class KeepPlan:
             left: (B) those of them that stay.
         """
         if tuple(left) == tuple(counts):
-            return cls(torch.arange(keep.shape[1], device=keep.device).expand_as(real), real, True, tuple(counts))
+            return cls.of_all(real, counts)
         # Flipped twice: the filler that mask_to_index puts last comes first, and order is kept.
         index, valid = mask_to_index((keep & real).flip(1), max(left))
         index = (keep.shape[1] - 1 - index).masked_fill(~valid, 0)

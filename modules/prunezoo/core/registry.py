@@ -26,6 +26,7 @@ from .errors import PruneZooError
 from .files import read_object
 from .hub import Pretrained, load, read_method
 from .near import near
+from .prefill import Prefill
 from .schedule import Schedule
 from .signals import parse_signal
 from .source import Source
@@ -124,13 +125,14 @@ def pruner_class(name: str) -> type[Pruner]:
 def build_pruner(name: str, /, vlm: Any = None, **config: Any) -> Pruner:
     """A new, untrained instance of the method ``name`` with these config fields.
 
-    Where they do not say the width of the tokens or of the tower, it is that of ``vlm``, if there is one.
+    Where they do not say the width of the tokens or of the tower, or leave sizes open, these suit ``vlm``, if there is
+    one.
     """
     pruner = pruner_class(name)(**config)
     if vlm is None:
         return pruner
     model = BaseModel.describe(vlm)
-    return fit_width(pruner, model.width, model.tower_width)
+    return fit_width(pruner, model.width, model.tower_width, Prefill.of(vlm.config))
 
 
 def load_pruner(

@@ -71,8 +71,9 @@ def encode(
     ids = given["input_ids"]
     labels = batch["labels"].to(device) if batch.get("labels") is not None else None
 
-    embedded = family.embed(ids)
     host = HostPrompt.read(family, batch)
+    words = columns, real = host.word_columns(device)
+    embedded = family.embed(ids.gather(1, columns))  # (B, T, D): of the words alone
     joint = _joint_encoder(text_encoder) if "image_features" in needs else None
     watch = partial(watch_tower, family.tower, (*needs, "vision_states") if joint else needs)
     seen = {**given, "input_ids": torch.from_numpy(host.ids)}
@@ -81,10 +82,9 @@ def encode(
     given = {k: v for k, v in given.items() if k not in family.consumed}
 
     placed = _place(family, host, visuals)
-    encoded = _lay_out(host, given, labels, _join(placed) if clips else placed, embedded)
-    columns, real = encoded.words
-    text = gather_rows(embedded, columns)[encoded.sample]
-    inputs = replace(encoded.inputs, text=text, text_valid=real[encoded.sample], sample=encoded.sample)
+    encoded = _lay_out(host, given, labels, _join(placed) if clips else placed, embedded, words)
+    text, text_valid = embedded[encoded.sample], real[encoded.sample]
+    inputs = replace(encoded.inputs, text=text, text_valid=text_valid, sample=encoded.sample)
     if "frame" in needs:  # the tile of a clip
         moving = upload([clips or kind == "video" for kind in encoded.kinds], device)
         inputs = replace(
@@ -210,7 +210,9 @@ Placed = list[tuple[int, Tensor, Visual]]
 """Images, each with its row and its columns ``(n,)`` in the prompt, in reading order."""
 
 
-def _lay_out(host: HostPrompt, batch: dict[str, Any], labels: Tensor | None, placed: Placed, like: Tensor) -> Encoded:
+def _lay_out(
+    host: HostPrompt, batch: dict[str, Any], labels: Tensor | None, placed: Placed, like: Tensor, words: Words
+) -> Encoded:
     """Part patches from newlines; ``like`` has the type and width of embeddings."""
     patches = [_where(visual.cells[:, 2] >= 0) for _, _, visual in placed]
     counts = tuple(map(len, patches))
@@ -249,7 +251,7 @@ def _lay_out(host: HostPrompt, batch: dict[str, Any], labels: Tensor | None, pla
         labels,
         sample=upload(rows, like.device),
         slots=_pad(slots, torch.zeros(0, 0, dtype=torch.long), 0).to(like.device),
-        words=host.word_columns(like.device),
+        words=words,
         rows=rows,
         kinds=tuple(visual.kind for _, _, visual in placed),
         real=tuple(host.real.sum(1).tolist()),
@@ -333,4 +335,6 @@ def _newlines(placed: list[tuple[int, Tensor, Visual]]) -> Newlines:
 
 def _pad(items: list[Tensor], empty: Tensor, filler: int | bool) -> Tensor:
     """Stack R tensors ``(n, ...)`` to ``(R, N, ...)``; ``empty`` where there are none."""
+    if len(items) == 1:
+        return items[0][None]  # which need not be copied
     return pad_sequence(items, batch_first=True, padding_value=filler) if items else empty

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..core.contract import PruneInputs, PruneOutput
 from ..core.merge import group_mean
-from ..core.plan import KeepPlan, gather_rows
+from ..core.plan import KeepPlan, gather_rows, mask_to_index
 from ..core.roles import ChatMarkers, TextEncoder
 from .families import PIXELS, find_family
-from .families.base import Kind
+from .families.base import TAKES_FEATURES, Kind
 from .parts.model import VLM
 
 IGNORED = -100  # label of a token that is not trained on
@@ -88,7 +88,7 @@ class Encoded:
         """``(R,)`` long, on the host: tokens of each image in the prompt, newlines among them."""
         return _total(self.inputs.counts, self.newlines)
 
-    @property
+    @cached_property
     def placeholders(self) -> dict[Kind, list[int]]:
         """(B) placeholders of each kind in each row of the prompt."""
         counts: dict[Kind, list[int]] = {kind: [0] * len(self.real) for kind in PIXELS}
@@ -110,6 +110,8 @@ class Encoded:
     def plan(self, output: PruneOutput) -> tuple[KeepPlan, "Newlines | None"]:
         """What becomes of the prompt's columns, and of the newlines, when the images are brought to ``output``."""
         lines = self.newlines
+        if output.is_all(self.inputs):
+            return KeepPlan.of_all(self.mask, self.real), lines
         if lines is not None:
             alive = lines.alive(output.index, output.valid)
             known = lines.counts if output.counts == self.inputs.counts and output.groups is None else None
@@ -123,10 +125,10 @@ class Encoded:
             lines = replace(lines, slots=plan.moved(lines.slots, self.sample).masked_fill(~lines.valid, 0))
         return plan, lines
 
-    def in_columns(self, values: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
-        """``(B, L, D)``: ``values (R, K, D)`` in their columns ``slots (R, K)``, and the newlines in theirs."""
+    def in_columns(self, values: Tensor) -> Tensor:
+        """``(B, L, D)``: ``values (R, N, D)`` of the patches in their columns, and the newlines in theirs."""
         whole = values.new_zeros(*self.batch["input_ids"].shape, values.shape[-1])
-        whole = put(whole, self.sample, slots, valid, values)
+        whole = put(whole, self.sample, self.slots, self.inputs.valid, values)
         if self.newlines is None:
             return whole
         lines = self.newlines
@@ -141,6 +143,8 @@ class Encoded:
             lines: Likewise.
             batch: The inputs of the shorter prompt.
         """
+        if output.is_all(self.inputs):
+            return replace(self, inputs=self.inputs.after(output), batch=batch)
         slots = plan.moved(gather_rows(self.slots, output.index), self.sample)
         columns, real = self.words
         return replace(
@@ -169,9 +173,35 @@ class Encoded:
             generating: It is for `generate`.
             others: In place of the batch's own inputs.
         """
-        parts = (self.inputs.features, *self.deep)
-        values, *deep = (self.in_columns(part, self.slots, self.inputs.valid) for part in parts)
-        return find_family(vlm).hand_over({**self.batch, **others}, values, deep, self.placeholders, generating)
+        family, batch, parts = find_family(vlm), {**self.batch, **others}, (self.inputs.features, *self.deep)
+        if not any(map(any, self.placeholders.values())):
+            return batch
+        if not TAKES_FEATURES:
+            values, *deep = map(self.in_columns, parts)
+            return family.hand_over_embedded(batch, values, deep, generating)
+        tokens = {kind: token for kind, token in family.placeholders.items() if any(self.placeholders[kind])}
+        return family.hand_over(
+            batch, {kind: [self.by_row(part, kind, token) for part in parts] for kind, token in tokens.items()}
+        )
+
+    def by_row(self, values: Tensor, kind: Kind, placeholder: int) -> list[Tensor]:
+        """``(n, D)`` for each row of the prompt that has any: its tokens of a kind, in the order of their columns.
+
+        Args:
+            values: ``(R, N, D)`` of the patches; those of newlines are known.
+            kind: Of the images that are wanted.
+            placeholder: What stands for each token in the prompt.
+        """
+        if self.newlines is None and self.inputs.known is not None:  # tokens of an image come first, then padding
+            found: dict[int, list[Tensor]] = {}
+            for number, (row, own, count) in enumerate(zip(self.rows, self.kinds, self.inputs.known, strict=True)):
+                if own == kind and count:
+                    found.setdefault(row, []).append(values[number, :count])
+            return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found.values()]
+        sizes = self.placeholders[kind]
+        columns = mask_to_index(self.batch["input_ids"] == placeholder, max(sizes))[0]
+        rows = zip(gather_rows(self.in_columns(values), columns), sizes, strict=True)
+        return [row[:count] for row, count in rows if count]
 
 
 def put(whole: Tensor, sample: Tensor, slots: Tensor, valid: Tensor, values: Tensor) -> Tensor:

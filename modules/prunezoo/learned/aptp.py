@@ -25,6 +25,7 @@ first rung is always on. A code's budget is the share at its highest open gate.
 See `trainers.training.routed_budgets` for the losses. Letters: B images, R rungs, K codes, D width.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -38,6 +39,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.gates import straight_through
+from ..core.prefill import Prefill
 from ..core.registry import build_pruner, pruner_class, register_pruner
 
 OFFSET, TEMPERATURE = 3.0, 0.4
@@ -71,8 +73,19 @@ class APTPConfig(PrunerConfig):
 
     def for_tokens(self, width: int) -> Self:
         """See the base class."""
-        inner = pruner_class(self.inner).config_class.from_dict(self.inner_config).for_tokens(width)
-        return replace(super().for_tokens(width), inner_config=inner.to_dict())
+        return super().for_tokens(width)._of_inner(lambda config: config.for_tokens(width))
+
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """See the base class."""
+        return self._of_inner(lambda config: config.for_prefill(prefill))
+
+    def filled(self) -> Self:
+        """See the base class."""
+        return self._of_inner(lambda config: config.filled())
+
+    def _of_inner(self, change: Callable[[PrunerConfig], PrunerConfig]) -> Self:
+        inner = change(pruner_class(self.inner).config_class.from_dict(self.inner_config))
+        return replace(self, inner_config=inner.to_dict())
 
 
 def falling_gates(logits: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ after training, a table says which price leads to which mean. In use the best ar
 Letters: B images, N image tokens, E hidden width, A arms, M rows of the table.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -28,6 +29,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.hub import parts_of
+from ..core.prefill import Prefill
 from ..core.registry import build_pruner, pruner_class, register_pruner
 from .ppm import PPM, Norm, PPMConfig
 
@@ -61,8 +63,19 @@ class BudgetConfig(PrunerConfig):
 
     def for_tokens(self, width: int) -> Self:
         """See the base class."""
-        inner = pruner_class(self.inner).config_class.from_dict(self.inner_config).for_tokens(width)
-        reader = PPMConfig.from_dict(self.reader_config).for_tokens(width)
+        return self._of_both(lambda config: config.for_tokens(width))
+
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """See the base class: each of the two by its own `budget_flops`."""
+        return self._of_both(lambda config: config.for_prefill(prefill))
+
+    def filled(self) -> Self:
+        """See the base class."""
+        return self._of_both(lambda config: config.filled())
+
+    def _of_both(self, change: Callable[[PrunerConfig], PrunerConfig]) -> Self:
+        inner = change(pruner_class(self.inner).config_class.from_dict(self.inner_config))
+        reader = change(PPMConfig.from_dict(self.reader_config))
         return replace(self, inner_config=inner.to_dict(), reader_config=reader.to_dict())
 
 

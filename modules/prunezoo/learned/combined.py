@@ -17,6 +17,7 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows
+from ..core.prefill import Prefill
 from ..core.registry import build_pruner, pruner_class, register_pruner
 from ..core.staging import STAGES
 
@@ -51,6 +52,14 @@ class CombinedConfig(PrunerConfig):
     def for_tower(self, width: int) -> Self:
         """See the base class."""
         return self._of_all(lambda config: config.for_tower(width))
+
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """See the base class."""
+        return self._of_all(lambda config: config.for_prefill(prefill))
+
+    def filled(self) -> Self:
+        """See the base class."""
+        return self._of_all(lambda config: config.filled())
 
     def _of_all(self, change: Callable[[PrunerConfig], PrunerConfig]) -> Self:
         pairs = zip(self.methods, self.configs, strict=True)

@@ -17,8 +17,9 @@ Letters: B batch, N image tokens, T prompt tokens, D width of the language model
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
+from ..core.prefill import Prefill
 from ..core.registry import register_pruner
+from ._sizes import BLOCKS, DEEP, HIDDEN, SHARE, largest, text_flops, visual_flops
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,77 @@ class PPMConfig(PrunerConfig):
     """Sizes of a PPM."""
 
     width: int = 4096  # D, width of the language model's input embeddings
-    hidden: int = 512  # E, width inside the pruner
+    hidden: int = 0  # E, width inside the pruner; 0: as `budget_flops` says, 512 where no model is known or blocks are
     heads: int = 8  # H, divides hidden
-    blocks: int = 4  # blocks that end in a choice between visual tokens
+    blocks: int = 0  # blocks that end in a choice between visual tokens; 0: likewise, 4
     text_blocks: int = 2  # blocks of the prompt encoder; unused if not query_aware
     octaves: int = 5  # position features are sines and cosines of 2^0 ... 2^(octaves - 1) half turns over the picture
     query_aware: bool = True  # False: reads no prompt, so that one choice serves every question about an image
+    budget_flops: float | None = None  # share of the model's prefill, in operations, that hidden and blocks may take
+    feed_widths: tuple[int, ...] = ()  # inner width of each feed-forward layer, blocks before text blocks; (): 2 hidden
+    attention_heads: tuple[int, ...] = ()  # heads left of each attention, see `attentions`; (): all
+
+    @property
+    def feeds(self) -> int:
+        """Feed-forward layers: one of each block, then one of each text block."""
+        return self.blocks + (self.text_blocks if self.query_aware else 0)
+
+    @property
+    def attentions(self) -> int:
+        """Attentions: of each block that among the tokens and, if query_aware, that to the prompt; then one of each
+        text block.
+        """
+        return self.blocks * (1 + self.query_aware) + (self.text_blocks if self.query_aware else 0)
+
+    @property
+    def inner(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Width of each feed-forward layer and heads of each attention, written out."""
+        feeds = self.feed_widths or (2 * self.hidden,) * self.feeds
+        return feeds, self.attention_heads or (self.heads,) * self.attentions
 
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "heads", "blocks", "text_blocks", "octaves"):
-            if getattr(self, name) < 1:
-                raise PruneZooError(f"ppm: {name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name in ("hidden", "blocks") else 1
+            if getattr(self, name) < least:
+                raise PruneZooError(f"ppm: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.budget_flops is not None and (self.hidden or self.blocks):
+            raise PruneZooError("ppm: budget_flops chooses hidden and blocks: give it, or them")
+        if self.budget_flops is not None and not 0 < self.budget_flops <= 1:
+            raise PruneZooError(f"ppm: budget_flops must be a share above 0, up to 1, got {self.budget_flops}")
         if self.hidden % (2 * self.heads):
             raise PruneZooError(f"ppm: hidden={self.hidden} must be a multiple of 2 * heads={2 * self.heads}")
+        for name, most, wanted in (
+            ("feed_widths", None, self.feeds),
+            ("attention_heads", self.heads, self.attentions),
+        ):
+            values = getattr(self, name)
+            if values and (len(values) != wanted or min(values) < 1 or max(values) > (most or max(values))):
+                bound = "at least 1" if most is None else f"from 1 to heads={most}"
+                raise PruneZooError(f"ppm: {name}={list(values)!s:.60} must be {wanted} numbers, each {bound}")
+
+    def filled(self) -> Self:
+        """See the base class."""
+        return replace(self, hidden=self.hidden or HIDDEN, blocks=self.blocks or BLOCKS, budget_flops=None)
+
+    def for_prefill(self, prefill: Prefill) -> Self:
+        """`hidden` and `blocks` by `budget_flops`, 0.01 where it is None; itself where one of them is given."""
+        if self.hidden or self.blocks:
+            return self
+
+        def sized(hidden: int) -> Self:
+            return replace(self, hidden=hidden, blocks=BLOCKS if hidden >= DEEP else BLOCKS // 2, budget_flops=None)
+
+        step, most = 2 * self.heads, (self.budget_flops or SHARE) * prefill.flops
+        widths = range(step, max(self.width, step) + 1, step)
+        return sized(largest(widths, lambda h: sized(h).flops(prefill), most, "ppm", self.budget_flops))
+
+    def flops(self, prefill: Prefill) -> int:
+        """Operations of the pruner on one picture and its prompt."""
+        n, t, e = prefill.tokens, prefill.words if self.query_aware else 0, self.hidden
+        reading = 2 * (n + t) * self.width * e + 2 * n * (4 * self.octaves + 2) * e
+        writing = self.text_blocks * text_flops(t, e) if self.query_aware else 0
+        block = visual_flops(n, t if self.query_aware else None, e, self.heads)
+        return reading + writing + self.blocks * block + 2 * n * e
 
 
 @register_pruner("ppm")
@@ -65,11 +126,17 @@ class PPM(Pruner):
         self.project = nn.Linear(c.width, c.hidden, bias=False)  # one map for both, so that likeness survives it
         nn.init.orthogonal_(self.project.weight)
         self.place = nn.Linear(4 * c.octaves + 2, c.hidden)
-        self.blocks = nn.ModuleList(VisualBlock(c.hidden, c.heads, c.query_aware) for _ in range(c.blocks))
+        feeds, heads = (iter(values) for values in c.inner)
+        self.blocks = nn.ModuleList(
+            VisualBlock(c.hidden, c.heads, c.query_aware, next(feeds), [next(heads) for _ in range(1 + c.query_aware)])
+            for _ in range(c.blocks)
+        )
         self.norm = Norm(c.hidden)
         self.head = nn.Linear(c.hidden, 1)
         if c.query_aware:
-            self.text_blocks = nn.ModuleList(TextBlock(c.hidden, c.heads) for _ in range(c.text_blocks))
+            self.text_blocks = nn.ModuleList(
+                TextBlock(c.hidden, c.heads, next(feeds), next(heads)) for _ in range(c.text_blocks)
+            )
 
     @classmethod
     def tiny_config(cls, feature_dim: int, text_dim: int) -> dict[str, Any]:
@@ -126,13 +193,23 @@ class Norm(nn.RMSNorm):
 
 
 class VisualBlock(nn.Module):
-    """Gated cross-attention to the prompt, linear attention over the visual tokens, SwiGLU; all residual."""
+    """Gated cross-attention to the prompt, linear attention over the visual tokens, SwiGLU; all residual.
 
-    def __init__(self, hidden: int, heads: int, query_aware: bool) -> None:
+    Args:
+        hidden: E.
+        heads: H, of which each is E / H wide.
+        query_aware: Whether there is a prompt.
+        feed: Inner width of SwiGLU; None: 2 E.
+        left: Heads left among the tokens and, if query_aware, to the prompt; (): H.
+    """
+
+    def __init__(
+        self, hidden: int, heads: int, query_aware: bool, feed: int | None = None, left: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.mix = LinearAttention(hidden, heads)
-        self.ask = CrossAttention(hidden, heads) if query_aware else None
-        self.feed = SwiGLU(hidden)
+        self.mix = LinearAttention(hidden, heads, left[0] if left else None)
+        self.ask = CrossAttention(hidden, heads, left[1] if left else None) if query_aware else None
+        self.feed = SwiGLU(hidden, feed)
 
     def forward(self, x: Tensor, valid: Tensor, text: Tensor | None, text_valid: Tensor | None) -> Tensor:
         """Tokens (B, N, E), their validity, and prompt (B, T, E) with its own: tokens (B, N, E)."""
@@ -145,11 +222,11 @@ class VisualBlock(nn.Module):
 class TextBlock(nn.Module):
     """Makes phrases of words: depthwise convolution over neighbours, attention in both directions, SwiGLU."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, feed: int | None = None, left: int | None = None) -> None:
         super().__init__()
         self.neighbours = nn.Conv1d(hidden, hidden, kernel_size=5, padding=2, groups=hidden)
-        self.mix = CrossAttention(hidden, heads)
-        self.feed = SwiGLU(hidden)
+        self.mix = CrossAttention(hidden, heads, left)
+        self.feed = SwiGLU(hidden, feed)
 
     def forward(self, text: Tensor, valid: Tensor) -> Tensor:
         """(B, T, E) to (B, T, E)."""
@@ -161,12 +238,13 @@ class TextBlock(nn.Module):
 class LinearAttention(nn.Module):
     """Attention with the feature map elu + 1 (Katharopoulos et al., arXiv 2006.16236): linear in N."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, left: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = heads if left is None else left  # as wide as ever, where some were taken away
+        inner = hidden // heads * self.heads
         self.norm = Norm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.qkv = nn.Linear(hidden, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, N, E) to (B, N, E)."""
@@ -184,16 +262,18 @@ class CrossAttention(nn.Module):
     Trockman and Kolter, arXiv 2305.09828).
     """
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, left: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = heads if left is None else left
+        inner = hidden // heads * self.heads
         self.norm_x, self.norm_text = Norm(hidden), Norm(hidden)
-        self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.query, self.key, self.value = (nn.Linear(hidden, inner, bias=False) for _ in range(3))
+        self.out = nn.Linear(inner, hidden, bias=False)
         nn.init.orthogonal_(self.query.weight)
         with torch.no_grad():
             self.key.weight.copy_(self.query.weight)
-        self.none_key = nn.Parameter(0.02 * torch.randn(hidden))
-        self.none_value = nn.Parameter(0.02 * torch.randn(hidden))
+        self.none_key = nn.Parameter(0.02 * torch.randn(inner))
+        self.none_value = nn.Parameter(0.02 * torch.randn(inner))
         self.gate = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x: Tensor, text: Tensor, valid: Tensor) -> Tensor:
@@ -207,13 +287,14 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer, arXiv 2002.05202), twice as wide inside."""
+    """Gated feed-forward layer (Shazeer, arXiv 2002.05202), twice as wide inside unless `inner` says otherwise."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, inner: int | None = None) -> None:
         super().__init__()
+        inner = 2 * hidden if inner is None else inner
         self.norm = Norm(hidden)
-        self.up = nn.Linear(hidden, 4 * hidden, bias=False)
-        self.down = nn.Linear(2 * hidden, hidden, bias=False)
+        self.up = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, E) to (…, E)."""

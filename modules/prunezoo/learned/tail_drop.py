@@ -37,7 +37,9 @@ from ..core.checks import require_no_nan
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
 from ..core.plan import gather_rows, mask_to_index
+from ..core.prefill import Prefill
 from ..core.registry import register_pruner
+from ._sizes import attention_flops, feed_flops
 from .ppm import PPM, CrossAttention, Norm, PPMConfig, SwiGLU, place_features
 
 
@@ -65,6 +67,13 @@ class TailDropConfig(PPMConfig):
             )
         if self.tolerance <= 0:
             raise PruneZooError(f"tail_drop: tolerance must be above 0, got {self.tolerance}")
+
+    def flops(self, prefill: Prefill) -> int:
+        """See the base class; with as many latents as are kept."""
+        n, e, k = prefill.tokens, self.hidden, min(prefill.kept, self.latents)
+        ask = attention_flops(k, n, e) + 8 * k * e**2 + 4 * k * k * e + feed_flops(k, e)
+        weighing = 2 * (k + n) * e**2 + 2 * k * n * e + 2 * k * n * self.width
+        return super().flops(prefill) + self.asks * ask + weighing + 2 * k * e * (1 + self.width)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """All tokens: the bare model, under the contract, so that it stands in every table as one more row."""
 
+import torch
 from torch import Tensor
 
 from ..core.contract import PruneInputs, PruneOutput, Pruner
@@ -15,5 +16,7 @@ class FullPruner(Pruner):
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Everything that is valid."""
-        index, valid = mask_to_index(inputs.valid)
-        return PruneOutput(index=index, valid=valid)
+        if inputs.host_cells is None:
+            return PruneOutput(*mask_to_index(inputs.valid, max(inputs.counts)), known=inputs.counts)
+        index = torch.arange(inputs.valid.shape[1], device=inputs.valid.device)  # tokens come first, then padding
+        return PruneOutput(index * inputs.valid, inputs.valid, known=inputs.counts)

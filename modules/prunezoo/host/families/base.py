@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.errors import PruneZooError
-from ...core.plan import gather_rows, mask_to_index
 from ..parts.decoder import Decoder
 from ..parts.tower import Tower
 from .gaps import PIXELS, Gaps, Kind, Shortening, no_gaps
@@ -236,51 +235,38 @@ class Family(Shortening):
             )
         return mask
 
-    def hand_over(
-        self,
-        batch: dict[str, Any],
-        values: Tensor,
-        deep: list[Tensor],
-        counts: Mapping[Kind, Sequence[int]],
-        generating: bool = False,
-    ) -> dict[str, Any]:
+    def hand_over(self, batch: dict[str, Any], tokens: Mapping[Kind, Sequence[list[Tensor]]]) -> dict[str, Any]:
         """Add visual tokens to the inputs of the model.
 
         Made anew for each call, because beam search edits it in place.
 
         Args:
+            batch: Inputs with ``input_ids (B, L)``.
+            tokens: By kind: the features ``(n, D)`` of each row of the batch that has any; then likewise, for each
+                level of deepstack, what is added behind the first decoder layers.
+        """
+        outputs = {}
+        for kind, parts in tokens.items():
+            # A list has one entry for each row of the batch that has images; a tensor has one for each token,
+            # which is the only way in which beam search can deal out rows that keep different numbers of them.
+            features, *levels = (torch.cat(rows)[:, None] if kind in self.as_tensor else rows for rows in parts)
+            outputs[kind] = self.encoder_output(features, levels)
+        return {**batch, "mm_encoder_outputs": outputs}
+
+    def hand_over_embedded(
+        self, batch: dict[str, Any], values: Tensor, deep: list[Tensor], generating: bool
+    ) -> dict[str, Any]:
+        """What older releases take instead: the whole prompt embedded, with its position ids.
+
+        Args:
             batch: Inputs with ``input_ids (B, L)``; with ``position_ids``, if ``attention_mask`` is not ``(B, L)``.
             values: ``(B, L, D)`` features in their columns; others do not matter.
             deep: Likewise, what is added behind the first decoder layers.
-            counts: (B) placeholders of each kind in each row.
             generating: The inputs are for `generate`.
 
         Raises:
             PruneZooError: A release of `transformers` in which this family does not take them.
         """
-        ids = batch["input_ids"]
-        if not any(map(any, counts.values())):
-            return batch
-        if not TAKES_FEATURES:
-            return self._hand_over_embedded(batch, values, deep, generating)
-        outputs = {}
-        for kind, token in self.placeholders.items():
-            sizes = counts[kind]
-            if any(sizes):
-                columns = mask_to_index(ids == token, max(sizes))[0]
-                # A list has one entry for each row of the batch that has images; a tensor has one for each token,
-                # which is the only way in which beam search can deal out rows that keep different numbers of them.
-                features, *levels = (
-                    torch.cat(rows)[:, None] if kind in self.as_tensor else rows
-                    for rows in (_first(gather_rows(part, columns), sizes) for part in (values, *deep))
-                )
-                outputs[kind] = self.encoder_output(features, levels)
-        return {**batch, "mm_encoder_outputs": outputs}
-
-    def _hand_over_embedded(
-        self, batch: dict[str, Any], values: Tensor, deep: list[Tensor], generating: bool
-    ) -> dict[str, Any]:
-        """What older releases take instead: the whole prompt embedded, with its position ids."""
         taken = inspect.signature(self.vlm.prepare_inputs_for_generation if generating else self.vlm.forward).parameters
         if deep or "inputs_embeds" not in taken:
             raise PruneZooError(f"{self.title} can be pruned with transformers 5.19 or later: upgrade it")
@@ -328,11 +314,9 @@ class Family(Shortening):
         return Decoder(self.vlm)
 
 
-def _first(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """The first so many of each row of ``values (B, K, D)``, of the rows that have any."""
-    return [row[:count] for row, count in zip(values, counts, strict=True) if count]
-
-
 def _rows(features: Any) -> Tensor:
     """``(n, D)``: the tokens of all images, from a list of tensors or a tensor by image."""
-    return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    own = list(features)
+    return own[0] if len(own) == 1 else torch.cat(own)

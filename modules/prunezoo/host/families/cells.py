@@ -4,14 +4,16 @@ Letters: B rows of the batch, L prompt tokens, R pictures that the tower sees, N
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 
+@lru_cache(maxsize=256)  # each call asks for the same ones; nobody writes into them
 def grid(rows: int, columns: int, tile: int = 0) -> Tensor:
-    """``(rows, columns, 3)`` long: the cells of one tile."""
+    """``(rows, columns, 3)`` long: the cells of one tile; to be read only."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.full_like(row, tile), row, column], dim=-1)
 

@@ -1,5 +1,7 @@
 """Bring a vision-language model and its processor into memory, from a folder or from the Hub."""
 
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ def load_vlm(source: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 
 def load_processor(source: str) -> Any:
-    """The processor of a model; without its half for clips where torchvision, which that needs, is not installed.
+    """The processor of a model; without its half for clips where torchvision, which that needs, is not installed, or
+    where that half was never saved.
 
     Args:
         source: As in :func:`load_vlm`.
@@ -45,8 +48,8 @@ def load_processor(source: str) -> Any:
     """
     try:
         return AutoProcessor.from_pretrained(source)
-    except (ImportError, ValueError) as error:
-        if "torchvision" not in str(error).lower():
+    except (ImportError, OSError, ValueError) as error:
+        if not any(word in str(error).lower() for word in ("torchvision", "video processor")):
             raise
     return images_only(PROCESSOR_MAPPING_NAMES[AutoConfig.from_pretrained(source).model_type]).from_pretrained(source)
 
@@ -55,15 +58,27 @@ def images_only(name: str) -> Any:
     """The processor class of `transformers` of that name, less its half for clips."""
     kind = getattr(transformers, name)
     parts = [part for part in kind.get_attributes() if part != "video_processor"]
+    settings = signature(kind.__init__).parameters.keys() - {"video_processor"}
 
-    def init(self: Any, *args: Any, video_processor: None = None, **options: Any) -> None:
+    @wraps(kind.__init__)  # by whose signature settings are saved
+    def init(self: Any, *args: Any, **options: Any) -> None:
         try:
-            kind.__init__(self, *args, video_processor=None, **options)
+            kind.__init__(self, **dict(zip(parts, args, strict=False)), video_processor=None, **options)
         except ImportError as error:
             raise PruneZooError(f"{name} needs a package ({str(error).splitlines()[0]})") from None
 
+    def validate(processor_config: dict[str, Any], valid_kwargs: Any) -> Any:
+        # `valid_kwargs` are the names that the code of `init` has: none. Without this no setting of a file would be
+        # read: no chat template, no number of tokens an image.
+        return kind.validate_init_kwargs(processor_config, settings)
+
+    members = {
+        "__init__": init,
+        "get_attributes": classmethod(lambda _: parts),
+        "validate_init_kwargs": staticmethod(validate),
+    }
     # Of the same name, since files name the class that they are for.
-    return type(name, (kind,), {"__init__": init, "get_attributes": classmethod(lambda _: parts)})
+    return type(name, (kind,), members)
 
 
 def default_device() -> str:

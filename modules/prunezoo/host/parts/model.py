@@ -23,6 +23,8 @@ def find_cache(output: Any) -> KVCache | None:
 
 def execution_device(vlm: VLM) -> torch.device:
     """Where a model computes: accelerate keeps the weights of an offloaded one on `meta`, and its hooks know better."""
+    if vlm.device.type != "meta" and len(set(getattr(vlm, "hf_device_map", {}).values())) < 2:
+        return vlm.device  # nothing of it is elsewhere, so no module need be asked
     for module in vlm.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
