@@ -46,7 +46,7 @@ class Step:
     def short(self) -> str:
         """What is run, without its options."""
         if self.language != "bash":
-            return "the Python above it"
+            return "the Python of README"
         parts = [part.split() for part in self.text.split(" && ")]
         return " && ".join(" ".join(words[: 3 if words[0] == "python" else 2]) for words in parts)
 
