@@ -10,6 +10,7 @@
 #   make support  the same with the newest too, and README's table of what works on which family from both
 #   make speed    the times in README; on a machine that does nothing else
 #   make bench-check  what got slower than those times by more than 10 %, as ratios; ONLY='divprune ppm' for some
+#   make gpu      parity, speed and training on this machine's GPU, in nine minutes; says so where there is none
 #   make release-check  what must hold before a version is tagged
 #
 # PYTHON=… another interpreter; TORCH=… another torch, e.g. `make test TORCH='torch==2.15.0'`.
@@ -53,8 +54,8 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.tom
 need-python = @test -n "$(PYTHON)" || { \
 	echo "error: no Python >= 3.11 found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-.PHONY: demo test test-min test-newest test-extras test-serve docs support speed bench-check quality style release-check \
-	clean install
+.PHONY: demo test test-min test-newest test-extras test-serve docs support speed gpu bench-check quality style \
+	release-check clean install
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -139,6 +140,10 @@ speed: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.first_token --repeats 5 --json hub_cards/first_token.json
 	@$(PY) -m trainers.upkeep.readme
 	@$(PY) -m trainers.upkeep.cards
+
+gpu: $(STAMP)
+	@$(PY) -m trainers.upkeep.gpu --pruner $(TIMED)
+	@$(PY) -m trainers.upkeep.readme
 
 bench-check: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m trainers.upkeep.bench_check $(if $(ONLY),--only $(ONLY))

@@ -26,6 +26,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.core.prefill import Prefill
 from prunezoo.core.registry import build_pruner, split_options
 from prunezoo.host import attach
+from trainers.benchmarking.gpu_table import GPUS
 from trainers.benchmarking.measure import BARE, Setting, cases_of
 from trainers.benchmarking.parity import KINDS, parity, stalls
 from trainers.benchmarking.shapes import SHAPES, MadeUp, Shape
@@ -41,7 +42,6 @@ from trainers.planning.models import load_config
 from trainers.upkeep import step_cost
 from trainers.upkeep.support import ROOT
 
-FOLDER = ROOT / "hub_cards" / "gpu"
 RECIPE = ROOT / "configs" / "ppm_llava.yaml"
 WORDS = 24
 FEW = ("divprune", "ppm")
@@ -248,7 +248,7 @@ def parts() -> dict[str, Callable[[Part], None]]:
 
 def record_path(device: torch.device) -> Path:
     """Where the figures of a device are kept."""
-    return FOLDER / f"{'-'.join(device_name(device).lower().replace(',', ' ').split())}.json"
+    return GPUS / f"{'-'.join(device_name(device).lower().replace(',', ' ').split())}.json"
 
 
 @command

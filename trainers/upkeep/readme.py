@@ -6,7 +6,7 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
 No number and no "yes" in them is typed: `models`, `support` and `methods` come from tests/families/*.json, which
 `make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
-hub_cards/first_token.json, which `make speed` writes, `gain`, `accuracy`, `zoo` and those of the league from the
+hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, `gain`, `accuracy`, `zoo` and those of the league from the
 records beside the shipped modules, in hub_cards/league/ and in hub_cards/measured/.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
+from trainers.benchmarking.gpu_table import GPUS, gpu_section, read_gpu
 from trainers.benchmarking.measure import BARE
 from trainers.benchmarking.tables import first_token_section, speed_brief, speed_section
 from trainers.cards.zoo import markdown
@@ -76,6 +77,12 @@ def first_token() -> str:
     return first_token_section(_read(ROOT / "hub_cards" / "first_token.json", "speed"))
 
 
+def gpu() -> str:
+    """What was measured on GPUs, one table for each; a sentence where there is none yet."""
+    records = [read_gpu(path) for path in sorted(GPUS.glob("*.json"))]
+    return "\n".join(map(gpu_section, records)) or "No GPU has been measured yet.\n"
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "gain": gain,
@@ -86,7 +93,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
-    ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed())},
+    ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed()), "gpu": gpu},
     ROOT / "docs" / "input.md": {"first token": first_token, "before tower": before_tower.table},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
