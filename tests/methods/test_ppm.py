@@ -8,7 +8,8 @@ import yaml
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from prunezoo import PruneInputs, PruneZooError, build_pruner
-from prunezoo.learned.ppm import PPM, distance_features, place_features
+from prunezoo.learned._blocks import distance_features, place_features
+from prunezoo.learned.ppm import PPM
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 

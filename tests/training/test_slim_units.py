@@ -58,7 +58,7 @@ def test_a_cropped_pruner_scores_as_one_whose_units_are_silent(query_aware, tmp_
 def test_what_says_nothing_of_widths_is_as_ever():
     assert PPMConfig().feed_widths == () and {name: w.shape for name, w in PPM(hidden=64).named_parameters()} == {
         name: w.shape
-        for name, w in PPM(hidden=64, feed_widths=(128,) * 6, attention_heads=(8,) * 10).named_parameters()
+        for name, w in PPM(hidden=64, blocks=4, feed_widths=(128,) * 6, attention_heads=(8,) * 10).named_parameters()
     }
 
 

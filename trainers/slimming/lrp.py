@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from prunezoo.core.contract import PruneInputs
 from prunezoo.core.errors import PruneZooError
-from prunezoo.learned.ppm import PPM, CrossAttention, LinearAttention, Norm, SwiGLU
+from prunezoo.learned._blocks import CrossAttention, LinearAttention, Norm, SwiGLU
+from prunezoo.learned.ppm import PPM
 
 from .units import choose, crop, layers_of, total
 

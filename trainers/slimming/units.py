@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
-from prunezoo.learned.ppm import PPM, CrossAttention, LinearAttention, SwiGLU
+from prunezoo.learned._blocks import CrossAttention, LinearAttention, SwiGLU
+from prunezoo.learned.ppm import PPM
 
 
 @dataclass(frozen=True)

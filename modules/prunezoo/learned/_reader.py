@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core.contract import PruneInputs
 from ..core.errors import PruneZooError
-from .ppm import TextBlock, distance_features
+from ._blocks import TextBlock, distance_features
 
 
 class PromptReader(nn.Module):

@@ -35,7 +35,7 @@ from ..core.errors import PruneZooError
 from ..core.gates import budgeted_sigmoid, soft_threshold, straight_through, threshold_mask, topk_mask
 from ..core.plan import mask_to_index
 from ..core.registry import register_pruner
-from .ppm import Norm, VisualBlock, place_features
+from ._blocks import Norm, VisualBlock, place_features
 
 QUANTILES = 9  # of each of the two attentions, that the thresholds are made from
 FLOOR = 1e-3  # scores in [0, 1] are read as log-odds no further out than this

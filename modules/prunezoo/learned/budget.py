@@ -31,7 +31,8 @@ from ..core.errors import PruneZooError
 from ..core.hub import parts_of
 from ..core.prefill import Prefill
 from ..core.registry import build_pruner, pruner_class, register_pruner
-from .ppm import PPM, Norm, PPMConfig
+from ._blocks import Norm
+from .ppm import PPM, PPMConfig
 
 ROWS = 129
 """Rows of the table of prices."""

@@ -37,8 +37,8 @@ from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, Pruner
 from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
+from ._blocks import CrossAttention, Norm, SwiGLU, join_heads, place_features, place_in_tile, split_heads
 from ._reader import PromptReader
-from .ppm import CrossAttention, Norm, SwiGLU, join_heads, place_features, place_in_tile, split_heads
 
 PAIR = 5  # numbers that say where two tokens lie to one another
 

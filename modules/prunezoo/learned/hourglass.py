@@ -43,7 +43,7 @@ from ..core.errors import PruneZooError
 from ..core.plan import gather_rows, mask_to_index
 from ..core.registry import register_pruner
 from ..training_free._grid import share
-from .ppm import CrossAttention, SwiGLU, place_features
+from ._blocks import CrossAttention, SwiGLU, place_features
 
 
 @dataclass(frozen=True)

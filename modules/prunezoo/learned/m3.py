@@ -31,7 +31,7 @@ from ..core.errors import PruneZooError
 from ..core.registry import register_pruner
 from ..host.parts.lora import Lora
 from ..training_free._grid import divide, equal_areas
-from .ppm import Norm, SwiGLU, place_features
+from ._blocks import Norm, SwiGLU, place_features
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from ..core.errors import PruneZooError
 from ..core.gates import topk_mask
 from ..core.plan import group_sum
 from ..core.registry import register_pruner
+from ._blocks import Norm, VisualBlock, place_features, split_heads
 from ._reader import PromptReader
-from .ppm import Norm, VisualBlock, place_features, split_heads
 
 APART = 1e4  # between scores of tokens of which some come before all others, far beyond any log-probability
 

@@ -39,8 +39,9 @@ from ..core.errors import PruneZooError
 from ..core.plan import gather_rows, mask_to_index
 from ..core.prefill import Prefill
 from ..core.registry import register_pruner
+from ._blocks import CrossAttention, Norm, SwiGLU, place_features
 from ._sizes import attention_flops, feed_flops
-from .ppm import PPM, CrossAttention, Norm, PPMConfig, SwiGLU, place_features
+from .ppm import PPM, PPMConfig
 
 
 @dataclass(frozen=True)
