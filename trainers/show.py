@@ -90,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if item is None:
         from trainers.evaluation.web import Page, application, listen, server_of  # only a page needs a server
 
+        page = application(Page(vlm, processor, methods, beside), args.allow_host)
         with listen(args.port, args.address) as socket:
             console.print(f"http://{args.address}:{socket.getsockname()[1]}/  (Ctrl-C ends it)", highlight=False)
             try:
-                server_of(application(Page(vlm, processor, methods, beside), args.allow_host)).run(sockets=[socket])
+                server_of(page).run(sockets=[socket])
             except KeyboardInterrupt:
                 return 0
         return 0

@@ -239,8 +239,9 @@ def test_a_space_is_a_folder_that_serves_the_page(tmp_path):
     ) as server:
         try:
             address = re.search(r"http://\S+", server.stdout.readline())[0]
-            status, said = raw(address, b"GET / HTTP/1.1\r\nHost: org-name.hf.space\r\n\r\n")
-            assert status == 200 and "<option selected>ppm-tiny</option>" in said
+            asked = urllib.request.Request(address, headers={"Host": "org-name.hf.space"})
+            with urllib.request.urlopen(asked, timeout=60) as reply:
+                assert "<option selected>ppm-tiny</option>" in reply.read().decode()
             status, body = post(address, {**ASKED, "question": "is there a red circle ?", "beside": "ppm-tiny"})
             assert status == 200 and [len(one["kept"]) for one in json.loads(body)["shown"]] == [16, 16]
         finally:

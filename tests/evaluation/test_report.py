@@ -204,6 +204,11 @@ def test_the_summary_names_the_best_rival(record):
     assert summary["pair"]["difference"] == 25
 
 
+def test_what_notes_put_between_backticks_is_code(record, tmp_path):
+    text = write_report({**record, "scorer": "<i>"}, [], tmp_path).read_text(encoding="utf-8")
+    assert "by <code>&lt;i&gt;</code>, of the answers" in text
+
+
 def test_a_report_of_a_hopeless_model(tmp_path):
     """The full model is never right: there is no retention anywhere, and the page says so without failing."""
     hopeless = measurement()

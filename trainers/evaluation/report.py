@@ -1,13 +1,14 @@
 """The page of a report: curves, tables, and pictures with what each method keeps; one file that needs no other."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from trainers.cli.errors import whole_file
 
@@ -83,6 +84,7 @@ def page_templates() -> Environment:
         json=to_json,
         times=times,
         clear=clear,
+        code=with_code,
     )
     return environment
 
@@ -90,6 +92,11 @@ def page_templates() -> Environment:
 def to_json(value: object) -> Markup:
     """JSON for a script element."""
     return Markup(json.dumps(value).replace("<", "\\u003c"))  # noqa: S704 - no markup can begin without it
+
+
+def with_code(text: str) -> Markup:
+    """A note for a page: what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 def rising_budgets(record: Mapping[str, Any]) -> dict[str, float]:
