@@ -28,6 +28,7 @@ COMMANDS = (
     "list",
     "show",
     "fit",
+    "slim",
     "teacher",
     "stop_rule",
     "search",

@@ -43,7 +43,7 @@ class PPMConfig(PrunerConfig):
     octaves: int = 5  # position features are sines and cosines of 2^0 ... 2^(octaves - 1) half turns over the picture
     query_aware: bool = True  # False: reads no prompt, so that one choice serves every question about an image
     feed_widths: tuple[int, ...] = ()  # inner width of each feed-forward layer, blocks before text blocks; (): 2 hidden
-    attention_heads: tuple[int, ...] = ()  # heads left of each attention, see `attentions`; (): all
+    attention_heads: tuple[int, ...] = ()  # heads left of each attention, blocks before text blocks; (): all
 
     @property
     def feeds(self) -> int:
