@@ -29,6 +29,7 @@ COMMANDS = (
     "list",
     "show",
     "fit",
+    "slim",
     "teacher",
     "stop_rule",
     "search",

@@ -10,6 +10,7 @@ import lightning as L
 from prunezoo.core.contract import PruneInputs, Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.registry import load_pruner
+from prunezoo.learned.ppm import PPM
 from trainers.training.run_record import RUN_FILE
 
 from .consensus import ConsensusPPM
@@ -93,7 +94,9 @@ def lrp(run: Run) -> Pruner:
 
 def consensus(run: Run) -> Pruner:
     """Gates."""
-    as_ppm(run.start() or run.recipes(), "consensus")
+    whole = as_ppm(run.start() or run.recipes(), "consensus")
+    if type(whole) is not PPM:
+        raise PruneZooError(f"--method consensus is for 'ppm', and this is a '{whole.name}': take lrp")
     settings = {"sparsity": run.config.sparsity, **run.config.consensus.as_dict()}
     return run.train(run.out, settings=settings, kind=f"{ConsensusPPM.__module__}.{ConsensusPPM.__name__}")
 

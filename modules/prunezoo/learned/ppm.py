@@ -44,7 +44,7 @@ class PPMConfig(PrunerConfig):
     query_aware: bool = True  # False: reads no prompt, so that one choice serves every question about an image
     budget_flops: float | None = None  # share of the model's prefill, in operations, that hidden and blocks may take
     feed_widths: tuple[int, ...] = ()  # inner width of each feed-forward layer, blocks before text blocks; (): 2 hidden
-    attention_heads: tuple[int, ...] = ()  # heads left of each attention, see `attentions`; (): all
+    attention_heads: tuple[int, ...] = ()  # heads left of each attention, blocks before text blocks; (): all
 
     @property
     def feeds(self) -> int:
