@@ -87,7 +87,7 @@ def test_padded_words_change_nothing():
         torch.testing.assert_close(ppm.score(padded), ppm.score(inputs))
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": 30, "heads": 4}, {"blocks": 0}, {"width": -1}])
+@pytest.mark.parametrize("wrong", [{"hidden": 30, "heads": 4}, {"blocks": -1}, {"width": -1}])
 def test_a_wrong_size_is_refused(wrong):
     with pytest.raises(PruneZooError, match=next(iter(wrong))):
         build_pruner("ppm", **wrong)
