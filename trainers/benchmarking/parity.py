@@ -3,6 +3,7 @@ wait for the host?
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -134,6 +135,7 @@ def stalls(vlm: Any, request: MadeUp, pruner: Pruner | None, keep: float) -> int
 def _waits(device: torch.device, prefill: Callable[[], None]) -> int:
     prefill()  # layouts of grids are worked out once
     if device.type != "cuda":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's start and stop are printed
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             prefill()
         return sum(event.count for event in seen.key_averages() if event.key in READS)

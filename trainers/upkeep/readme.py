@@ -6,8 +6,9 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
 No number and no "yes" in them is typed: `models`, `support` and `methods` come from tests/families/*.json, which
 `make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
-hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, `gain`, `accuracy`, `zoo` and those of
-the league from the records beside the shipped modules, in hub_cards/league/ and in hub_cards/measured/.
+hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, of `make gpu`, `gain`, `accuracy`,
+`zoo` and those of the league from the records beside the shipped modules, in hub_cards/league/ and in
+hub_cards/measured/.
 """
 
 import argparse
