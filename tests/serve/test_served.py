@@ -48,7 +48,7 @@ def test_served_answers_are_those_of_attach(pruner, positions, expected):
     assert max(lengths) < KEEP + 20  # it was shorter
 
 
-@pytest.mark.parametrize(("pruner", "positions"), [("fastervlm", "original"), ("checkpoints/ppm-tiny", "compact")])
+@pytest.mark.parametrize(("pruner", "positions"), [case for case in CASES if len(PRUNERS[case[0]]) > 1])
 def test_two_processes_answer_as_one(pruner, positions, expected):
     """Tensor parallel: heads of tower and language model are divided, the pruner is in both."""
     several = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
