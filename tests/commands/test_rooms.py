@@ -77,7 +77,8 @@ def test_options_that_several_commands_have_are_defined_once(name):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
         if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
     }
-    lightnings = {"pruner"} if name == "trainers.stop_rule" else set()  # a key of a recipe rather than an option
+    # a key of a recipe rather than an option
+    lightnings = {"pruner"} if name in ("trainers.stop_rule", "trainers.slim") else set()
     assert own & OPTIONS.keys() == lightnings
 
 
