@@ -114,14 +114,17 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     rows = [row for row in rows if row["retention"] is not None]  # of few questions the model may see nothing
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != START))
-    panels = (("not_zero", "parameters that are not zero"), ("time", "time of the pruner, 1 = before"))
-    for number, (key, label) in enumerate(panels, start=1):
+    panels = (
+        ("not_zero", 1000, "thousand parameters that are not zero"),
+        ("time", 1, "time of the pruner, 1 = before"),
+    )
+    for number, (key, unit, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
         for start in (row for row in rows if row["method"] == START):
             axes.axhline(start["retention"], color=GREY, linewidth=0.9)
         for method, colour, marker in zip(methods, COLOURS, MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
-            x = [row[key] for row in own]
+            x = [row[key] / unit for row in own]
             axes.plot(x, [row["retention"] for row in own], marker, color=colour, markersize=4, label=method)
             axes.vlines(x, *zip(*(row["ci"] for row in own), strict=True), color=colour, linewidth=1, alpha=0.6)
         axes.set(xlabel=label, ylabel=f"retention at {KEEP}, %" if number == 1 else "")
