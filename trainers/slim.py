@@ -1,7 +1,7 @@
 """Make a pruner small: weights set to zero, or heads and inner units taken out, beside a recipe.
 
     python -m trainers.slim --config ppm_tiny --pruner ppm --method magnitude --sparsity 0.5 --out=runs/half
-    python -m trainers.slim --config ppm_tiny --pruner ppm --method sweep --file=runs/sweep.json
+    python -m trainers.slim --config ppm_tiny --pruner ppm --method sweep --sweep.file=runs/sweep.json
 
 What training takes (data, model, steps, rates) is the recipe's. Stopped, the same command goes on where it was.
 """
@@ -62,9 +62,8 @@ Make a pruner small. METHOD is one of these; see docs/slim.md:
   --out=runs/slim                    folder of the small pruner
   --tune=0                           steps of training behind magnitude and lrp
   --part=all --even=false            magnitude: of which part; the same share of every matrix
-  --grid=[0.2,0.4,0.6,0.8,0.9]       sweep: sparsities
-  --keep=1/9 --limit=420 --drop=1    sweep: budget, questions, points of retention that are a cliff
-  --file=runs/sweep.json             sweep: the table
+  --sweep.grid=[0.2,0.4,0.6,0.8,0.9] sparsities
+  --sweep.file=runs/sweep.json       the table; and .keep (budget), .limit (questions), .drop (points that are a cliff)
   --iss_p.group=20                   and .factor .share .skip
   --lth.rewind=0.05                  and .each
   --lrp.batches=4                    and .keep .step
@@ -84,11 +83,11 @@ class SlimCLI(FitCLI):
         parser.add_argument("--tune", type=int, default=0, help="steps of training behind magnitude and lrp")
         parser.add_argument("--part", type=str, default=ALL, help="magnitude: of which part")
         parser.add_argument("--even", type=bool, default=False, help="magnitude: the same share of every matrix")
-        parser.add_argument("--grid", type=list[float], default=[0.2, 0.4, 0.6, 0.8, 0.9], help="sweep: sparsities")
-        parser.add_argument("--keep", type=str, default="1/9", help="sweep: budget")
-        parser.add_argument("--limit", type=int, default=420, help="sweep: questions of the validation split")
-        parser.add_argument("--drop", type=float, default=1.0, help="sweep: points of retention that are a cliff")
-        parser.add_argument("--file", type=str, default="runs/sweep.json", help="sweep: the table")
+        parser.add_argument("--sweep.grid", type=list[float], default=[0.2, 0.4, 0.6, 0.8, 0.9], help="sparsities")
+        parser.add_argument("--sweep.keep", type=str, default="1/9", help="budget")
+        parser.add_argument("--sweep.limit", type=int, default=420, help="questions of the validation split")
+        parser.add_argument("--sweep.drop", type=float, default=1.0, help="points of retention that are a cliff")
+        parser.add_argument("--sweep.file", type=str, default="runs/sweep.json", help="the table")
         parser.add_class_arguments(ShrinkWeights, "iss_p", skip={"sparsity"}, instantiate=False)
         parser.add_class_arguments(Tickets, "lth", instantiate=False)
         parser.add_class_arguments(References, "lrp", instantiate=False)
@@ -231,8 +230,8 @@ def main(args: Sequence[str] | None = None) -> None:
     run, console = Slimming(words), Terminal()
     config = run.config
     if config.method == "sweep":
-        check_output("--file", Path(config.file))
-        hold("--file", Path(config.file))
+        check_output("--sweep.file", Path(config.sweep.file))
+        hold("--sweep.file", Path(config.sweep.file))
         sweep_all(run, console)
         return
     check_sparsity(config.sparsity)

@@ -141,7 +141,7 @@ def test_relevance_takes_units_out(words, start, tmp_path):
 
 def test_a_sweep_measures_each_part(tmp_path, capsys):
     recipe = ["--config=ppm_tiny", "--trainer.accelerator=cpu", f"--out={tmp_path}", "--pruner=ppm", "--method=sweep"]
-    slim.main([*recipe, "--grid=[0.9]", "--limit=7", f"--file={tmp_path / 'sweep.json'}"])
+    slim.main([*recipe, "--sweep.grid=[0.9]", "--sweep.limit=7", f"--sweep.file={tmp_path / 'sweep.json'}"])
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["name"] for row in record["rows"]][:2] == ["start", "all 0.9"]
     assert {row["part"] for row in record["rows"]} == {

@@ -103,7 +103,7 @@ class ConsensusPPM(PPM):
         whole, left = total_of(self), torch.zeros((), device=self.head.weight.device)
         apart: list[Tensor] = []
         for layer, gate in zip(self.layers, self.gates, strict=True):
-            mean = gate.drawn.mean(0)  # type: ignore[union-attr,operator]
+            mean = gate.drawn.mean(0)  # type: ignore[operator]
             left = left + layer.parameters * mean.sum()
             apart.append(mean * (1 - mean))
         inner = sum(layer.parameters * layer.units for layer in self.layers)
@@ -122,7 +122,7 @@ class ConsensusPPM(PPM):
     def keeps(self) -> dict[str, Tensor]:
         """For each layer by name, (U,) bool: the units that are open for most, as many as may stay."""
         worth = {
-            layer.name: gate.open_for + 1e-3 * gate.bias.sigmoid()  # type: ignore[operator,union-attr]
+            layer.name: gate.open_for + 1e-3 * gate.bias.sigmoid()  # type: ignore[operator]
             for layer, gate in zip(self.layers, self.gates, strict=True)
         }
         return choose(self, worth, int((1 - self.config.sparsity) * total_of(self)) + total(self) - total_of(self))

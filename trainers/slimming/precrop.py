@@ -10,7 +10,7 @@ authors treat widths that residual connections tie together could not be found.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.schedule import precrop
@@ -45,7 +45,7 @@ class Costs:
         return 2 * (reads + t) * hidden * inner + 2 * reads * t * inner
 
 
-def precrop_sizes(ppm: PPM, sparsity: float, costs: Costs) -> dict[str, tuple[int, ...]]:
+def precrop_sizes(ppm: PPM, sparsity: float, costs: Costs) -> dict[str, Any]:
     """Config fields of a smaller one.
 
     Args:

@@ -22,23 +22,23 @@ from .weights import check_sparsity
 
 def sweep_all(run: Run, console: Console) -> None:
     """Measure how much each part bears, on the validation split."""
-    config, file = run.config, Path(run.config.file)
-    pruner, suite = trained(run), suite_of(config.data, "validation", config.limit)
-    for sparsity in config.grid:
+    config, file = run.config, Path(run.config.sweep.file)
+    pruner, suite = trained(run), suite_of(config.data, "validation", config.sweep.limit)
+    for sparsity in config.sweep.grid:
         check_sparsity(sparsity)
-    copies = {START: pruner, **sweep(pruner, sorted(config.grid), config.even)}
+    copies = {START: pruner, **sweep(pruner, sorted(config.sweep.grid), config.even)}
     journal = file.with_name(f"{file.name}.partial.npz")
     known_by = json.dumps([run.line, suite.fingerprint(), weights_digest(split_options(find_pruner(config.pruner))[0])])
-    rows = measure_all(config.model.init_args.vlm, suite, copies, config.keep, journal, known_by, console)
+    rows = measure_all(config.model.init_args.vlm, suite, copies, config.sweep.keep, journal, known_by, console)
     for row in rows:
         name = row["name"].split()
         row |= {"part": name[0], "sparsity": float(name[1]) if len(name) > 1 else 0.0, **size_of(copies[row["name"]])}
-    found = cliffs(rows[1:], config.drop)
-    facts = {"command": run.line, "vlm": config.model.init_args.vlm, "pruner": config.pruner, "keep": config.keep}
+    found = cliffs(rows[1:], config.sweep.drop)
+    facts = {"command": run.line, "vlm": config.model.init_args.vlm, "pruner": config.pruner, "keep": config.sweep.keep}
     facts |= {"suite": suite.name, "suite_version": suite.version, "split": "validation", "n": len(suite)}
-    write_record({**facts, "versions": versions(), "rows": rows, "cliffs": found, "drop": config.drop}, file)
+    write_record({**facts, "versions": versions(), "rows": rows, "cliffs": found, "drop": config.sweep.drop}, file)
     journal.unlink(missing_ok=True)
-    table = Table(title=f"{suite.name} validation, {len(suite)} questions, keep {config.keep}")
+    table = Table(title=f"{suite.name} validation, {len(suite)} questions, keep {config.sweep.keep}")
     for column in ("part", "sparsity", "retention", "against the start"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in rows:
@@ -46,7 +46,7 @@ def sweep_all(run: Run, console: Console) -> None:
     console.print(table)
     for part, sparsity in found.items():
         bears = "not even the first" if sparsity is None else f"{sparsity:g}"
-        console.print(f"{part}: bears {bears} (more than {config.drop:g} points are not surely lost)")
+        console.print(f"{part}: bears {bears} (more than {config.sweep.drop:g} points are not surely lost)")
     console.print(f"numbers: {file}; zeros are no speed-up", soft_wrap=True)
 
 

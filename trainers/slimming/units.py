@@ -8,6 +8,7 @@ Letters: U units of a layer, C channels of a unit (1 of a feed-forward layer, E 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def total(ppm: PPM) -> int:
     return own(ppm)
 
 
-def sizes(layers: list[Layer], units: list[int]) -> dict[str, tuple[int, ...]]:
+def sizes(layers: list[Layer], units: list[int]) -> dict[str, Any]:
     """Config fields of a PPM whose layers have so many units."""
     found = list(zip(layers, units, strict=True))
     return {

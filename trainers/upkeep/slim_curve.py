@@ -38,6 +38,7 @@ from trainers.evaluation.record import versions, write_record
 from trainers.slimming.measure import START, measure_all
 from trainers.slimming.methods import METHODS
 from trainers.slimming.note import NOTE_FILE, size_of
+from trainers.slimming.sweeping import spoken
 from trainers.slimming.weights import check_sparsity
 
 from .selection import made_up
@@ -111,15 +112,19 @@ def time_all(pruners: dict[str, Pruner], width: int, tokens: int, repeats: int) 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Retention against parameters that are not zero, and against time; a colour for each method."""
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    rows = [row for row in rows if row["retention"] is not None]  # of few questions the model may see nothing
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != START))
-    (start,) = (row for row in rows if row["method"] == START)
-    panels = (("not_zero", "parameters that are not zero"), ("time", "time of the pruner, 1 = before"))
-    for number, (key, label) in enumerate(panels, start=1):
+    panels = (
+        ("not_zero", 1000, "thousand parameters that are not zero"),
+        ("time", 1, "time of the pruner, 1 = before"),
+    )
+    for number, (key, unit, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
-        axes.axhline(start["retention"], color=GREY, linewidth=0.9)
+        for start in (row for row in rows if row["method"] == START):
+            axes.axhline(start["retention"], color=GREY, linewidth=0.9)
         for method, colour, marker in zip(methods, COLOURS, MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
-            x = [row[key] for row in own]
+            x = [row[key] / unit for row in own]
             axes.plot(x, [row["retention"] for row in own], marker, color=colour, markersize=4, label=method)
             axes.vlines(x, *zip(*(row["ci"] for row in own), strict=True), color=colour, linewidth=1, alpha=0.6)
         axes.set(xlabel=label, ylabel=f"retention at {KEEP}, %" if number == 1 else "")
@@ -135,7 +140,7 @@ def show(record: dict[str, Any], console: Console) -> None:
     for column in ("method", "sparsity", "seed", "parameters", "not zero", "retention", "time"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in record["rows"]:
-        retention = f"{row['retention']:.1f} ({row['ci'][0]:.1f} … {row['ci'][1]:.1f})"
+        retention = spoken(row["retention"], row["ci"])
         sizes = f"{row['parameters']:,}", f"{row['not_zero']:,}"
         table.add_row(row["method"], f"{row['sparsity']:g}", str(row["seed"]), *sizes, retention, f"{row['time']:.2f}")
     console.print(table)
