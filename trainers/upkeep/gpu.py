@@ -153,7 +153,8 @@ def run_speed(part: Part, shape: Shape) -> None:
         for row in setting.rows() if setting else []:
             kept = round(batch * (row["tokens"] + row["length"]) * of_token)
             part.rows.append({"image_tokens": tokens, "decode": decode, **row, "kv_bytes": kept})
-    part.rows += list(break_even(part.rows))
+    if part.rows:
+        part.rows += list(break_even(part.rows))
 
 
 def break_even(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
