@@ -18,8 +18,7 @@ from trainers.evaluation.scores import ALL_TOKENS, FULL
 
 from .flops import Work, request_work
 from .memory import peak_memory, weights_size
-from .models import Request
-from .probe import PARTS, Reading, timed_request
+from .probe import PARTS, Asked, Reading, timed_request
 
 BARE = "bare"
 """The model with nothing attached: what every ratio is against."""
@@ -80,7 +79,7 @@ class Setting:
         repeats: Pairs for each case, at least 1.
     """
 
-    def __init__(self, vlm: Any, request: Request, cases: Sequence[Case], decode: int, repeats: int) -> None:
+    def __init__(self, vlm: Any, request: Asked, cases: Sequence[Case], decode: int, repeats: int) -> None:
         self.vlm, self.request, self.decode, self.repeats = vlm, request, decode, repeats
         self.bare, *self.cases = cases
         self.weights = weights_size(vlm)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,12 +17,30 @@ from prunezoo.core.contract import Pruner
 from prunezoo.host import attach
 
 from .flops import counted_flops
-from .models import Request
 
 PARTS = (
     "preprocessing", "vision", "pruner", "other", "prefill", "decode", "first_token", "end_to_end",
 )  # fmt: skip
 """What is timed; see :func:`timed_request`."""
+
+
+class Asked(Protocol):
+    """What is asked of a model: a prompt about each of some pictures.
+
+    Attributes:
+        items: One for each picture.
+        image_tokens: Of each.
+        columns: Image tokens and words of each prompt.
+        length: Words of each.
+    """
+
+    items: list[Any]
+    image_tokens: int
+    columns: int
+    length: int
+
+    def __call__(self) -> dict[str, Any]:
+        """What the model is given."""
 
 
 @dataclass
@@ -105,7 +123,7 @@ def probed(vlm: Any, count: bool) -> Iterator[Marks]:
 
 @torch.no_grad()
 def timed_request(
-    vlm: Any, request: Request, pruner: Pruner | None, keep: int | float | str, decode: int, count: bool = False
+    vlm: Any, request: Asked, pruner: Pruner | None, keep: int | float | str, decode: int, count: bool = False
 ) -> Reading:
     """Run one request from raw pictures to the last token, and time its parts.
 

@@ -93,12 +93,13 @@ class PPMConfig(PrunerConfig):
         if self.hidden or self.blocks:
             return self
 
-        def sized(hidden: int) -> Self:
+        def sized(hidden: int) -> PPMConfig:
             return replace(self, hidden=hidden, blocks=BLOCKS if hidden >= DEEP else BLOCKS // 2, budget_flops=None)
 
         step, most = 2 * self.heads, (self.budget_flops or SHARE) * prefill.flops
         widths = range(step, max(self.width, step) + 1, step)
-        return sized(largest(widths, lambda h: sized(h).flops(prefill), most, "ppm", self.budget_flops))
+        chosen = sized(largest(widths, lambda h: sized(h).flops(prefill), most, "ppm", self.budget_flops))
+        return replace(self, **vars(chosen))
 
     def flops(self, prefill: Prefill) -> int:
         """Operations of the pruner on one picture and its prompt."""
