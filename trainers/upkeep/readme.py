@@ -6,9 +6,9 @@ They stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`:
 
 No number and no "yes" in them is typed: `models`, `support` and `methods` come from tests/families/*.json, which
 `make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
-hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, of `make gpu`, `gain`, `accuracy`,
-`zoo` and those of the league from the records beside the shipped modules, in hub_cards/league/ and in
-hub_cards/measured/.
+hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, of `make gpu`, `walk` from
+hub_cards/walk.json, `gain`, `accuracy`, `zoo` and those of the league from the records beside the shipped modules, in
+hub_cards/league/ and in hub_cards/measured/.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from trainers.evaluation.scores import ALL_TOKENS, FULL
 from .methods import methods_section
 from .pages import by_stage
 from .support import support_brief, support_section
+from .walk import walk_section
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -84,6 +85,12 @@ def gpu() -> str:
     return "\n".join(map(gpu_section, records)) or "No GPU has been measured yet.\n"
 
 
+def walked() -> str:
+    """How long a newcomer's way through README takes."""
+    how = "`python -m trainers.upkeep.walk --json hub_cards/walk.json` writes it"
+    return walk_section(read_object(ROOT / "hub_cards" / "walk.json", what="a record", remedy=how))
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "gain": gain,
@@ -92,6 +99,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy": league.leaders,
         "speed": lambda: speed_brief(recorded_speed(), TIMED),
     },
+    ROOT / "docs" / "quick_start.md": {"walk": walked},
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
     ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed()), "gpu": gpu},

@@ -3,8 +3,9 @@
     python -m trainers.upkeep.walk --json hub_cards/walk.json     from nothing to a pruner that could be published
 
 The library is installed into a bare environment, and the repository is cloned and set up, by the commands that README
-has, with this clone as the address. Uncommitted changes are not walked. The times of docs/quick_start.md are
-made from the record that is written.
+has, with this clone as the address. Uncommitted changes are not walked. Which build of torch is downloaded is pip's
+choice: `PIP_CONSTRAINT=FILE` in front of the command has a say. The times of docs/quick_start.md are made from the record
+that is written.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from trainers.cli.options import add_option
 ADDRESS = "https://ADDRESS-OF-THIS-REPOSITORY"
 CLONE, BARE = "prunezoo", "bare"
 """The folders that are made: the clone, and the environment that has the library alone."""
+VERSION = "from importlib.metadata import version; print(version('torch'))"
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,19 @@ def _programs(step: Step, folder: Path) -> Path:
     return folder / (BARE if step.text.startswith("pip ") else f"{CLONE}/.venv") / "bin"
 
 
-def record_of(steps: Sequence[tuple[Step, float]], load: float) -> dict[str, Any]:
+def record_of(steps: Sequence[tuple[Step, float]], torch: str, load: float) -> dict[str, Any]:
     """What was walked, and on what machine.
 
     Args:
         steps: each with its seconds.
+        torch: the release and build that pip has installed.
         load: processes that wanted to run on the machine when the walk began, as `os.getloadavg` counts them.
     """
     return {
         "date": str(datetime.now(UTC).date()),
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "torch": torch,
         "load": round(load, 1),
         "steps": [{"heading": s.heading, "run": s.short, "seconds": round(seconds, 1)} for s, seconds in steps],
     }
@@ -116,8 +120,8 @@ def walk_section(record: Mapping[str, Any]) -> str:
     lines += [f"| {step['heading']} | `{step['run']}` | {step['seconds']:.1f} |" for step in record["steps"]]
     minutes = sum(step["seconds"] for step in record["steps"]) / 60
     said = (
-        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']}, downloads included, "
-        f"under a load of {record['load']} from other work at the start. Measured {record['date']} by "
+        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']} and torch {record['torch']}, downloads "
+        f"included, under a load of {record['load']} from other work at the start. Measured {record['date']} by "
         "`python -m trainers.upkeep.walk --json hub_cards/walk.json`."
     )
     return "\n".join([*lines, "", said, ""])
@@ -140,11 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         venv.create(folder / BARE, with_pip=True)
         done = list(walk((ROOT / "README.md").read_text(encoding="utf-8"), folder, f"file://{ROOT}"))
+        torch = subprocess.check_output([folder / BARE / "bin" / "python", "-c", VERSION], text=True).strip()  # noqa: S603
     for step, seconds in done:
         print(f"{seconds:7.1f} s  {step.heading}: {step.short}")
     if args.json is not None:
         with whole_file(args.json) as scratch_file:
-            scratch_file.write_text(json.dumps(record_of(done, load), indent=1) + "\n", encoding="utf-8")
+            scratch_file.write_text(json.dumps(record_of(done, torch, load), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
