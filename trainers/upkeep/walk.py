@@ -4,8 +4,8 @@
 
 The library is installed into a bare environment, and the repository is cloned and set up, by the commands that README
 has, with this clone as the address. Uncommitted changes are not walked. Which build of torch is downloaded is pip's
-choice: `PIP_CONSTRAINT=FILE` in front of the command has a say. The times of docs/quick_start.md are made from the record
-that is written.
+choice: `PIP_CONSTRAINT=FILE` in front of the command has a say. The times of docs/quick_start.md are made from the
+record that is written.
 """
 
 import argparse
@@ -120,9 +120,9 @@ def walk_section(record: Mapping[str, Any]) -> str:
     lines += [f"| {step['heading']} | `{step['run']}` | {step['seconds']:.1f} |" for step in record["steps"]]
     minutes = sum(step["seconds"] for step in record["steps"]) / 60
     said = (
-        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']} and torch {record['torch']}, downloads "
-        f"included, under a load of {record['load']} from other work at the start. Measured {record['date']} by "
-        "`python -m trainers.upkeep.walk --json hub_cards/walk.json`."
+        f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']} and torch "
+        f"{record['torch']}, downloads included, under a load of {record['load']} from other work at the start. Measured "
+        f"{record['date']} by `python -m trainers.upkeep.walk --json hub_cards/walk.json`."
     )
     return "\n".join([*lines, "", said, ""])
 
