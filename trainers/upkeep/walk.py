@@ -121,8 +121,8 @@ def walk_section(record: Mapping[str, Any]) -> str:
     minutes = sum(step["seconds"] for step in record["steps"]) / 60
     said = (
         f"{minutes:.1f} minutes in all on a {record['machine']}, with Python {record['python']} and torch "
-        f"{record['torch']}, downloads included, under a load of {record['load']} from other work at the start. Measured "
-        f"{record['date']} by `python -m trainers.upkeep.walk --json hub_cards/walk.json`."
+        f"{record['torch']}, downloads included, under a load of {record['load']} from other work at the start. "
+        f"Measured {record['date']} by `python -m trainers.upkeep.walk --json hub_cards/walk.json`."
     )
     return "\n".join([*lines, "", said, ""])
 
