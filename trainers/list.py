@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("name", nargs="*", help="tell all about these: a method or a shipped pruner")
     p.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = p.parse_args(argv)
-    console = Terminal(width=None if sys.stdout.isatty() else 132)
+    console = Terminal(width=None if sys.stdout.isatty() else 144)
     zoo = read_zoo()
     found = entries(zoo)
     if args.markdown:

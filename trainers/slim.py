@@ -166,7 +166,11 @@ class Slimming:
             "--export.monitor=null",
         ]  # a state of before has no zeros, or no sub-network
         words += [f"{PRUNER}.class_path={kind}"] if kind else []
-        words += [f"{PRUNER}.init_args.config.{name}={json.dumps(value)}" for name, value in fields.items()]
+        words += [
+            f"{PRUNER}.init_args.config.{name}={json.dumps(value)}"
+            for name, value in fields.items()
+            if value is not None
+        ]
         words += [f"--trainer.max_steps={steps}"] if steps else []
         cli = build(words, TrainCLI)
         module, trainer, folder = cli.model, cli.trainer, Path(cli.config.checkpoint.dirpath)

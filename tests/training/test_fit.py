@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(world, tiny_llava_folder, tmp_
         ("--data.images=/nowhere/at/all", "/nowhere/at/all"),
         ("--data.batch_size=0", "batch_size"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
-        ("--model.pruner.config.foo=1", "PPMConfig': Option 'foo' is not accepted; there are: blocks"),
+        ("--model.pruner.config.foo=1", "PPMConfig': Option 'foo' is not accepted; there are: attention_heads, blocks"),
         ("--trainer.precision=foo", "trainer.precision"),
         ("--trainer.max_steps=-5", "max_steps"),
         ("--trainer.devices=0", "devices"),

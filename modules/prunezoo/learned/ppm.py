@@ -17,6 +17,7 @@ Letters: B batch, N image tokens, T prompt tokens, D width of the language model
 """
 
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Self
 
 import torch.nn.functional as F
@@ -125,7 +126,9 @@ class PPM(Pruner):
         self.project = nn.Linear(c.width, c.hidden, bias=False)  # one map for both, so that likeness survives it
         nn.init.orthogonal_(self.project.weight)
         self.place = nn.Linear(4 * c.octaves + 2, c.hidden)
-        feeds, heads = (iter(values) for values in c.inner)
+        # not by `inner`: a config of a stranger may say a billion blocks, which are refused as they are made
+        feeds = iter(c.feed_widths or repeat(2 * c.hidden))
+        heads = iter(c.attention_heads or repeat(c.heads))
         self.blocks = nn.ModuleList(
             VisualBlock(c.hidden, c.heads, c.query_aware, next(feeds), [next(heads) for _ in range(1 + c.query_aware)])
             for _ in range(c.blocks)

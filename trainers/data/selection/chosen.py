@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezoo.core.bounds import MOST_RECORD_BYTES
+from prunezoo.core.bounds import MOST_RECORD_BYTES, parse_json
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_json
 from trainers.cli.errors import whole_file
@@ -78,7 +78,7 @@ class Chosen:
                 f"data.only={path}: chosen from {self.total} items, and here are {total}; set data.train_items, or "
                 "choose anew"
             )
-        written = json.loads(json.dumps(source))
+        written = parse_json(json.dumps(source))
         for key in (*self.source, *written):
             was, now = self.source.get(key), written.get(key)
             if was != now:
