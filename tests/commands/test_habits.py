@@ -130,7 +130,7 @@ def test_the_list_has_every_method_and_what_was_measured(capsys):
         assert method in shown or method in shipped.values(), method
     assert lines["ppm-tiny"][1:4] == ["learned", "prompt", "tiny-llava"]
     assert "98.8" in lines["ppm-tiny"] and "2508.17243" in lines["ppm-tiny"]
-    assert lines["divprune"][5:9] == ["98.8", "95.6", "83.7", "66.3"]
+    assert lines["divprune"][6:10] == ["98.8", "95.6", "83.7", "66.3"]
     assert zoo.main(["ppm"]) == 0
     told = capsys.readouterr().out
     assert (
