@@ -51,17 +51,18 @@ KNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 """Sizes by Hub id, used only where the Hub cannot be reached."""
 
 
-def load_config(vlm: str) -> tuple[Any, str]:
+def load_config(vlm: str, download: bool = True) -> tuple[Any, str]:
     """A model's configuration, and where it came from, in words.
 
     Args:
         vlm: Folder with a `config.json`, or Hub id.
+        download: Whether the Hub is asked for what is not on this machine yet.
 
     Raises:
         PruneZooError: It cannot be read, and the model is none of those known.
     """
     try:
-        return AutoConfig.from_pretrained(vlm), "its own config.json"
+        return AutoConfig.from_pretrained(vlm, local_files_only=not download), "its own config.json"
     except (OSError, ValueError) as error:
         if vlm in KNOWN:
             make, sizes = KNOWN[vlm]

@@ -47,9 +47,12 @@ def prefill_share(pruner: Pruner, config: Any) -> float | None:
 
 
 def share_on(pruner: Pruner, vlm: str) -> float | None:
-    """The same by a model's folder or Hub id; None too where its configuration cannot be read."""
+    """The same by a model's folder or Hub id; None too where its configuration is not on this machine.
+
+    The Hub is not asked: a card must not wait for a network that may not be there.
+    """
     try:
-        config, _ = load_config(vlm)
+        config, _ = load_config(vlm, download=False)
     except PruneZooError:
         return None
     return prefill_share(pruner, config)
