@@ -160,17 +160,11 @@ class Slimming:
         """
         given = start or self.start()
         fields = {**({} if given is None else given.config.to_dict()), **(settings or {})}
-        words = [
-            *self.words,
-            f"--out={out}",
-            "--export.monitor=null",
-        ]  # a state of before has no zeros, or no sub-network
+        # the last state: one of before has no zeros, or no sub-network
+        words = [*self.words, f"--out={out}", "--export.monitor=null"]
         words += [f"{PRUNER}.class_path={kind}"] if kind else []
-        words += [
-            f"{PRUNER}.init_args.config.{name}={json.dumps(value)}"
-            for name, value in fields.items()
-            if value is not None
-        ]
+        said = {name: value for name, value in fields.items() if value is not None}
+        words += [f"{PRUNER}.init_args.config.{name}={json.dumps(value)}" for name, value in said.items()]
         words += [f"--trainer.max_steps={steps}"] if steps else []
         cli = build(words, TrainCLI)
         module, trainer, folder = cli.model, cli.trainer, Path(cli.config.checkpoint.dirpath)

@@ -64,6 +64,14 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure of curves with intervals, in folders made if need be, without frames at the top and right."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, facecolor="white")
+
+
 def _draw_panel(
     axes: Axes, record: Mapping[str, Any], group: str, pruners: Sequence[str], colours: Mapping[str, str]
 ) -> None:

@@ -26,7 +26,7 @@ from trainers.cli.errors import check_output, command
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.cli.recipes import load_yaml
 from trainers.cli.terminal import Terminal
-from trainers.evaluation.curves import COLOURS, GREY
+from trainers.evaluation.curves import COLOURS, GREY, save_figure
 from trainers.evaluation.record import mean_row, read_record, versions, write_record
 from trainers.planning.share import share_on
 from trainers.upkeep.support import ROOT
@@ -85,9 +85,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.axhline(100, color=GREY, linewidth=0.9)
     axes.set(xscale="log", xlabel="pruner's operations, % of a prefill", ylabel="retention, %")
     axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
+    save_figure(figure, path)
 
 
 def show(record: dict[str, Any], console: Console) -> None:

@@ -32,7 +32,7 @@ from trainers.cli.names import ROOT, find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.cli.terminal import Terminal
 from trainers.data.suite import load_suite
-from trainers.evaluation.curves import COLOURS, GREY, MARKERS
+from trainers.evaluation.curves import COLOURS, GREY, MARKERS, save_figure
 from trainers.evaluation.loading import default_device, device_name
 from trainers.evaluation.record import versions, write_record
 from trainers.slimming.measure import START, measure_all
@@ -128,10 +128,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(x, [row["retention"] for row in own], marker, color=colour, markersize=4, label=method)
             axes.vlines(x, *zip(*(row["ci"] for row in own), strict=True), color=colour, linewidth=1, alpha=0.6)
         axes.set(xlabel=label, ylabel=f"retention at {KEEP}, %" if number == 1 else "")
-        axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
+    save_figure(figure, path)
 
 
 def show(record: dict[str, Any], console: Console) -> None:

@@ -34,7 +34,7 @@ from trainers.cli.names import find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
 from trainers.cli.terminal import Terminal
 from trainers.data.suite import SPLITS, load_suite
-from trainers.evaluation.curves import COLOURS, GREY
+from trainers.evaluation.curves import COLOURS, GREY, save_figure
 from trainers.evaluation.loading import default_device, default_dtype
 from trainers.evaluation.record import versions, write_record
 from trainers.evaluation.statistics import Floats, interval, resample
@@ -146,9 +146,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
+    save_figure(figure, path)
 
 
 def show(record: dict[str, Any], console: Console) -> None:
