@@ -32,8 +32,9 @@ BOUNDED = {"modules/prunezoo/core/bounds.py", "trainers/cli/recipes.py"}
 PARSERS = {"json": {"load", "loads", "JSONDecoder"}, "yaml": {name for name in vars(yaml) if "load" in name}}
 TEXTS = {
     "modules/prunezoo/core/files.py", "modules/prunezoo/core/registry.py", "trainers/data/easy_vqa.py",
-    "trainers/data/llava_json.py", "trainers/data/shards.py", "trainers/data/web_shards.py",
-    "trainers/evaluation/search.py", "trainers/evaluation/web.py", "trainers/harnessing/jobs.py",
+    "trainers/data/llava_json.py", "trainers/data/selection/chosen.py", "trainers/data/shards.py",
+    "trainers/data/web_shards.py", "trainers/evaluation/search.py", "trainers/evaluation/web.py",
+    "trainers/harnessing/jobs.py",
 }  # fmt: skip
 """What may parse a text that is no file, or whose file it has bounded itself."""
 
