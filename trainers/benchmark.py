@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--decode", type=int, default=16, help="new tokens of an answer")
     p.add_argument("--repeats", type=int, default=10, help="times that each case is run beside the bare model")
     p.add_argument("--picture", default="640x480", help="width and height of the pictures in pixels")
+    p.add_argument("--compile", action="store_true", help="time each learned pruner compiled by torch, too")
     for name in ("json", "device", "dtype"):
         add_option(p, name)
     return p

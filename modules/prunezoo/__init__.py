@@ -1,5 +1,6 @@
 """prunezoo: small learned visual-token pruners for frozen vision-language models."""
 
+from .core.compiled import compile_pruner
 from .core.config import PrunerConfig
 from .core.contract import PruneInputs, PruneOutput, Pruner
 from .core.errors import PruneZooError
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "attach",
     "build_pruner",
+    "compile_pruner",
     "doctor",
     "encode",
     "full_forward",

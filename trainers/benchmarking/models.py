@@ -42,12 +42,13 @@ class Sizes:
 
 SIZES = {
     "llava-120m": Sizes(256, 1024, 6, 768, 2048, 15, heads=12, vocabulary=8192, tied=True),
+    "llava-500m": Sizes(512, 2048, 12, 1024, 4096, 30, heads=16, vocabulary=8192, tied=True),
     "llava-7b": Sizes(1024, 4096, 24, 4096, 11008, 32, heads=32, vocabulary=32064, tied=False),  # LLaVA-1.5-7B's
 }
 """Models that `--vlm random:NAME` makes up. How long a model takes depends on its sizes, not on its weights.
 
-The small one has a small vocabulary, since with the usual one the output embedding, whose cost does not depend on the
-prompt, would be a fifth of it; of LLaVA-1.5-7B it is a fiftieth.
+The small ones have a small vocabulary, since with the usual one the output embedding, whose cost does not depend on the
+prompt, would be a fifth of the first; of LLaVA-1.5-7B it is a fiftieth.
 """
 
 

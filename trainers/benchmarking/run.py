@@ -1,12 +1,14 @@
 """What `trainers.benchmark` does: measure in turns, write the numbers, print."""
 
 import argparse
+from copy import deepcopy
 from itertools import product
 from typing import Any
 
 from rich.console import Console
 
 from prunezoo.core.base_model import BaseModel
+from prunezoo.core.compiled import compile_pruner, networks
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.prefill import Prefill
 from prunezoo.core.registry import list_pruners
@@ -23,6 +25,9 @@ from trainers.evaluation.record import versions, write_record
 from .measure import Setting, cases_of
 from .models import Request, load_for_timing, load_model
 from .tables import print_record
+
+COMPILED = "compiled"
+"""Behind the name of a pruner: its networks are compiled by torch."""
 
 
 def picture_size(text: str) -> tuple[int, int]:
@@ -51,6 +56,9 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
     sizes = model.width, model.tower_width, Prefill.of(vlm.config)
     pruners = [(name, load_for_timing(name, *sizes).to(vlm.device)) for name in dict.fromkeys(named)]
+    if args.compile:
+        again = [(f"{name} {COMPILED}", deepcopy(pruner)) for name, pruner in pruners if any(networks(pruner))]
+        pruners += [(name, compile_pruner(pruner)) for name, pruner in again]
     for budget, (_, pruner) in product(budgets, pruners):
         with attach(vlm, pruner, budget.keep):  # refuses here and now what it cannot do
             pass
