@@ -21,7 +21,6 @@ READ_BY_NATURE = {
     "random": "draws by what is in the picture, on the host",
     "atp": "decides itself how many tokens it keeps",
     "budget": "decides itself how many tokens it keeps",
-    "hourglass": "chooses among the frames of each clip, image by image",
     "changed": "holds of each image what it kept, and asks whose it is",
 }
 

@@ -7,10 +7,12 @@ import torch
 from tiny_llava import make_image
 
 from prunezoo import PruneInputs, PruneZooError
+from prunezoo.core.clusters import density_peaks
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import encode, full_forward
 from prunezoo.host.stages.prompt import shorten_prompt
 from prunezoo.learned.hourglass import Hourglass, clip_times, represent
+from prunezoo.training_free._grid import share as dealt
 from trainers.training.hourglass import HourglassModule
 from trainers.training.losses import unexplained
 
@@ -64,15 +66,40 @@ def test_as_few_frames_as_hold_the_share(share, keep, frames):
     assert (counts > 0).sum() == frames and counts[counts > 0].max() - counts[counts > 0].min() <= 1
 
 
+def alone(tokens, frame, count, of_frame, neighbours):
+    """One image without padding, frame by frame: (n,) bool."""
+    numbers = frame.unique().tolist()
+    means = torch.stack([tokens[frame == number].mean(0) for number in numbers])
+    every = torch.ones(1, len(numbers), dtype=torch.bool)
+    order = density_peaks(means[None], every, torch.tensor([len(numbers)]), len(numbers), neighbours)[0][0]
+    few, given = [], 0.0
+    for place in order.tolist():
+        if given < count - 1e-6:
+            few.append(numbers[place])
+            given += of_frame * float((frame == numbers[place]).sum())
+    few.sort()
+    kept = torch.zeros_like(frame, dtype=torch.bool)
+    for number, quota in zip(few, dealt(count, [int((frame == n).sum()) for n in few]), strict=True):
+        slots = (frame == number).nonzero()[:, 0]
+        every = torch.ones(1, len(slots), dtype=torch.bool)
+        best = density_peaks(tokens[slots][None], every, torch.tensor([quota]), max(quota, 1), neighbours)[0][0]
+        kept[slots[best[:quota]]] = True
+    return kept
+
+
 def test_frames_of_other_sizes_give_exactly_what_is_asked():
-    frame = torch.tensor([0] * 5 + [1] * 2 + [2] * 8)
     torch.manual_seed(0)
-    tokens = torch.randn(15, WIDTH)
+    frame = torch.tensor([[0] * 5 + [1] * 2 + [2] * 8, [0] * 4 + [3] * 6 + [0] * 5])
+    valid = torch.arange(15) < torch.tensor([15, 10])[:, None]
+    tokens = torch.randn(2, 15, WIDTH)
     for share in (0.1, 0.5, 1.0):
-        for count in range(1, 16):
-            kept = represent(tokens, frame, count, share, 2)
-            assert kept.sum() == count
-            assert not (frame[kept].bincount(minlength=3) > frame.bincount()).any()
+        for counts in zip(range(1, 16), [*range(10, 0, -1)] * 2, strict=False):
+            kept = represent(tokens, frame, valid, counts, share, 2)
+            assert kept.sum(1).tolist() == list(counts)
+            for row, count in enumerate(counts):
+                own = valid[row]
+                wanted = alone(tokens[row][own], frame[row][own], count, share, 2)
+                assert torch.equal(kept[row][own], wanted) and not kept[row][~own].any()
 
 
 def test_what_stays_is_as_it_was_until_it_has_learnt_to_gather():

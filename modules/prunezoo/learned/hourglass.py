@@ -28,13 +28,16 @@ Letters: B images, N image tokens, K kept, n tokens and F frames of one image, D
 width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.budgets import upload
 from ..core.checks import require_no_nan
 from ..core.clusters import density_peaks
 from ..core.config import PrunerConfig
@@ -112,15 +115,9 @@ class Hourglass(Pruner):
 
     @torch.no_grad()
     def represent(self, inputs: PruneInputs) -> Tensor:
-        """``(B, N)`` bool, as many of each image as are asked for; image by image, since frames differ."""
-        mask, c = torch.zeros_like(inputs.valid), self.config
-        frames = inputs.signal("frame").long().clamp_min(0)
-        for row, count in enumerate(inputs.asked or ()):
-            slots = inputs.valid[row].nonzero()[:, 0]
-            if len(slots):
-                frame = frames[row, slots].unique(return_inverse=True)[1]
-                mask[row, slots] = represent(inputs.features[row, slots].float(), frame, count, c.share, c.neighbours)
-        return mask
+        """``(B, N)`` bool, as many of each image as are asked for."""
+        c, frames = self.config, inputs.signal("frame").long().clamp_min(0)
+        return represent(inputs.features.float(), frames, inputs.valid, inputs.asked or (), c.share, c.neighbours)
 
     def places(self, inputs: PruneInputs) -> Tensor:
         """``(B, N, 6 * octaves + 2)``: where a token lies, as in `ppm`, and sines and cosines of when."""
@@ -186,31 +183,70 @@ def clip_times(inputs: PruneInputs) -> Tensor:
     return frames / frames.amax(1, keepdim=True).clamp_min(1)
 
 
-def represent(tokens: Tensor, frame: Tensor, count: int, of_frame: float, neighbours: int) -> Tensor:
-    """``(n,)`` bool: ``count`` tokens of as few frames as have them, where a frame gives a share of its own.
+def represent(
+    tokens: Tensor, frame: Tensor, valid: Tensor, counts: Sequence[int], of_frame: float, neighbours: int
+) -> Tensor:
+    """``(B, N)`` bool: so many tokens of each image, of as few frames as have them, where a frame gives a share of its
+    own.
+
+    Frames differ from image to image, so that the host asks the device twice: of which frame each token is, and which
+    frames are the peaks; not image by image.
 
     Args:
-        tokens: ``(n, D)`` float32.
-        frame: ``(n,)`` long, from 0.
-        count: At most n.
+        tokens: ``(B, N, D)`` float32.
+        frame: ``(B, N)`` long, from 0; numbers may be left out.
+        valid: ``(B, N)`` bool.
+        counts: Of each image, at most its tokens.
         of_frame: Share in (0, 1] of its tokens that a representative frame gives; more where all frames give theirs.
         neighbours: By which density is measured.
     """
-    sizes = frame.bincount()
-    means = tokens.new_zeros(len(sizes), tokens.shape[1]).index_add(0, frame, tokens) / sizes[:, None]
-    real, every = torch.ones_like(sizes, dtype=torch.bool)[None], sizes.new_tensor([len(sizes)])
-    order = density_peaks(means[None], real, every, len(sizes), neighbours)[0][0]
-    given = (of_frame * sizes[order]).cumsum(0)
-    few = order[: int((given < count - 1e-6).sum()) + 1].sort().values
-    quotas = share(count, sizes[few].tolist())
+    numbers = frame.masked_fill(~valid, -1).cpu().numpy()
+    clips = [[np.flatnonzero(row == number) for number in np.unique(row[row >= 0])] for row in numbers]
+    every = [slots for clip in clips for slots in clip]
+    rows = [row for row, clip in enumerate(clips) for _ in clip]
+    if not every:
+        return torch.zeros_like(valid)
+    of_all, there = gathered(tokens, rows, every)
+    means = of_all.masked_fill(~there[..., None], 0).sum(1) / there.sum(1)[:, None]
+    most = max(map(len, clips))
+    table = tokens.new_zeros(len(clips), most, tokens.shape[2])
+    place = upload([place for clip in clips for place in range(len(clip))], tokens.device)
+    table[upload(rows, tokens.device), place] = means
+    lengths = upload([len(clip) for clip in clips], tokens.device)
+    real = torch.arange(most, device=tokens.device) < lengths[:, None]
+    order = density_peaks(table, real, lengths, most, neighbours)[0].cpu().numpy()
 
-    table = tokens.new_zeros(len(few), int(sizes[few].max()), tokens.shape[1])
-    there = torch.arange(table.shape[1], device=tokens.device) < sizes[few][:, None]
-    slots = [(frame == number).nonzero()[:, 0] for number in few.tolist()]
+    few: list[np.ndarray] = []
+    owners: list[int] = []
+    quotas: list[int] = []
+    for row, (clip, count) in enumerate(zip(clips, counts, strict=True)):
+        ranked = order[row][: len(clip)]
+        given = of_frame * np.cumsum([len(clip[number]) for number in ranked])
+        chosen = sorted(ranked[: int((given < count - 1e-6).sum()) + 1].tolist())
+        few += [clip[number] for number in chosen]
+        owners += [row] * len(chosen)
+        quotas += share(count, [len(clip[number]) for number in chosen])
+    of_few, there = gathered(tokens, owners, few)
+    wanted = upload(quotas, tokens.device)
+    peaks, _ = density_peaks(of_few, there, wanted, max(quotas), neighbours)
+    taken = torch.arange(peaks.shape[1], device=tokens.device) < wanted[:, None]
+    best = slots_of(few, tokens.device).gather(1, peaks)
+    image = upload(owners, tokens.device)[:, None].expand_as(best)
+    kept = torch.zeros_like(valid, dtype=torch.uint8)
+    return kept.index_put((image, best), taken.to(kept.dtype), accumulate=True) > 0
+
+
+def gathered(tokens: Tensor, rows: Sequence[int], slots: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """``(R, S, D)``, tokens of each list of slots, of the image of that row, and ``(R, S)`` bool, False for filler."""
+    sizes = upload([len(own) for own in slots], tokens.device)
+    index = slots_of(slots, tokens.device)
+    there = torch.arange(index.shape[1], device=tokens.device) < sizes[:, None]
+    return tokens[upload(list(rows), tokens.device)[:, None], index], there
+
+
+def slots_of(slots: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """``(R, S)`` long, filled up with 0."""
+    index = np.zeros((len(slots), max(map(len, slots))), np.int64)
     for row, own in enumerate(slots):
-        table[row, : len(own)] = tokens[own]
-    peaks, _ = density_peaks(table, there, sizes.new_tensor(quotas), max(quotas), neighbours)
-    kept = torch.zeros_like(frame, dtype=torch.bool)
-    for own, best, quota in zip(slots, peaks, quotas, strict=True):
-        kept[own[best[:quota]]] = True
-    return kept
+        index[row, : len(own)] = own
+    return upload(index.ravel().tolist(), device).view(index.shape)
