@@ -18,6 +18,7 @@ from trainers.cli.errors import check_output
 from trainers.cli.lock import hold
 from trainers.cli.options import check_at_least_one
 from trainers.cli.terminal import progress_bar
+from trainers.data.changes import Changed
 from trainers.data.suite import Suite, load_suite
 
 from .budgets import Budget, parse_budget, parse_budgets
@@ -90,7 +91,7 @@ def read_suite(words: Sequence[str], options: Sequence[str], split: str, limit: 
 
     Args:
         words: of `--suite`: its name, and its source where it takes one.
-        options: of `--suite-option`, each `key=value`.
+        options: of `--suite-option`, each `key=value`; `change` is had by every suite, see `data/changes.py`.
         split: train, validation or test.
         limit: only the first so many items.
 
@@ -104,7 +105,10 @@ def read_suite(words: Sequence[str], options: Sequence[str], split: str, limit: 
         if "=" not in pair:
             raise PruneZooError(f"--suite-option {pair!r}: write key=value")
     named = {"source": source[0]} if source else {}
-    return load_suite(name, split, limit, **{**named, **dict(pair.split("=", 1) for pair in options)})
+    own = {**named, **dict(pair.split("=", 1) for pair in options)}
+    change = own.pop("change", None)
+    suite = load_suite(name, split, limit, **own)
+    return suite if change is None else Changed(suite, change)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
