@@ -11,11 +11,13 @@ from huggingface_hub import ModelCard
 from records import SIZES, record_of
 
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.registry import build_pruner
+from prunezoo.core.registry import build_pruner, list_pruners, pruner_class
 from trainers.cards import cards
 from trainers.cards.__main__ import main as write_cards
-from trainers.cards.cards import render_card, write_card
+from trainers.cards.about import stage_of
+from trainers.cards.cards import CHEAPER, render_card, write_card
 from trainers.cards.parts import weights_digest
+from trainers.cli.names import CHECKPOINTS
 from trainers.evaluation.record import read_record, write_record
 from trainers.evaluation.summary import read_zoo
 from trainers.training.run_record import RunRecord
@@ -61,6 +63,11 @@ def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
     write_record(record_of(str(checkpoint), weights_digest(checkpoint)), tmp_path / "e.json")
     assert write_cards([str(checkpoint), "--json", str(tmp_path / "e.json")]) == 0
     assert capsys.readouterr().out.split() == [str(checkpoint / "README.md"), str(checkpoint / "metrics.json")]
+
+
+def test_every_stage_says_what_it_makes_cheaper():
+    assert set(CHEAPER) == {stage_of(pruner_class(name)) for name in list_pruners()}
+    assert "first blocks see every patch" in (CHECKPOINTS / "a-clip-tiny" / "README.md").read_text("utf-8")
 
 
 def test_nothing_ships_without_a_card_and_the_record_behind_it():

@@ -26,7 +26,7 @@ from trainers.evaluation.tables import budgets_of, display_name, methods_of, per
 from trainers.planning.share import share_on
 from trainers.training.run_record import RUN_FILE, read_run
 
-from .about import about
+from .about import about, stage_of
 from .markdown import FILTERS
 from .parts import (
     CARD_FILE,
@@ -49,6 +49,14 @@ from .parts import (
 )
 
 SHIPPED = ROOT / "checkpoints"
+CHEAPER = {
+    "input": "Fewer patches make tower and language model cheaper; nothing in the tower sees what was left out.",
+    "vision": "The tower's later blocks and the language model get cheaper; its first blocks see every patch.",
+    "prompt": "Fewer tokens make the language model's part cheaper; the vision tower still sees every patch.",
+    "layer": "Only the decoder layers behind the choice get cheaper; tower and first layers still see every patch.",
+    "several": "What gets cheaper follows from its parts; the first that acts decides what still sees every patch.",
+}
+"""What fewer tokens make cheaper, by the stage of the method."""
 PICTURES = 3
 """Pictures of the suite, each of another group, that a card shows."""
 
@@ -125,6 +133,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             papers=method.references,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
             work=share_on(pruner, vlm),
+            cheaper=CHEAPER[stage_of(type(pruner))],
             query_aware=getattr(pruner.config, "query_aware", None),
             base_model=pruner.base_model,
             clips=shows_clips(metrics),
