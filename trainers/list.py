@@ -1,7 +1,8 @@
 """What is in the zoo: `python -m trainers.list [NAME …]` shows every method and every shipped pruner as a table.
 
 The results are those of the shipped records: mean retention, in percent of the frozen model with all its tokens, at the
-budgets that were measured. `--markdown` prints the table of docs/choose.md.
+budgets that were measured. `--markdown` prints the table of docs/choose.md, `--axes` where each method stands on the
+axes by which surveys of pruning sort.
 """
 
 import argparse
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prunezoo.core.registry import list_pruners
+from trainers.cards.axes import NOTE, axes
+from trainers.cards.axes import lines_of as axes_of
 from trainers.cards.zoo import Entry, entries, lines_of, markdown
 from trainers.cli.errors import command
 from trainers.cli.names import find_pruner
@@ -38,6 +42,15 @@ def print_table(zoo: Zoo, found: Sequence[Entry], console: Console) -> None:
     console.print(table)
 
 
+def print_axes(methods: Sequence[str], console: Console) -> None:
+    """Print where methods stand."""
+    header, lines = axes_of(methods)
+    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=NOTE)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
 def print_entry(entry: Entry, console: Console) -> None:
     """Print all that is known of one."""
     console.rule(Text(entry.name, style="bold").append(f" ({entry.method}, {entry.kind}, {entry.stage} stage)", "none"))
@@ -56,9 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the zoo."""
     p = argparse.ArgumentParser(prog="python -m trainers.list", description="Show the pruners of the zoo.")
     p.add_argument("name", nargs="*", help="tell all about these: a method or a shipped pruner")
+    p.add_argument("--axes", action="store_true", help="by what methods decide, where and when; how fast they are")
     p.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = p.parse_args(argv)
     console = Terminal(width=None if sys.stdout.isatty() else 144)
+    if args.axes:
+        print_axes(args.name or list_pruners(), console)
+        return 0
     zoo = read_zoo()
     found = entries(zoo)
     if args.markdown:
@@ -71,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_pruner(name)  # says what is near
         for entry in chosen:
             print_entry(entry, console)
+            where = "; ".join(f"{axis} {value}" for axis, value in axes(entry.method).items())
+            console.print(f"Axes: {where}.", highlight=False)
     return 0
 
 

@@ -27,6 +27,8 @@ from trainers.planning.share import share_on
 from trainers.training.run_record import RUN_FILE, read_run
 
 from .about import about, stage_of
+from .axes import NOTE, axes
+from .axes import markdown as axes_table
 from .markdown import FILTERS
 from .parts import (
     CARD_FILE,
@@ -130,6 +132,8 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             method=pruner.name,
             about=method.text,
             evidence=method.evidence,
+            axes=axes_table(axes(pruner.name)),
+            axes_note=NOTE,
             papers=method.references,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
             work=share_on(pruner, vlm),

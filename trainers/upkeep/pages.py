@@ -9,13 +9,12 @@ Nothing in them is typed: they are made from the docstrings and configs of `modu
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 from prunezoo.core.contract import Pruner
-from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
 from prunezoo.core.registry import list_pruners, pruner_class
 from trainers.cards.about import about, docstring, options, stage_of
+from trainers.cards.axes import NOTE, axes, by_default
+from trainers.cards.axes import markdown as axes_table
 from trainers.cards.markdown import bibtex, fence
 from trainers.cli.errors import command, whole_file
 from trainers.cli.names import ROOT, has_weights, methods_shipped
@@ -49,6 +48,9 @@ def page(method: str) -> str:
         f"{MADE}\n# `{method}`",
         f"{kind}, {_stage(method)}; evidence: {said.evidence}; file: [`{_file(cls)}`](../../{_file(cls)})",
         docstring(cls),
+        "## Axes",
+        axes_table(axes(method)),
+        NOTE,
         "## What it reads",
         _reads(cls),
         "## Options",
@@ -74,12 +76,10 @@ def _file(cls: type[Pruner]) -> str:
 
 def _reads(cls: type[Pruner]) -> str:
     """Signals, with the settings of its defaults."""
-    try:
-        with torch.device("meta"):  # only its settings are looked at
-            needs = cls().needs
-    except PruneZooError:  # its config has no default
+    pruner = by_default(cls)
+    if pruner is None:
         return "What its parts read."
-    signals = ", ".join(f"`{name}`" for name in needs) or "no signal"
+    signals = ", ".join(f"`{name}`" for name in pruner.needs) or "no signal"
     kept = (
         "It keeps exactly as many tokens as it is asked for." if cls.exact else "It decides itself how many it keeps."
     )

@@ -5,7 +5,7 @@ Both belong to an instance, beside its config and weights: any scorer takes them
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,28 @@ from .signals import DECODER_SIGNALS, parse_signal
 FROM_PROMPT = (*DECODER_SIGNALS, "relevance", "text_features")
 """Kinds of signals that another question changes."""
 
+Criterion = Literal[
+    "attention",  # what attends to the token, in the vision tower or the language model
+    "similarity",  # how alike tokens are: alike ones are joined, or one stands for them
+    "diversity",  # how unlike the chosen ones are, or how much of the picture they cover
+    "prompt",  # how well it matches the words of the prompt
+    "magnitude",  # how strong or how varied its own values are
+    "change",  # how far it is from what its neighbours in space, time or depth predict
+    "learned score",  # what a trained network says of it
+    "learned tokens",  # none of these tokens stays: a trained network makes others
+    "position",  # where it is in the picture
+    "chance",  # a draw that does not look at it
+    "parts",  # that of the pruner or the pruners within
+    "none",  # all are treated alike
+]
+"""By what a method tells tokens apart."""
+
 
 class Choosing(Pretrained):
     """What is set up of a pruner after its training, and saved with it."""
 
     exact: ClassVar[bool] = True  # see the base class of pruners
+    criteria: ClassVar[tuple[Criterion, ...]] = ()  # by what it tells tokens apart, what matters most first
     distribution: ClassVar[bool] = False  # its scores are logits of a distribution over the tokens: trained by a KL
     needs: ClassVar[tuple[str, ...]]  # of :class:`contract.Pruner`
     mass: Mass | None = None  # of a distribution: what `auto` may leave out, once it is calibrated

@@ -13,13 +13,14 @@ from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from urllib.parse import parse_qsl
 
 import torch
 
 from .base_model import BaseModel, check_base_model
 from .bounds import parse_json
+from .choosing import Criterion
 from .config import PrunerConfig, fit_width
 from .contract import Pruner
 from .errors import PruneZooError
@@ -68,6 +69,9 @@ def register_pruner(name: str) -> Callable[[P], P]:
             raise PruneZooError(
                 f"{cls.__name__} remembers: it must be of prompt or layer stage and override remember()"
             )
+        if unknown := [word for word in cls.criteria if word not in get_args(Criterion)]:
+            known = ", ".join(get_args(Criterion))
+            raise PruneZooError(f"{cls.__name__}: criteria {unknown} are unknown; there are: {known}")
         for taken_field, what in TAKEN.items():
             if taken_field in {field.name for field in fields(cls.config_class)}:
                 raise PruneZooError(f"{cls.__name__}: config field '{taken_field}' is taken, it says {what}")

@@ -80,6 +80,7 @@ class ACLIP(Pruner):
     """A scorer behind an early block, pooled over cells."""
 
     stage = "vision"
+    criteria = ("learned score",)
     after_block = True
     config_class = ACLIPConfig
     config: ACLIPConfig

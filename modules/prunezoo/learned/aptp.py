@@ -112,6 +112,7 @@ class APTP(Pruner):
     64 tokens. Any other ``keep`` is the other pruner's own.
     """
 
+    criteria = ("parts",)
     config_class = APTPConfig
     config: APTPConfig
 

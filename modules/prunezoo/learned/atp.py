@@ -79,6 +79,7 @@ class ATP(Pruner):
     """
 
     stage = "layer"
+    criteria = ("learned score",)
     needs = ("self_attention", "prompt_attention")
     exact = False
     config_class = ATPConfig

@@ -86,6 +86,7 @@ class BudgetPolicy(Pruner):
     of 64 tokens. Any other ``keep`` is the other pruner's own.
     """
 
+    criteria = ("parts",)
     config_class = BudgetConfig
     config: BudgetConfig
 

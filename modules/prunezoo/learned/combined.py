@@ -77,6 +77,7 @@ class Combined(Pruner):
     """
 
     stage = "layer"
+    criteria = ("parts",)
     exact = False
     config_class = CombinedConfig
     config: CombinedConfig

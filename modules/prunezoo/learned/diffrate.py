@@ -101,6 +101,7 @@ class DiffRate(Pruner):
     """Counts of each block, for dropping and for merging."""
 
     stage = "vision"
+    criteria = ("attention", "similarity")
     config_class = DiffRateConfig
     config: DiffRateConfig
 

@@ -84,6 +84,7 @@ class DToP(Pruner):
     """A head that says which patches are finished, at a few depths."""
 
     stage = "vision"
+    criteria = ("learned score",)
     after_block = True
     restore = True
     config_class = DToPConfig

@@ -53,6 +53,7 @@ class ExplainCNN(Pruner):
     """Scores the visual tokens by the relevance that their attention from the prompt foretells."""
 
     stage = "prompt"
+    criteria = ("learned score",)
     distribution = True
     config_class = ExplainCNNConfig
     config: ExplainCNNConfig

@@ -68,6 +68,7 @@ class Fast3D(Pruner):
     """Scores the visual tokens as the logits of the attention that the whole model is going to pay to them."""
 
     stage = "prompt"
+    criteria = ("learned score",)
     distribution = True
     reads_prompt = True
     config_class = Fast3DConfig

@@ -76,6 +76,7 @@ class HourglassConfig(PrunerConfig):
 class Hourglass(Pruner):
     """Density peaks among frames and in them; what stays gathers from what goes, and a head that undoes it."""
 
+    criteria = ("similarity",)
     needs = ("frame",)
     config_class = HourglassConfig
     config: HourglassConfig

@@ -61,6 +61,7 @@ class M3(Pruner):
     """Means of nested parts of the grid, refined by a residual adapter that all scales share."""
 
     stage = "prompt"
+    criteria = ("position",)
     config_class = M3Config
     config: M3Config
 

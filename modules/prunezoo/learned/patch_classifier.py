@@ -68,6 +68,7 @@ class PatchClassifier(Pruner):
     """Printed or bare, cell by cell."""
 
     stage = "input"
+    criteria = ("learned score",)
     threshold = 1.0  # what is kept has 1 more, and no probability alone is above it
     config_class = PatchClassifierConfig
     config: PatchClassifierConfig

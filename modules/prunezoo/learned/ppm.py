@@ -116,6 +116,7 @@ class PPM(Pruner):
     """Scores the visual tokens from what they show, where they are and what the prompt asks."""
 
     stage = "prompt"
+    criteria = ("learned score",)
     distribution = True
     config_class = PPMConfig
     config: PPMConfig

@@ -76,6 +76,7 @@ class RegionFocus(Pruner):
     """Scores the visual tokens as the last word will attend to them in deep layers, from coarse to fine."""
 
     stage = "prompt"
+    criteria = ("learned score",)
     distribution = True
     config_class = RegionFocusConfig
     config: RegionFocusConfig

@@ -73,6 +73,7 @@ class STViT(Pruner):
     """Two layers of attention that make K semantic tokens, and with `recover` one that undoes it."""
 
     stage = "vision"
+    criteria = ("learned tokens",)
     after_block = True
     merges = True
     config_class = STViTConfig

@@ -89,6 +89,7 @@ class TailDrop(Pruner):
     """An ordered row of latents, of which the language model reads a prefix."""
 
     stage = "prompt"
+    criteria = ("learned tokens",)
     config_class = TailDropConfig
     config: TailDropConfig
 

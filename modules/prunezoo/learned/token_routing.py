@@ -80,6 +80,7 @@ class TokenRouting(Pruner):
     """Two gates that all blocks share: to go on, and to join another patch."""
 
     stage = "vision"
+    criteria = ("learned score",)
     config_class = TokenRoutingConfig
     config: TokenRoutingConfig
 

@@ -65,6 +65,7 @@ class ToPViM(Pruner):
     """Keeps strong responses, and carries on what the others held."""
 
     stage = "vision"
+    criteria = ("magnitude",)
     after_block = True
     config_class = ToPViMConfig
     config: ToPViMConfig

@@ -211,6 +211,7 @@ class AIM(Pruner):
     """Merging in front of the language model, PageRank inside it; `keep` is the mean."""
 
     stage = "layer"
+    criteria = ("similarity", "attention")
     exact = False
     config_class = AIMConfig
     config: AIMConfig

@@ -20,6 +20,8 @@ from ._question import question
 class Asked(Pruner):
     """Top tokens by the largest cosine to a word of the question; all alike where there is none."""
 
+    criteria = ("prompt",)
+
     @property
     def reads_prompt(self) -> bool:
         """The words are all that it asks."""

@@ -179,6 +179,7 @@ class CATP(Pruner):
     """Coverage of each picture, then examples by the question, then the question's pictures by the examples."""
 
     stage = "layer"
+    criteria = ("diversity", "prompt", "attention")
     together = True
     exact = False
     config_class = CATPConfig

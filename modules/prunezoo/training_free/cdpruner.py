@@ -64,6 +64,7 @@ class CDPrunerConfig(PrunerConfig):
 class CDPruner(Pruner):
     """Greedy choice by a determinantal point process."""
 
+    criteria = ("prompt", "diversity")
     config_class = CDPrunerConfig
     config: CDPrunerConfig
 

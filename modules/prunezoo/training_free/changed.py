@@ -26,6 +26,7 @@ from ..core.registry import register_pruner
 class Changed(Pruner):
     """Top tokens by how unlike they are to what was last kept of their cell, else to the mean of the picture."""
 
+    criteria = ("change",)
     remembers = True
 
     def score(self, inputs: PruneInputs) -> Tensor:

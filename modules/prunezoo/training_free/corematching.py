@@ -69,6 +69,7 @@ class CoreMatching(Pruner):
     """Top tokens by neurons that they share with the question, once, between two layers."""
 
     stage = "layer"
+    criteria = ("prompt",)
     needs = ("mlp_activations@previous", "word_mlp_activations@previous")
     config_class = CoreMatchingConfig
     config: CoreMatchingConfig

@@ -63,6 +63,7 @@ class Dart(Pruner):
     """Pivots by the norm of keys, and what is least like each of them."""
 
     stage = "layer"
+    criteria = ("diversity",)
     needs = (
         "layer_keys@previous",
         "normed_states",

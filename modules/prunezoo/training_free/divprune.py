@@ -34,6 +34,7 @@ class DivPruneConfig(PrunerConfig):
 class DivPrune(Pruner):
     """Greedy farthest-first choice on cosine distance."""
 
+    criteria = ("diversity",)
     config_class = DivPruneConfig
     config: DivPruneConfig
 

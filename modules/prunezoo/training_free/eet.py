@@ -54,6 +54,7 @@ class EET(Pruner):
     """CLS's attention, weighted by the content of its heads, behind a few blocks."""
 
     stage = "vision"
+    criteria = ("attention",)
     after_block = True
     config_class = EETConfig
     config: EETConfig

@@ -15,6 +15,7 @@ class Energy(Pruner):
     """Top cells by the variance of their pixels; `keep="auto"` drops those that are plain."""
 
     stage = "input"
+    criteria = ("magnitude",)
     threshold = 0.0
 
     def score(self, inputs: PruneInputs) -> Tensor:

@@ -37,6 +37,7 @@ def published_count(frames: int, cells: int, rate: float) -> int:
 class Evs(Pruner):
     """Top tokens by how unlike they are to the same cell one frame before; the first frame before all."""
 
+    criteria = ("change",)
     needs = ("frame",)
 
     def score(self, inputs: PruneInputs) -> Tensor:

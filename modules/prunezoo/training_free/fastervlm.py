@@ -40,6 +40,7 @@ class FasterVLMConfig(PrunerConfig):
 class FasterVLM(Pruner):
     """Top tokens by CLS attention."""
 
+    criteria = ("attention",)
     config_class = FasterVLMConfig
     config: FasterVLMConfig
 

@@ -35,6 +35,7 @@ class FastV(Pruner):
     """Top tokens by the last word's attention, once, between two layers."""
 
     stage = "layer"
+    criteria = ("attention",)
     needs = ("last_attention@previous",)
     config_class = FastVConfig
     config: FastVConfig

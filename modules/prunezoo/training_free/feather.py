@@ -51,6 +51,7 @@ class Feather(Pruner):
     """Top tokens by attention without rotary embedding, joined with a uniform grid in the first of two stages."""
 
     stage = "layer"
+    criteria = ("attention", "position")
     config_class = FeatherConfig
     config: FeatherConfig
 

@@ -59,6 +59,7 @@ class FlowCut(Pruner):
     """A running score in all blocks but the last, and a cut behind every second of them."""
 
     stage = "vision"
+    criteria = ("attention",)
     after_block = True
     config_class = FlowCutConfig
     config: FlowCutConfig

@@ -42,6 +42,7 @@ class FoPruConfig(PrunerConfig):
 class FoPru(Pruner):
     """Top tokens, or top rows, by the attention among patches."""
 
+    criteria = ("attention",)
     config_class = FoPruConfig
     config: FoPruConfig
 

@@ -12,6 +12,7 @@ from ..core.registry import register_pruner
 class FullPruner(Pruner):
     """Keeps every token, whatever the budget."""
 
+    criteria = ("none",)
     exact = False
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:

@@ -69,6 +69,7 @@ class GTP(Pruner):
     """Rated by the attention map, propagated along a graph, in all blocks."""
 
     stage = "vision"
+    criteria = ("attention", "similarity")
     merges = True
     config_class = GTPConfig
     config: GTPConfig

@@ -70,6 +70,7 @@ class HiPruneConfig(PrunerConfig):
 class HiPrune(Pruner):
     """Anchors, buffers and registers by received attention; with `text` also tokens like the question."""
 
+    criteria = ("attention",)
     config_class = HiPruneConfig
     config: HiPruneConfig
 

@@ -259,6 +259,7 @@ class HoliTom(Pruner):
     """Windows and clusters in front of the language model, folding inside; `keep` is the mean."""
 
     stage = "layer"
+    criteria = ("similarity", "attention")
     exact = False
     config_class = HoliTomConfig
     config: HoliTomConfig

@@ -82,6 +82,7 @@ class HoloVConfig(PrunerConfig):
 class HoloV(Pruner):
     """Top tokens of each crop, as many as its attention and variance earn it."""
 
+    criteria = ("attention", "position")
     config_class = HoloVConfig
     config: HoloVConfig
 

@@ -60,6 +60,7 @@ class LVLMCSP(Pruner):
     """Evenly spread tokens, then all, then those that the last word attends to; `keep` is of the last phase."""
 
     stage = "layer"
+    criteria = ("position", "attention")
     config_class = LVLMCSPConfig
     config: LVLMCSPConfig
 

@@ -61,6 +61,7 @@ class MMTokConfig(PrunerConfig):
 class MMTok(Pruner):
     """Greedy coverage of words and picture."""
 
+    criteria = ("prompt", "diversity")
     config_class = MMTokConfig
     config: MMTokConfig
 

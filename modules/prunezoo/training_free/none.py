@@ -12,6 +12,7 @@ from ..core.registry import register_pruner
 class NonePruner(Pruner):
     """Drops every token, whatever the budget; the image leaves no trace in the prompt."""
 
+    criteria = ("none",)
     exact = False
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:

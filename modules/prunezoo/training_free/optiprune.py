@@ -52,6 +52,7 @@ class OptiPruneConfig(PrunerConfig):
 class OptiPrune(Pruner):
     """A base in each cell, and what is least like the bases."""
 
+    criteria = ("position", "diversity")
     config_class = OptiPruneConfig
     config: OptiPruneConfig
 

@@ -57,6 +57,7 @@ class PixelPrune(Pruner):
     """Top cells by how far they are from what their neighbours say; `keep="auto"` keeps those beyond the tolerance."""
 
     stage = "input"
+    criteria = ("change",)
     config_class = PixelPruneConfig
     config: PixelPruneConfig
 

@@ -17,6 +17,8 @@ from ._grid import equal_areas, reduce_by
 class PoolPruner(Pruner):
     """Means of K equal parts of the grid."""
 
+    criteria = ("position",)
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """The mean over each of K equal parts."""
         return reduce_by(equal_areas, inputs, keep, merge=True)

@@ -67,6 +67,7 @@ class PruMergeConfig(PrunerConfig):
 class PruMerge(Pruner):
     """The most attended tokens, each with its neighbours' share, and one of the rest."""
 
+    criteria = ("attention", "similarity")
     config_class = PruMergeConfig
     config: PruMergeConfig
 
@@ -180,5 +181,6 @@ class PruMergePlusConfig(PruMergeConfig):
 class PruMergePlus(PruMerge):
     """PruMerge with tokens spread over the picture beside the most attended ones."""
 
+    criteria = ("attention", "position", "similarity")
     config_class = PruMergePlusConfig
     config: PruMergePlusConfig

@@ -34,6 +34,7 @@ class PyramidDrop(Pruner):
     """Top tokens by the last word's attention, at several depths."""
 
     stage = "layer"
+    criteria = ("attention",)
     needs = ("last_attention",)
     config_class = PyramidDropConfig
     config: PyramidDropConfig

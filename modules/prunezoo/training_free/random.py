@@ -32,6 +32,7 @@ class RandomConfig(PrunerConfig):
 class RandomPruner(Pruner):
     """Uniform scores from a generator per image."""
 
+    criteria = ("chance",)
     config_class = RandomConfig
     config: RandomConfig
 

@@ -86,6 +86,7 @@ class RecoverableConfig(PrunerConfig):
 class Recoverable(Pruner):
     """By attention, by text, and the rest folded into centres and one token more."""
 
+    criteria = ("attention", "prompt", "similarity")
     config_class = RecoverableConfig
     config: RecoverableConfig
 

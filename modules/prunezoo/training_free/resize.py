@@ -22,6 +22,8 @@ from ._grid import Part, reduce_by, row_count, share
 class ResizePruner(Pruner):
     """Bilinear samples at the centres of a coarser grid; each takes the position of the nearest patch."""
 
+    criteria = ("position",)
+
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:
         """Interpolate to K tokens."""
         return reduce_by(bilinear, inputs, keep, merge=True)

@@ -54,6 +54,7 @@ class ScopeConfig(PrunerConfig):
 class Scope(Pruner):
     """Greedy choice by saliency and coverage."""
 
+    criteria = ("diversity", "attention")
     config_class = ScopeConfig
     config: ScopeConfig
 

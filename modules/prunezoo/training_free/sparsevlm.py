@@ -80,6 +80,7 @@ class SparseVLM(Pruner):
     """Top tokens by the attention of words that match the image, at three depths, with recycling."""
 
     stage = "layer"
+    criteria = ("attention", "similarity")
     config_class = SparseVLMConfig
     config: SparseVLMConfig
 

@@ -60,6 +60,7 @@ class SpAtten(Pruner):
     """Received attention, added up over the blocks; top tokens, and top heads by option."""
 
     stage = "vision"
+    criteria = ("attention",)
     config_class = SpAttenConfig
     config: SpAttenConfig
 

@@ -108,6 +108,7 @@ class ToDRE(Pruner):
     """Diverse tokens in front of the language model, and none at all where words look away from them."""
 
     stage = "layer"
+    criteria = ("diversity", "attention")
     exact = False
     config_class = ToDREConfig
     config: ToDREConfig

@@ -78,6 +78,7 @@ class TokenCorrelationConfig(PrunerConfig):
 class TokenCorrelation(Pruner):
     """Outliers and a draw of each crop, by its density; the others folded into them."""
 
+    criteria = ("similarity", "attention")
     config_class = TokenCorrelationConfig
     config: TokenCorrelationConfig
 

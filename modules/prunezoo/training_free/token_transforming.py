@@ -58,6 +58,7 @@ class TokenTransforming(Pruner):
     """Anchors by attention, and a dense map of all tokens onto them."""
 
     stage = "vision"
+    criteria = ("attention", "similarity")
     merges = True
     config_class = TokenTransformingConfig
     config: TokenTransformingConfig

@@ -56,6 +56,7 @@ class ToMe(Pruner):
     """Bipartite matching, in all blocks up to the projected one."""
 
     stage = "vision"
+    criteria = ("similarity",)
     merges = True
     config_class = ToMeConfig
     config: ToMeConfig

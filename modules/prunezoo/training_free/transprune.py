@@ -61,6 +61,7 @@ class TransPrune(Pruner):
     """Top tokens by how layers change them and by the instruction's attention, at three depths."""
 
     stage = "layer"
+    criteria = ("change", "attention")
     needs = (*(word + part + "@previous" for part in PARTS for word in ("", "word_")), "prompt_attention")
     config_class = TransPruneConfig
     config: TransPruneConfig

@@ -43,6 +43,7 @@ def whole_tiles(tile: np.ndarray, count: int) -> np.ndarray:
 class UniformPruner(Pruner):
     """Evenly spread tokens, by their cells; the same for every image with the same grid and budget."""
 
+    criteria = ("position",)
     config_class = UniformConfig
     config: UniformConfig
 

@@ -80,6 +80,7 @@ class VFlowOpt(Pruner):
     """Recycling in front of the language model, and two cuts inside by the same importance; `keep` is the mean."""
 
     stage = "layer"
+    criteria = ("attention",)
     exact = False
     config_class = VFlowOptConfig
     config: VFlowOptConfig

@@ -30,6 +30,7 @@ TEMPERATURE = 0.01
 class VidCom2(Pruner):
     """Keeps what is least like its frame and its clip; budgets by frame."""
 
+    criteria = ("diversity",)
     needs = ("frame",)
 
     def reduce(self, inputs: PruneInputs, keep: Tensor) -> PruneOutput:

@@ -51,6 +51,7 @@ class VisionZipConfig(PrunerConfig):
 class VisionZip(Pruner):
     """Dominant tokens by attention, contextual ones by merging on keys."""
 
+    criteria = ("attention", "similarity")
     config_class = VisionZipConfig
     config: VisionZipConfig
 

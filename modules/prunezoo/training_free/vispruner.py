@@ -62,6 +62,7 @@ class VisPrunerConfig(PrunerConfig):
 class VisPruner(Pruner):
     """Important tokens by attention, the others by taking duplicates away."""
 
+    criteria = ("attention", "diversity")
     config_class = VisPrunerConfig
     config: VisPrunerConfig
 

@@ -72,6 +72,7 @@ class VLAPruner(Pruner):
     """Unlike tokens out of those that words attend to and those that past actions attended to."""
 
     stage = "layer"
+    criteria = ("attention", "diversity")
     remembers = True
     config_class = VLAPrunerConfig
     config: VLAPrunerConfig

@@ -154,6 +154,7 @@ class VScan(Pruner):
     """Windows and the whole picture in front of the language model, the last word half-way; `keep` is the mean."""
 
     stage = "layer"
+    criteria = ("attention", "similarity")
     exact = False
     config_class = VScanConfig
     config: VScanConfig

@@ -41,6 +41,7 @@ class Withdraw(Pruner):
     """
 
     stage = "layer"
+    criteria = ("none",)
     exact = False
     config_class = WithdrawConfig
     config: WithdrawConfig

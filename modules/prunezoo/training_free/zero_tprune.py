@@ -65,6 +65,7 @@ class ZeroTPrune(Pruner):
     """A vote, similarity, and PageRank, in a few blocks."""
 
     stage = "vision"
+    criteria = ("attention", "similarity")
     config_class = ZeroTPruneConfig
     config: ZeroTPruneConfig
 
