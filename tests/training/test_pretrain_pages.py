@@ -114,23 +114,6 @@ def test_the_prepared_look_up_finds_the_name_that_is_asked_for():
     assert ratios[0] < 3 and ratios[1] > 5
 
 
-def test_with_names_alone_digits_are_background_and_no_number_is_asked_for(vlm):
-    batch = _batch(4)
-    module = PagesLanguage(vlm, Stage("few", 4, keep={12: 1.0}, names=1.0, drawn=True))
-    every = PagesLanguage(vlm, Stage("all", 4, keep={12: 1.0}, drawn=True))
-    module.log = every.log = lambda *_, **__: None
-    vlm.set_attn_implementation("plain")
-    module.training_step(batch, 0)
-    _, slots = module.look(batch, 12)
-    kept = torch.zeros(4, 256, dtype=torch.bool).scatter_(1, slots, True)
-    named = shows_something(batch, digits=False)
-    assert (shows_something(batch) & ~named).any()
-    assert ((kept & named).sum(1) == named.sum(1).clamp_max(12)).all()  # digits, which are more, do not push them out
-    numbers = _batch(4, shares={"field": 1})
-    assert module.training_step(numbers, 0).item() == 0
-    assert every.training_step(numbers, 0).item() > 0
-
-
 def test_ink_is_what_shows_something_and_half_a_page_is_seen_as_a_whole_one_would_be(vlm):
     batch = _batch(8)
     slots = inked(batch["image"], 112)
@@ -214,8 +197,6 @@ def test_mistakes_are_named():
         Stage("s", steps=1, shares={"cells": 1})
     with pytest.raises(PruneZooError, match="steps=0 of stage s: at least 1"):
         Stage("s", steps=0)
-    with pytest.raises(PruneZooError, match=r"names=1.5 of stage s must lie in \[0, 1\]"):
-        Stage("s", steps=1, names=1.5)
     with pytest.raises(PruneZooError, match="at least 3 layers of 4 heads"):
         train(Phase(1, 1), stages=[], suite="pages", sizes=Sizes(heads=2))
     with pytest.raises(PruneZooError, match="stages, start and part are for pages"):

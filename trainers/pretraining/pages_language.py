@@ -15,9 +15,6 @@ from .language import LanguageModule
 from .pages_said import PatchWords, shows_something
 from .pages_tower import say
 
-NUMBERS = ("field", "cell", "dialogue")
-"""Groups that ask for numbers."""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -33,8 +30,6 @@ class Stage:
         held: share of the steps before it goes down, to 3 %.
         weights: of the loss at the answers of a group; 1 where not named.
         keep: image tokens of a batch, and how often; what shows something is kept first.
-        names: share in [0, 1] of the batches in which digits are kept no sooner than background, as a question about
-            names alone would keep them; questions for numbers then do not count.
         drawn: whether the tower looks at pictures; otherwise tokens are made from labels.
         noise: deviation of what is added to made tokens.
         questions: most questions of a page.
@@ -50,7 +45,6 @@ class Stage:
     held: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)
     keep: dict[int, float] = field(default_factory=lambda: {48: 0.75, 128: 0.25})
-    names: float = 0.0
     drawn: bool = False
     noise: float = 0.02
     questions: int = 20
@@ -60,8 +54,6 @@ class Stage:
         for key in ("steps", "batch_size", "questions", "length"):
             if getattr(self, key) < 1:
                 raise PruneZooError(f"{key}={getattr(self, key)} of stage {self.name}: at least 1")
-        if not 0.0 <= self.names <= 1.0:
-            raise PruneZooError(f"names={self.names} of stage {self.name} must lie in [0, 1]")
         for group in (*self.shares, *self.weights):
             if group not in GROUPS:
                 raise PruneZooError(f"stage {self.name}: no group is called {group!r}; there are {', '.join(GROUPS)}")
@@ -83,7 +75,6 @@ class PagesLanguage(LanguageModule):
         self.stage = stage
         self.keep: Mapping[int, float] = stage.keep
         self.held = stage.held
-        self.digits_too = True  # drawn for each batch; see `Stage.names`
         self.words = PatchWords(vlm)
         self.language.get_input_embeddings().requires_grad_(False)
 
@@ -95,25 +86,21 @@ class PagesLanguage(LanguageModule):
         else:
             tokens = self.words(batch)
             tokens = tokens + self.stage.noise * torch.randn_like(tokens)
-        first = torch.rand_like(tokens[..., 0]) + shows_something(batch, self.digits_too)
+        first = torch.rand_like(tokens[..., 0]) + shows_something(batch)
         slots = first.topk(keep, dim=1).indices.sort(dim=1).values
         return tokens.gather(1, slots[..., None].expand(-1, -1, tokens.shape[-1])), slots
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step on a number of image tokens drawn for the batch."""
-        self.digits_too = not (self.stage.names and float(torch.rand(())) < self.stage.names)
         logits, targets, asked = self.read(batch, self.draw_keep(), blind=True)
-        weights = self.stage.weights | ({} if self.digits_too else dict.fromkeys(NUMBERS, 0.0))
-        share = logits.new_tensor([weights.get(group, 1.0) for group in GROUPS])
+        share = logits.new_tensor([self.stage.weights.get(group, 1.0) for group in GROUPS])
         share = share[batch["group"][:, 1:][asked]]
-        each = F.cross_entropy(logits, targets, reduction="none")
-        loss = (each * share).sum() / share.sum().clamp_min(1e-6)
+        loss = (F.cross_entropy(logits, targets, reduction="none") * share).sum() / share.sum()
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accuracy as in the base class, and the loss of each group apart: it falls long before the accuracy rises."""
-        self.digits_too = True
         logits, targets, asked = self.read(batch, self.tokens, blind=False)
         self.log_answers(batch, logits, targets, asked)
         each = F.cross_entropy(logits, targets, reduction="none")

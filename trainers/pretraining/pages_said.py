@@ -80,10 +80,9 @@ class PatchWords(nn.Module):
         return total
 
 
-def shows_something(labels: dict[str, Tensor], digits: bool = True) -> Tensor:
-    """Patches (B, 256) that hold the centre of a name or digit, or the upper edge of a bar; digits if they shall."""
-    named = (labels["name"] >= 0) | (labels["bar"] >= 0)
-    return named | (labels["digit"] >= 0) if digits else named
+def shows_something(labels: dict[str, Tensor]) -> Tensor:
+    """Patches (B, 256) that hold the centre of a name or digit, or the upper edge of a bar."""
+    return (labels["name"] >= 0) | (labels["digit"] >= 0) | (labels["bar"] >= 0)
 
 
 @torch.no_grad()
