@@ -12,7 +12,7 @@ from torch import Tensor
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.plan import mask_to_index
 from prunezoo.core.signals import parse_signal
-from prunezoo.host import Encoded, full_forward, gated_forward
+from prunezoo.host import Encoded, HostOutput, full_forward, gated_forward
 from prunezoo.host.families import find_family
 from prunezoo.host.signals.language import Entry, attention_to_images, enter_layers
 from trainers.data.conversation import IGNORED
@@ -46,16 +46,28 @@ def relevance(vlm: Any, encoded: Encoded, answer: Literal["reference", "top"] = 
     valid = encoded.inputs.valid
     with torch.enable_grad():
         gates = torch.ones(valid.shape, device=valid.device, requires_grad=True)
-        out = gated_forward(vlm, encoded, gates)
-        logits, tokens, sample = answer_slots(out.logits, out.labels)
-        if answer == "top":
-            tokens = logits.argmax(-1)
-        chosen = one_slot_each(sample)
-        place = tokens[chosen, None]
-        others = logits[chosen].scatter(-1, place, -torch.inf).logsumexp(-1)
-        odds = logits[chosen].gather(-1, place)[:, 0] - others
+        odds, logits = slot_odds(gated_forward(vlm, encoded, gates), answer)
         (gradient,) = torch.autograd.grad(odds.sum(), gates)  # d/d gate and d/d log gate are one at a gate of 1
     return gradient.abs() * valid, logits.detach()
+
+
+def slot_odds(out: HostOutput, answer: Literal["reference", "top"] = "reference") -> tuple[Tensor, Tensor]:
+    """The log-odds of one answer token a sample, drawn at random, and the logits at all answer slots.
+
+    Args:
+        out: Of a forward pass on a batch with labels.
+        answer: As of `relevance`.
+
+    Returns:
+        (number of samples with a slot,) and (S, V); the latter without gradient.
+    """
+    logits, tokens, sample = answer_slots(out.logits, out.labels)
+    if answer == "top":
+        tokens = logits.argmax(-1)
+    chosen = one_slot_each(sample)
+    place = tokens[chosen, None]
+    others = logits[chosen].scatter(-1, place, -torch.inf).logsumexp(-1)
+    return logits[chosen].gather(-1, place)[:, 0] - others, logits.detach()
 
 
 def one_slot_each(sample: Tensor) -> Tensor:
