@@ -5,7 +5,7 @@
 
 A pruner is a registry name (`divprune`), a folder or a Hub id, perhaps with config fields (`FOLDER?adaptive=false`);
 `oracle`, `relevance` and `attention@L` are diagnostics; `random@NAME` is random choice at the places of a method inside
-the vision tower.
+the vision tower; `fixed:NAME` keeps 64 tokens of every image at `auto:64`, where NAME would choose for each.
 """
 
 import argparse

@@ -8,8 +8,10 @@ from prunezoo import PruneZooError, attach, build_pruner, encode
 from prunezoo.core.budgets import budget
 from prunezoo.core.contract import Pruner
 from prunezoo.host import run_pruned
+from trainers.cli.names import CHECKPOINTS, find_pruner
 from trainers.evaluation.budgets import Budget, parse_budget
-from trainers.evaluation.methods import PrunerMethod
+from trainers.evaluation.methods import PrunerMethod, build_method
+from trainers.evaluation.tables import display_name
 
 PROMPTS = ["<s> USER: <image> what ? ASSISTANT:", "<s> USER: <image> what color is the ball ? ASSISTANT:"]
 
@@ -60,4 +62,15 @@ def test_an_evaluation_gives_the_others_the_same_mean():
     assert chooser.amount(None, "auto:16") == "auto:16" and chooser.amount(None, "auto") == "auto"
     assert fixed.amount(None, "auto:16") == 16
     with pytest.raises(PruneZooError, match="--keep auto: 'fixed' sets no budgets; auto:64"):
+        fixed.amount(None, "auto")
+
+
+def test_one_that_sets_budgets_can_be_measured_beside_itself_with_the_same_number_for_all():
+    folder = CHECKPOINTS / "tail-drop-tiny"
+    free, fixed = build_method(str(folder)), build_method(f"fixed:{folder}")
+    assert free.amount(None, "auto:16") == "auto:16" and fixed.amount(None, "auto:16") == 16
+    assert fixed.amount(None, 9) == 9 and fixed.name == f"fixed:{folder}"
+    assert find_pruner("fixed:tail-drop-tiny").endswith("checkpoints/tail-drop-tiny")
+    assert display_name("fixed:checkpoints/tail-drop-tiny") == "fixed:tail-drop-tiny"
+    with pytest.raises(PruneZooError, match=r"--keep auto: 'fixed:.*' sets no budgets; auto:64"):
         fixed.amount(None, "auto")

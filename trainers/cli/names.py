@@ -24,6 +24,9 @@ BY_STEP = "steps:"
 """Likewise: it sees the steps of a stream one by one, each as if it were the first."""
 RANDOM_AT = "random@"
 """Likewise, of a method inside the tower: random tokens at its places, as many as it leaves there."""
+FIXED = "fixed:"
+"""Likewise, of a method that sets budgets: at `auto:64` every image keeps 64 tokens, as where a method sets none."""
+FRONTS = (BY_FRAME, BY_STEP, RANDOM_AT, FIXED)
 
 
 def methods_shipped() -> dict[str, str]:
@@ -70,12 +73,12 @@ def find_pruner(name: str) -> str:
     Args:
         name: a path, a Hub id, a method without weights, a diagnostic (`attention@2`), all of which stay as they are;
             the folder name of a shipped pruner (`m3-lora-tiny`) or its method (`ppm`). Config fields may follow
-            (`?k=v`). `frames:`, `steps:` and `random@` in front stay there.
+            (`?k=v`). `frames:`, `steps:`, `random@` and `fixed:` in front stay there.
 
     Raises:
         PruneZooError: nothing is called so, or several shipped pruners are of that method.
     """
-    for front in (BY_FRAME, BY_STEP, RANDOM_AT):
+    for front in FRONTS:
         if name.startswith(front):
             return front + find_pruner(name.removeprefix(front))
     short, mark, query = name.partition("?")

@@ -20,7 +20,7 @@ from prunezoo.core.registry import build_pruner, load_pruner
 from prunezoo.host import Encoded
 from prunezoo.host.signals.language import encode_needs
 from prunezoo.host.signals.relevance import eager_attention, relevance_map
-from trainers.cli.names import BY_FRAME, BY_STEP, RANDOM_AT
+from trainers.cli.names import BY_FRAME, BY_STEP, FIXED, RANDOM_AT
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
 
@@ -71,6 +71,7 @@ class Method(ABC):
         wants_relevance: whether it reads `View.relevance`.
         by_frame: whether it sees the frames of a clip one by one, where others see the clip.
         remembers: whether it holds something of the steps of a stream before.
+        fixed: whether at `auto:64` it keeps 64 tokens of every image although it could set budgets.
     """
 
     needs: tuple[str, ...] = ()
@@ -79,6 +80,7 @@ class Method(ABC):
     wants_relevance: bool = False
     by_frame: bool = False
     remembers: bool = False
+    fixed: bool = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -88,7 +90,7 @@ class Method(ABC):
         """The pruner to run on a batch."""
 
     def amount(self, view: View, keep: int | float | str) -> Keep:
-        """What it is told to keep at a budget; where that is `auto:64` and it sets no budgets, 64 of every image."""
+        """What it is told to keep at a budget; where that is `auto:64` and it sets none here, 64 of every image."""
         if isinstance(keep, str):
             mean = auto_mean(keep)
             if mean is None:
@@ -122,7 +124,7 @@ class PrunerMethod(Method):
 
     def amount(self, view: View, keep: int | float | str) -> Keep:
         """The budget, or what makes it the mean over the layers."""
-        if isinstance(keep, str) and self.pruners[0].sets_budgets:
+        if isinstance(keep, str) and self.pruners[0].sets_budgets and not self.fixed:
             return keep
         amount = super().amount(view, keep)
         if self.depth is None:
@@ -229,7 +231,8 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
 
     Args:
         name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with `steps:` the
-            steps of a stream, and with `random@` it is a :class:`random_order.RandomOrder`.
+            steps of a stream, with `fixed:` it sets no budgets, and with `random@` it is a
+            :class:`random_order.RandomOrder`.
         seed: where the seeds of `random` begin.
         depth: as :class:`PrunerMethod` takes it.
 
@@ -243,6 +246,10 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
     if name.startswith(BY_STEP):
         method = build_method(name.removeprefix(BY_STEP), seed, depth)
         method.name, method.remembers = name, False
+        return method
+    if name.startswith(FIXED):
+        method = build_method(name.removeprefix(FIXED), seed, depth)
+        method.name, method.fixed = name, True
         return method
     if name.startswith(RANDOM_AT):
         like = load_pruner(name.removeprefix(RANDOM_AT))

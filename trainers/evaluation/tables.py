@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainers.cli.names import RANDOM_AT
+from trainers.cli.names import FRONTS
 
 from .instrument import Verdict
 from .record import MEAN, Row, select
@@ -23,8 +23,9 @@ WIDE = 150
 
 def display_name(pruner: str) -> str:
     """A short name for a table or figure: the last part of a Hub id or folder, the last two of a deeper folder."""
-    if pruner.startswith(RANDOM_AT):
-        return RANDOM_AT + display_name(pruner.removeprefix(RANDOM_AT))
+    for front in FRONTS:
+        if pruner.startswith(front):
+            return front + display_name(pruner.removeprefix(front))
     parts = Path(pruner).parts
     return pruner if "/" not in pruner else "/".join(parts[-2:]) if len(parts) > 2 else parts[-1]
 
