@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from prunezoo.core.errors import PruneZooError
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import Tokenizer, load_tokenizer
 from trainers.cards.parts import METRICS_FILE, weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
@@ -74,9 +74,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def load(source: str) -> OneDPiece:
+def load(source: str) -> Tokenizer:
     """The tokenizer, computing in float32."""
-    return OneDPiece.from_pretrained(source).float()
+    return load_tokenizer(source).float()
 
 
 def compress(args: argparse.Namespace, words: Sequence[str]) -> None:

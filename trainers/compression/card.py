@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.files import read_object
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import load_tokenizer
 from trainers.cards.about import about
 from trainers.cards.cards import templates
 from trainers.cards.parts import CARD_FILE, METRICS_FILE, weights_digest
@@ -52,7 +52,7 @@ def write_card(folder: Path, quality: Mapping[str, Any], speed: Mapping[str, Any
     write_record(metrics, folder / METRICS_FILE)
     (folder / CARD_FILE).write_text(str(render_card(folder, metrics)), encoding="utf-8")
     draw_curves(quality, folder / CURVES)
-    tokenizer = OneDPiece.from_pretrained(folder).float()
+    tokenizer = load_tokenizer(folder).float()
     squares = [to_tensor(square) for square in sample_squares(tokenizer.config.image_size)]
     draw_pictures(tokenizer, squares, shown_lengths(tokenizer)).save(folder / PICTURES, quality=90)
     return [folder / file for file in (CARD_FILE, METRICS_FILE, CURVES, PICTURES)]
@@ -85,12 +85,12 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
         metrics: What :func:`write_card` put into its `metrics.json`.
         repo: Its Hub id, where it is rendered for the Hub.
     """
-    tokenizer = OneDPiece.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     run_path = folder / RUN_FILE
     run = read_run(run_path) if run_path.is_file() else None
     quality = metrics["quality"]
     name, *others = quality["weights"]
-    method = about(OneDPiece)
+    method = about(type(tokenizer))
     data = ModelCardData(
         license="apache-2.0",
         library_name="prunezoo",
@@ -116,7 +116,9 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             papers=method.references,
             parameters=f"{sum(p.numel() for p in tokenizer.parameters()):,}",
             config=tokenizer.config,
-            dtype=str(tokenizer.latent_tokens.dtype).removeprefix("torch."),
+            cls=type(tokenizer).__name__,
+            numbers=tokenizer.numbers(tokenizer.config.tokens),
+            dtype=str(tokenizer.key_weight.dtype).removeprefix("torch."),
             metrics=metrics,
             titles=METRICS,
             own=own_table(quality, name),

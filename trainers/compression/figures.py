@@ -11,10 +11,9 @@ from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import Tokenizer
 from trainers.cli.text import in_figure
 
-from .measure import file_size
 from .quality import METRICS
 
 matplotlib.use("Agg")
@@ -38,12 +37,12 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_pictures(tokenizer: OneDPiece, squares: Sequence[Tensor], lengths: Sequence[int]) -> Image.Image:
+def draw_pictures(tokenizer: Tokenizer, squares: Sequence[Tensor], lengths: Sequence[int]) -> Image.Image:
     """A row for each picture ``(3, S, S)``: painted from each length, and the picture itself."""
     images = torch.stack(list(squares))
     codes = tokenizer.encode(images)
-    columns = [tokenizer.decode(codes[:, :length]) for length in lengths] + [images]
-    titles = [f"{length}: {file_size(tokenizer, length)} bytes" for length in lengths] + ["photograph"]
+    columns = [tokenizer.decode(codes[:, : tokenizer.numbers(length)]) for length in lengths] + [images]
+    titles = [f"{length}: {tokenizer.file_size(length)} bytes" for length in lengths] + ["photograph"]
     step = images.shape[-1] + GAP
     sheet = Image.new("RGB", (len(columns) * step - GAP, len(images) * step - GAP + LABEL), "white")
     for x, (column, title) in enumerate(zip(columns, titles, strict=True)):

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prunezoo.tokenizers import container
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import Tokenizer
 from trainers.data.photographs import Photographs, to_tensor
 from trainers.evaluation.statistics import interval
 
@@ -33,27 +32,22 @@ class Figures:
     values: dict[str, Floats] = field(default_factory=dict)  # by metric, (I,)
 
 
-def file_size(tokenizer: OneDPiece, length: int) -> int:
-    """Bytes of a file with so many codes."""
-    return container.HEADER.size + -(-length * tokenizer.config.bits // 8)
-
-
-def shown_lengths(tokenizer: OneDPiece) -> list[int]:
+def shown_lengths(tokenizer: Tokenizer) -> list[int]:
     """Those of 1, 4, 16, 64 and 256 that the tokenizer has."""
     return [length for length in SHOWN if length <= tokenizer.config.tokens]
 
 
 def measure_tokenizer(
-    tokenizer: OneDPiece, pictures: Photographs, lengths: Sequence[int], advance: Callable[[], None]
+    tokenizer: Tokenizer, pictures: Photographs, lengths: Sequence[int], advance: Callable[[], None]
 ) -> list[Figures]:
     """Every length, each picture encoded once."""
-    figures = [Figures(file_size(tokenizer, length), length) for length in lengths]
+    figures = [Figures(tokenizer.file_size(length), length) for length in lengths]
     for start in range(0, len(pictures), 32):
         images = torch.stack([pictures[i] for i in range(start, min(start + 32, len(pictures)))])
         codes = tokenizer.encode(images)
         for one, length in zip(figures, lengths, strict=True):
             # as a file would give it: in 8 bits a channel
-            painted = (tokenizer.decode(codes[:, :length]) * 255).round() / 255
+            painted = (tokenizer.decode(codes[:, : tokenizer.numbers(length)]) * 255).round() / 255
             _append(one, quality(painted, images))
         for _ in images:
             advance()

@@ -9,19 +9,19 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import Tokenizer
 from trainers.cards.parts import weights_digest
 from trainers.cli.terminal import Terminal
 from trainers.data.photographs import Photographs
 from trainers.training.run_record import RUN_FILE, read_run
 
-from .measure import file_size, measure_rival, measure_tokenizer, paired_of, rows_of, shown_lengths
+from .measure import measure_rival, measure_tokenizer, paired_of, rows_of, shown_lengths
 from .rivals import RIVALS
 from .speed import measure_speed
 
 
 def quality_record(
-    tokenizers: Mapping[str, OneDPiece], pictures: Photographs, lengths: Sequence[int]
+    tokenizers: Mapping[str, Tokenizer], pictures: Photographs, lengths: Sequence[int]
 ) -> dict[str, Any]:
     """Measure tokenizers of one image size, and the rivals within the bytes of the first, on the same pictures.
 
@@ -34,7 +34,7 @@ def quality_record(
         image_size, weights and training of each tokenizer, rows and paired differences.
     """
     first = next(iter(tokenizers.values()))
-    sizes = [file_size(first, length) for length in lengths]
+    sizes = [first.file_size(length) for length in lengths]
     with progress(len(pictures) * (len(tokenizers) + len(RIVALS))) as advance:
         own = {name: measure_tokenizer(t, pictures, lengths, advance) for name, t in tokenizers.items()}
         rivals = {name: measure_rival(name, pictures, sizes, advance) for name in RIVALS}
@@ -48,7 +48,7 @@ def quality_record(
     }
 
 
-def speed_rows(tokenizer: OneDPiece, batch: int, repeats: int) -> list[dict[str, Any]]:
+def speed_rows(tokenizer: Tokenizer, batch: int, repeats: int) -> list[dict[str, Any]]:
     """See `measure_speed`: in float32 and in bfloat16, on the tokenizer's device."""
     side, device = tokenizer.config.image_size, next(tokenizer.parameters()).device
     images = torch.rand(batch, 3, side, side, device=device)

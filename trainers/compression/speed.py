@@ -8,24 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import Tokenizer
 
 Row = dict[str, Any]
 
 
-def bare_vit(tokenizer: OneDPiece, images: Tensor) -> Tensor:
-    """The encoder's transformer over class token and patches alone: no queries, no codes."""
-    encoder = tokenizer.encoder
-    patches = encoder.patch_embed(images.to(tokenizer.latent_tokens.dtype)).flatten(2).transpose(1, 2)
-    x = torch.cat([encoder.class_embedding.expand(len(images), 1, -1), patches], dim=1)
-    x = encoder.ln_pre(x + encoder.positional_embedding)
-    for layer in encoder.transformer:
-        x = layer(x)
-    return encoder.ln_post(x)
-
-
 @torch.no_grad()
-def measure_speed(tokenizer: OneDPiece, images: Tensor, lengths: Sequence[int], repeats: int, name: str) -> list[Row]:
+def measure_speed(tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], repeats: int, name: str) -> list[Row]:
     """`{dtype, part, tokens, per_second, ratio, spread}`, timed in turns with the bare ViT.
 
     Args:
@@ -39,13 +28,13 @@ def measure_speed(tokenizer: OneDPiece, images: Tensor, lengths: Sequence[int], 
     cases: list[tuple[str, int | None, Callable[[], Tensor]]] = [
         ("encode", tokenizer.config.tokens, lambda: tokenizer.encode(images))
     ]
-    cases += [("decode", k, lambda k=k: tokenizer.decode(codes[:, :k])) for k in lengths]  # type: ignore[misc]
+    cases += [("decode", k, lambda k=k: tokenizer.decode(codes[:, : tokenizer.numbers(k)])) for k in lengths]  # type: ignore[misc]
     rows = []
     everything = []
     for part, tokens, case in cases:
         pairs = []
         for turn in range(repeats + 1):
-            both = (lambda: bare_vit(tokenizer, images), case)
+            both = (lambda: tokenizer.bare(images), case)
             seconds = [_seconds(run, images.device) for run in (both if turn % 2 else both[::-1])]
             pairs.append(seconds if turn % 2 else seconds[::-1])
         bare, own = np.array(pairs[1:]).T  # the first pair warms up

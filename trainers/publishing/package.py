@@ -17,7 +17,7 @@ from prunezoo.core.registry import load_pruner
 from prunezoo.core.source import Source
 from prunezoo.core.upload import check_public, check_repo
 from prunezoo.learned.patch_classifier import PatchClassifier
-from prunezoo.tokenizers.one_d_piece import OneDPiece
+from prunezoo.tokenizers.base import list_tokenizers, load_tokenizer
 from trainers.cards import cells as cells_card
 from trainers.cards.cards import render_card
 from trainers.cards.parts import (
@@ -70,7 +70,7 @@ PRUNER = Kind(
     "python -m trainers.evaluate … --card {folder}",
 )
 TOKENIZER = Kind(
-    OneDPiece.from_pretrained,
+    load_tokenizer,
     tokenizer_card.read_measurement,
     tokenizer_card.measured_weights,
     tokenizer_card.render_card,
@@ -93,7 +93,7 @@ CELLS = Kind(
 def kind_of(folder: Path) -> Kind:
     """A tokenizer, a classifier of cells that was trained for no model, or a pruner of one."""
     method = read_method(Source(folder))
-    if method == OneDPiece.name:
+    if method in list_tokenizers():
         return TOKENIZER
     stored = read_object(folder / CONFIG_FILE, what="a config", remedy="save it again")
     return CELLS if method == PatchClassifier.name and "base_model" not in stored else PRUNER

@@ -1,8 +1,9 @@
-"""Train the tokenizer One-D-Piece (arXiv 2501.10064) on pictures, in two stages within one run.
+"""Train a tokenizer on pictures, in two stages within one run, as One-D-Piece does (arXiv 2501.10064).
 
 First everything learns: either the codes that a frozen pixel tokenizer gives the picture (the paper's), or the pixels
 at once (the small recipe). Then encoder, queries and codebook stand still and the decoder learns to paint. In both a
-random length is drawn each step, and the decoder reads no more of the row than that.
+random length is drawn each step, and the decoder reads no more of the row than that. `tokenizer_guided.py` trains
+those that read texts, or learn a frozen model's meaning.
 
 Left out of the paper's second stage: its ConvNeXt feature loss, for which weights would have to be downloaded, and its
 adversarial loss. In their place stands the L1 distance of Laplacian pyramids (Bojanowski et al., arXiv 1707.05776).
@@ -11,6 +12,8 @@ Letters: B pictures, N tokens.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +27,19 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.tokenizers.base import Painted, Text, Tokenizer
 from prunezoo.tokenizers.maskgit_vqgan import PixelTokenizer
 from prunezoo.tokenizers.one_d_piece import OneDPiece
 
 from .losses import laplacian_l1
 from .optimizer import adamw_cosine
+
+Distance = Literal["l2", "l1", "smooth_l1"]
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": partial(F.smooth_l1_loss, beta=0.1),
+}
 
 
 class TokenizerModule(L.LightningModule):
@@ -41,7 +52,10 @@ class TokenizerModule(L.LightningModule):
             it from the published weights.
         first_share: Share in [0, 1] of the training that is the first stage.
         tail_drop: Draw a length each step, from 1 to N, all alike; False, for comparison: always the whole row.
-        perceptual_weight: Weight of the Laplacian pyramids' distance beside the squared error of the pixels.
+        drop_rate: Share in [0, 1] of the steps in which it is drawn; in the others it is the whole row.
+        distance: Of the pixels: `l2`, squared; `l1`; or `smooth_l1`, squared below 0.1 and linear above.
+        mirror: Whether half of the pictures are mirrored; not where a text says what is left and right.
+        perceptual_weight: Weight of the Laplacian pyramids' distance beside that of the pixels.
         lr: Peak learning rate.
         warm_up: Share of the steps in which it rises from 0; from there it falls by a cosine.
         floor: Share of it that is left at the end, in [0, 1].
@@ -54,7 +68,7 @@ class TokenizerModule(L.LightningModule):
 
     def __init__(
         self,
-        tokenizer: OneDPiece,
+        tokenizer: Tokenizer,
         first: Literal["pixels", "codes"] = "pixels",
         pixel_tokenizer: str | None = None,
         first_share: float = 0.8,
@@ -66,23 +80,29 @@ class TokenizerModule(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         measure: tuple[int, ...] = (1, 4, 16, 64, 256),
+        drop_rate: float = 1.0,
+        distance: Distance = "l2",
+        mirror: bool = True,
     ) -> None:
         super().__init__()
-        head = tokenizer.config.head
+        head = tokenizer.config.head if isinstance(tokenizer, OneDPiece) else "pixels"
         if (first == "codes") != (head == "codes"):
             raise PruneZooError(f"first='{first}' does not fit a tokenizer with head='{head}': make them equal")
         if not 0.0 <= first_share <= 1.0 or not 0.0 <= warm_up < 1.0:
             raise PruneZooError(f"first_share={first_share} must lie in [0, 1], warm_up={warm_up} in [0, 1)")
+        if not 0.0 <= drop_rate <= 1.0:
+            raise PruneZooError(f"drop_rate={drop_rate} must lie in [0, 1]")
         self.tokenizer = tokenizer
+        self.drop_rate, self.distance, self.mirror = drop_rate, distance, mirror
         self.first, self.first_share, self.tail_drop = first, first_share, tail_drop
         self.perceptual_weight = perceptual_weight
         self.lr, self.warm_up, self.floor, self.betas, self.weight_decay = lr, warm_up, floor, betas, weight_decay
         self.measure = tuple(tokenizer.check_length(length) for length in measure)
         self.quality = Quality(len(self.measure))
         self.used: Tensor
-        self.register_buffer("used", torch.zeros(tokenizer.config.codes, dtype=torch.bool), persistent=False)
+        self.register_buffer("used", torch.zeros(1 << tokenizer.config.bits, dtype=torch.bool), persistent=False)
         self.__dict__["teacher"] = None  # not a submodule: in no checkpoint and no optimizer
-        if first == "codes":
+        if isinstance(tokenizer, OneDPiece) and first == "codes":
             if pixel_tokenizer is None:
                 raise PruneZooError("first='codes' needs pixel_tokenizer: a file that `trainers.upkeep.unpickle` wrote")
             teacher = self.__dict__["teacher"] = load_pixel_tokenizer(pixel_tokenizer)
@@ -102,38 +122,57 @@ class TokenizerModule(L.LightningModule):
         """Whether only the decoder still learns."""
         return self.global_step >= self.first_share * self.total_steps
 
-    def training_step(self, images: Tensor, batch_index: int) -> Tensor:
+    def read(self, batch: Any) -> tuple[Tensor, Text | None]:
+        """Pictures (B, 3, S, S), and what is said of them."""
+        return batch, None
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """One step of either stage, each picture mirrored or not."""
-        images = torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
-        length = draw_length(self.tokenizer.config.tokens) if self.tail_drop else self.tokenizer.config.tokens
+        images, text = self.read(batch)
+        if self.mirror:
+            images = torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
+        length = self.draw()
         terms: dict[str, Tensor] = {}
         if self.second_stage:
-            painted = self.tokenizer.paint(self.tokenizer.encode(images)[:, :length])
-            terms.update(self.pixel_terms(painted, images))
+            codes = self.tokenizer.encode(images, text)[:, : self.tokenizer.numbers(length)]
+            terms.update(self.pixel_terms(self.tokenizer.paint(codes, text), images))
         else:
-            output, _, terms["commitment"] = self.tokenizer(images, length)
+            made = self.tokenizer(images, length, text)
+            terms["commitment"] = made.loss
             if self.teacher is not None:
-                terms["codes"] = F.cross_entropy(output.float(), self.teacher.encode(images))
+                terms["codes"] = F.cross_entropy(made.output.float(), self.teacher.encode(images))
             else:
-                terms.update(self.pixel_terms(output, images))
+                terms.update(self.pixel_terms(made.output, images))
+            terms.update(self.other_terms(made, images))
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=len(images))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss
 
+    def draw(self) -> int:
+        """The length of this step."""
+        whole = self.tokenizer.config.tokens
+        drops = self.tail_drop and (self.drop_rate == 1.0 or float(torch.rand(())) < self.drop_rate)
+        return draw_length(whole) if drops else whole
+
+    def other_terms(self, made: Painted, images: Tensor) -> dict[str, Tensor]:
+        """What else the first stage learns; nothing here."""
+        return {}
+
     def pixel_terms(self, painted: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Squared error, and distance of Laplacian pyramids."""
+        """Distance of the pixels, and of Laplacian pyramids."""
         painted = painted.float()
-        terms = {"pixels": F.mse_loss(painted, images)}
+        terms = {"pixels": DISTANCES[self.distance](painted, images)}
         if self.perceptual_weight:
             terms["perceptual"] = self.perceptual_weight * laplacian_l1(painted, images)
         return terms
 
-    def validation_step(self, images: Tensor, batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Paint from prefixes of each row."""
-        codes = self.tokenizer.encode(images)
+        images, text = self.read(batch)
+        codes = self.tokenizer.encode(images, text)
         self.used[codes.unique()] = True
-        painted = [self.tokenizer.decode(codes[:, :length]) for length in self.measure]
+        painted = [self.tokenizer.decode(codes[:, : self.tokenizer.numbers(k)], text) for k in self.measure]
         error = torch.stack([(some - images).square().mean((1, 2, 3)) for some in painted], dim=1)
         self.quality.update(-10 * error.clamp_min(1e-10).log10())
 

@@ -119,11 +119,16 @@ def list_pruners() -> tuple[str, ...]:
 def pruner_class(name: str) -> type[Pruner]:
     """The class registered under ``name``; an unknown name is an error that lists the known ones."""
     if name not in list_pruners():
-        for cls in Pretrained.__subclasses__():
-            if cls.name and cls.name == name:
-                raise PruneZooError(f"'{name}' is no pruner: load it with {cls.__name__}.from_pretrained")
+        if other := _kin(Pretrained).get(name):
+            raise PruneZooError(f"'{name}' is no pruner: load it with {other.__name__}.from_pretrained")
         raise PruneZooError(f"unknown pruner '{name}'{near(name, list_pruners())}")
     return _PRUNERS[name]
+
+
+def _kin(cls: type[Pretrained]) -> dict[str, type[Pretrained]]:
+    """What is built on a class, at any depth, and has a name; by that."""
+    below = cls.__subclasses__()
+    return {one.name: one for one in below if one.name} | {k: v for one in below for k, v in _kin(one).items()}
 
 
 def build_pruner(name: str, /, vlm: Any = None, **config: Any) -> Pruner:

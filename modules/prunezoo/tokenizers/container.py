@@ -5,7 +5,7 @@
 | 0-1 | ``1P`` |
 | 2 | version of this layout, 1 |
 | 3-4, 5-6 | width and height of the picture, pixels less one, big-endian |
-| 7 | codes less one |
+| 7 | tokens less one; of most tokenizers a token is one code |
 | 8-9 | fingerprint of the tokenizer, big-endian |
 | 10-11 | CRC-16 (CCITT) of all the other bytes, big-endian |
 | 12- | the codes, each of the tokenizer's bits, most significant bit first, without gaps; then zeros |
@@ -13,6 +13,7 @@
 
 import binascii
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +46,14 @@ def least_size(bits: int) -> int:
     return HEADER.size + -(-bits // 8)
 
 
-def pack(row: Row, bits: int, size: int) -> bytes:
+def pack(row: Row, bits: int, size: int, tokens: int | None = None) -> bytes:
     """A file of exactly ``size`` bytes.
 
     Args:
-        row: At most :func:`capacity` codes, and at most 256.
+        row: At most :func:`capacity` codes.
         bits: Bits of a code, at most 16.
         size: Bytes.
+        tokens: How many tokens the codes are, at most 256; None: each is one.
 
     Raises:
         PruneZooError: A side of the picture does not fit into the header, or it has more than MOST_PIXELS.
@@ -59,18 +61,19 @@ def pack(row: Row, bits: int, size: int) -> bytes:
     _check_size(row.width, row.height)
     places = np.arange(bits)[::-1]
     payload = np.packbits((np.array(row.codes)[:, None] >> places) & 1).tobytes()
-    facts = (MAGIC, VERSION, row.width - 1, row.height - 1, len(row.codes) - 1, row.fingerprint)
+    facts = (MAGIC, VERSION, row.width - 1, row.height - 1, (tokens or len(row.codes)) - 1, row.fingerprint)
     body = payload.ljust(size - HEADER.size, b"\0")
     return HEADER.pack(*facts, _checksum(HEADER.pack(*facts, 0) + body)) + body
 
 
-def unpack(data: bytes, bits: int, fingerprint: int) -> Row:
+def unpack(data: bytes, bits: int, fingerprint: int, numbers: Callable[[int], int] = int) -> Row:
     """What a file says.
 
     Args:
         data: The file.
         bits: Bits of a code.
         fingerprint: Of the tokenizer that is to paint it.
+        numbers: How many codes so many tokens are; by default as many.
 
     Raises:
         PruneZooError: Not such a file, of a later version, cut, corrupt, written by another tokenizer, or of a
@@ -83,7 +86,7 @@ def unpack(data: bytes, bits: int, fingerprint: int) -> Row:
     _, version, width, height, count, made_by, checksum = HEADER.unpack_from(data)
     if version != VERSION:
         raise PruneZooError(f"the file has layout version {version}, this release reads {VERSION}: use a newer one")
-    length = count + 1
+    length = numbers(count + 1)
     end = HEADER.size + -(-length * bits // 8)
     if len(data) < end and made_by == fingerprint:
         raise PruneZooError(f"the file is cut: {len(data)} bytes, {length} codes need {end}")
