@@ -105,7 +105,7 @@ def test_lrp_equals_the_rules_applied_one_by_one():
     for number, layer in reversed(list(enumerate(model.model.layers))):
         relevance = layer_by_rules(layer, states[number][0].detach(), rotary, relevance).detach()
     assert relevance.abs().max() > 1e-2
-    torch.testing.assert_close(ours, relevance, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ours, relevance, rtol=1e-4, atol=1e-7)  # norms compute in single precision
 
 
 def test_lrp_is_conserved_where_no_softmax_is():

@@ -113,6 +113,6 @@ class Walk:
 
 
 def even_attention(mask: Tensor) -> Tensor:
-    """``(B, L, L)``: attention that looks alike at all that stands at or before a column; real columns are ``(B, L)``."""
+    """``(B, L, L)``: attention that looks alike at all real columns ``(B, L)`` up to its own."""
     seen = (mask[:, None] & mask[:, :, None]).tril().float()
     return seen / seen.sum(2, keepdim=True).clamp_min(1)
