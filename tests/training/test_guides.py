@@ -176,20 +176,17 @@ def test_provenance_equals_the_definition(tiny):
 # All of them
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_every_guide_and_padding_changes_nothing(name, side):
+def test_every_family_has_every_guide_and_padding_changes_nothing(name):
     family = tiny_family(name)
-    samples = [Sample(((48, 40),), 5), Sample(((24, 48),), 3)]
-    encoded = encode(family.vlm, family.batch(samples, side=side, labels=True))
-    valid = encoded.inputs.valid
+    samples = [Sample(((48, 40),), 7), Sample(((24, 48),), 5)]
+    left, right = (encode(family.vlm, family.batch(samples, side, labels=True)) for side in ("left", "right"))
+    valid = left.inputs.valid
     for guide in ("lrp", "provenance"):
-        found = fixed(find_guide(guide), family.vlm, encoded)
+        found = fixed(find_guide(guide), family.vlm, left)
         assert found.shape == valid.shape and found.isfinite().all() and (found >= 0).all(), guide
         assert not found[~valid].any() and (found > 0).any(1).all(), guide
-    alone = encode(family.vlm, family.batch(samples[:1], labels=True))
-    expected, own = provenance(family.vlm, alone)[0][0], valid[0]
-    torch.testing.assert_close(provenance(family.vlm, encoded)[0][0, own], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found, fixed(find_guide(guide), family.vlm, right), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lfm2_vl", "llama4"])
