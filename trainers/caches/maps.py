@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host import Encoded, encode, full_forward
 from prunezoo.host.signals.language import check_signals
-from prunezoo.host.signals.relevance import relevance_map
 from trainers.data.conversation import ConversationCollator
 from trainers.data.loading import ResumableLoader
 from trainers.data.modules import LlavaJsonDataModule, SuiteDataModule
 from trainers.data.shards import ShardedCache
 from trainers.training.frozen import FrozenModule, judge
+from trainers.training.guide_names import GRAD_ATTENTION, GuideName, find_guide, fixed
 from trainers.training.losses import answer_slots
 
 from .vlm_cache import CachedDataModule, Worker, dtype_of
@@ -38,10 +38,12 @@ class RelevanceWorker(Worker):
     Attributes:
         max_tokens: only the first so many tokens of an answer are explained; None: all.
         signal: kept beside each map, for the network that is to learn the map from it.
+        guide: whose map it is, see `guide_names.GUIDES`; of those that draw a slot of the answer, always the same one.
     """
 
     max_tokens: int | None
     signal: str
+    guide: GuideName = GRAD_ATTENTION
 
     label = "relevance maps"
 
@@ -67,10 +69,11 @@ class RelevanceWorker(Worker):
         if not all(right):  # the passes to come are the dear ones
             encoded = self.encode(vlm, collate, item)
         valid = encoded.inputs.valid
+        guide = find_guide(self.guide, **({"max_tokens": self.max_tokens} if self.guide == GRAD_ATTENTION else {}))
         return {
             "item": torch.tensor(item),
             "tokens": valid.sum(1),
-            "relevance": relevance_map(vlm, encoded, self.max_tokens)[valid],
+            "relevance": fixed(guide, vlm, encoded)[valid],
             "signal": encoded.inputs.signal(self.signal)[valid].float(),
         }
 
@@ -122,8 +125,9 @@ class MapDataModule(CachedDataModule):
         shard_items: Items of one file of the cache.
         processes: Processes that compute what is missing.
         max_tokens: Only the first so many tokens of an answer are explained, each at the price of a backward pass;
-            null: all.
+            null: all. Of `grad_attention` only.
         signal: What the network reads, kept beside each map.
+        guide: Whose maps: `grad_attention` (the paper's), `relevance`, `attention` of all layers, `lrp`, `provenance`.
         source: See the data module of items. Its `train_items` are asked, and give a map each if they are answered
             rightly; its `batch_size` is that of the frozen model's passes.
     """
@@ -139,6 +143,7 @@ class MapDataModule(CachedDataModule):
         processes: int = 1,
         max_tokens: int | None = None,
         signal: str = "prompt_attention",
+        guide: GuideName = GRAD_ATTENTION,
         **source: Any,
     ) -> None:
         super().__init__(vlm, maps, shard_items, processes, **source)
@@ -147,18 +152,21 @@ class MapDataModule(CachedDataModule):
                 raise PruneZooError(f"{name} must be at least 1, got {value}")
         self.maps_per_step, self.max_tokens, self.signal = maps_per_step, max_tokens, signal
         check_signals((signal,))
+        find_guide(guide)
+        if max_tokens is not None and guide != GRAD_ATTENTION:
+            raise PruneZooError(f"max_tokens={max_tokens} is of guide={GRAD_ATTENTION}, not of {guide}: leave it out")
+        self.guide: GuideName = guide
         self.map_set: MapSet | None = None
 
     def facts(self, module: FrozenModule) -> dict[str, Any]:
         """See CachedDataModule."""
-        return {"max_tokens": self.max_tokens, "signal": self.signal}
+        more = {} if self.guide == GRAD_ATTENTION else {"guide": self.guide}  # caches of before have no other
+        return {"max_tokens": self.max_tokens, "signal": self.signal, **more}
 
     def worker(self, module: FrozenModule) -> RelevanceWorker:
         """See CachedDataModule."""
-        items = self.items("train")
-        return RelevanceWorker(
-            self.vlm, dtype_of(module.vlm), items, self.batch_size, self.max_length, self.max_tokens, self.signal
-        )
+        passes = (self.vlm, dtype_of(module.vlm), self.items("train"), self.batch_size, self.max_length)
+        return RelevanceWorker(*passes, self.max_tokens, self.signal, self.guide)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the items, and read the maps."""

@@ -4,8 +4,8 @@ Letters: B items of a batch, N image tokens of an image (padded), L tokens of th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ from prunezoo.host.signals.relevance import eager_attention, relevance_map
 from trainers.cli.names import BY_FRAME, BY_STEP, FIXED, RANDOM_AT
 from trainers.data.conversation import IGNORED
 from trainers.data.suite import Item
+from trainers.training.guide_names import find_guide, fixed
 
 from .budgets import keep_for_mean
 from .random_order import RandomOrder
-from .scores import ATTENTION, ORACLE, RELEVANCE, is_diagnostic
+from .scores import ATTENTION, GUIDE, ORACLE, RELEVANCE, is_diagnostic
 
 RANDOM = "random"
 RIVALS = ("random", "uniform", "pool", "resize", "fastervlm", "divprune")
@@ -51,6 +52,7 @@ class View:
     items: Sequence[Item]
     attention: Tensor | None = None
     relevance: Tensor | None = None
+    guides: Mapping[str, Tensor] = field(default_factory=dict)  # (B, N) each, by the name of the guide: those asked for
     rows: tuple[int, ...] | None = None  # (B) number of the item that each row of the inputs is of; None: one each
 
     @property
@@ -69,6 +71,7 @@ class Method(ABC):
         replicas: how many seeds it has; their results are averaged.
         wants_attention: whether it reads `View.attention`.
         wants_relevance: whether it reads `View.relevance`.
+        wants_guide: which of `View.guides` it reads; None: none.
         by_frame: whether it sees the frames of a clip one by one, where others see the clip.
         remembers: whether it holds something of the steps of a stream before.
         fixed: whether at `auto:64` it keeps 64 tokens of every image although it could set budgets.
@@ -78,6 +81,7 @@ class Method(ABC):
     replicas: int = 1
     wants_attention: bool = False
     wants_relevance: bool = False
+    wants_guide: str | None = None
     by_frame: bool = False
     remembers: bool = False
     fixed: bool = False
@@ -226,8 +230,24 @@ class Relevance(ScoredMethod):
         return view.relevance
 
 
+class Guided(ScoredMethod):
+    """Keeps what a guide of training says matters: how good a teacher it is, before anything is trained by it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.wants_guide = name.removeprefix(GUIDE)
+        find_guide(self.wants_guide)
+
+    def rate(self, view: View) -> Tensor:
+        """Its map, (B, N)."""
+        assert self.wants_guide is not None
+        return view.guides[self.wants_guide]
+
+
 def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
-    """The method of a name: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, or what `load_pruner` takes.
+    """The method of a name: a diagnostic, such as `oracle`, or what `load_pruner` takes.
+
+    Diagnostics: `oracle`, `relevance`, `attention@L`, `attention-mean@L`, and `guide@NAME` of `guide_names.GUIDES`.
 
     Args:
         name: as on the command line; with `frames:` in front it sees the frames of a clip one by one, with `steps:` the
@@ -258,6 +278,8 @@ def build_method(name: str, seed: int = 0, depth: int | None = None) -> Method:
         return Oracle()
     if name == RELEVANCE:
         return Relevance()
+    if name.startswith(GUIDE):
+        return Guided(name)
     if is_diagnostic(name):
         kind, _, layer = name.partition("@")
         if not layer.isdigit():
@@ -282,7 +304,9 @@ def view_of(
         attention = attention_to_image(vlm, batch, encoded.inputs.valid)
     if any(method.wants_relevance for method in methods):
         relevance = relevance_map(vlm, encoded)
-    return View(encoded.inputs, items, attention, relevance, encoded.rows)
+    names = {method.wants_guide for method in methods if method.wants_guide is not None}
+    guides = {name: fixed(find_guide(name), vlm, encoded) for name in sorted(names)}
+    return View(encoded.inputs, items, attention, relevance, guides, encoded.rows)
 
 
 @torch.no_grad()

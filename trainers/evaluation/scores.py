@@ -14,6 +14,8 @@ ALL_TOKENS, NO_TOKENS = "1.0", "0"
 ORACLE, ATTENTION, RELEVANCE = "oracle", "attention", "relevance"
 """Diagnostics: what lies on what the question is about; the full model's own attention, `attention@L`; and its
 relevance map for the reference answer."""
+GUIDE = "guide@"
+"""In front of the name of a guide of training, `guide@lrp`: likewise, its map."""
 
 Key = tuple[str, str]
 """(method, budget), both as written on the command line."""
@@ -21,7 +23,7 @@ Key = tuple[str, str]
 
 def is_diagnostic(method: str) -> bool:
     """Whether a method knows what no pruner can know before the language model has run."""
-    return method in (ORACLE, RELEVANCE) or method.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@"))
+    return method in (ORACLE, RELEVANCE) or method.startswith((f"{ATTENTION}@", f"{ATTENTION}-mean@", GUIDE))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from prunezoo.host import Encoded, encode, full_forward, gated_forward
 from trainers.data.modules import GROUPS, TEACHER
 
 from .frozen import Dtype, FrozenModule, recompute_layers
-from .guides import Rows, attention_guide, relevance
+from .guide_names import GuideName, find_guide
+from .guides import Rows
 from .losses import (
     answer_slots,
     cross_entropy,
@@ -43,7 +44,8 @@ class DistillModule(FrozenModule):
         pruner: The pruner to train.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
         warm_start: Folder or Hub id of a trained PPM whose weights it starts from; None: from scratch.
-        guide: Whose map the scores learn: the frozen model's gradient `relevance`, or the `attention` of one layer.
+        guide: Whose map the scores learn: the frozen model's gradient `relevance`, the `attention` of one layer,
+            `grad_attention` rolled out (dear), `lrp` or `provenance`; see `guide_names.GUIDES`.
         guide_layer: Layer of the attention guide, from 0; or several, of which it is the mean; null: all.
         guide_rows: Whose attention that is: of the words of the `prompt`, or with those of the answer of `all`.
         guide_loss: `mse` (the paper's first stage) or `kl` (scores as logits over the tokens).
@@ -71,7 +73,7 @@ class DistillModule(FrozenModule):
         pruner: Pruner,
         vlm_dtype: Dtype = "auto",
         warm_start: str | None = None,
-        guide: Literal["relevance", "attention"] = "relevance",
+        guide: GuideName = "relevance",
         guide_layer: int | tuple[int, ...] | None = 16,
         guide_rows: Rows = "prompt",
         guide_loss: Literal["mse", "kl"] = "kl",
@@ -105,8 +107,8 @@ class DistillModule(FrozenModule):
         if warm_start is not None:
             start_from(pruner, warm_start)
         self.pruner.gate_temperature = temperature
-        self.guide, self.guide_rows = guide, guide_rows
-        self.guide_layers = (guide_layer,) if isinstance(guide_layer, int) else guide_layer
+        layers = (guide_layer,) if isinstance(guide_layer, int) else guide_layer
+        self.guide = find_guide(guide, **({"layers": layers, "rows": guide_rows} if guide == "attention" else {}))
         self.guide_loss = guide_mse if guide_loss == "mse" else partial(guide_kl, cut=guide_cut)
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
@@ -180,12 +182,7 @@ class DistillModule(FrozenModule):
 
     def ask_teacher(self, encoded: Encoded, with_guide: bool) -> tuple[Tensor | None, Tensor]:
         """The guide (B, N) if wanted, and the full model's logits (S, V) at the answer slots."""
-        if with_guide and self.guide == "relevance":
-            return relevance(self.vlm, encoded)
-        with torch.no_grad():
-            if with_guide:
-                return attention_guide(self.vlm, encoded, self.guide_layers, self.guide_rows)
-            return None, self.ask_answers(encoded)["logits"]
+        return self.guide(self.vlm, encoded) if with_guide else (None, self.ask_answers(encoded)["logits"])
 
     @torch.no_grad()
     def ask_answers(self, encoded: Encoded) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ autograd does the work, under any attention kernel, and hooks change the gradien
 | softmax | first order of Taylor | as it is |
 | queries times keys | uniform | a quarter to each, with the half above |
 
-Ours: it starts at log-odds instead of a logit, at one answer slot drawn for each sample as in `relevance`; it ends where
-the first layer begins; what a token has is the absolute value of its sum over channels. What reaches deeper layers
-past the first one's entry (deepstack) is a constant. Written from the paper; no code of others.
+Ours: it starts at log-odds instead of a logit, at one answer slot drawn for each sample as in `relevance`; it ends
+where the first layer begins; what a token has is the absolute value of its sum over channels. What reaches deeper
+layers past the first one's entry (deepstack) is a constant. Written from the paper; no code of others.
 
 Letters: B images (one a sample), N image tokens, S answer slots of the whole batch, V vocabulary, L tokens, D width.
 """
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host import Encoded, full_forward
 from prunezoo.host.families import find_family
-from prunezoo.host.parts.decoder import KINDS, Decoder
+from prunezoo.host.parts.decoder import KINDS
 
 from .guides import slot_odds
 

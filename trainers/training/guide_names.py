@@ -20,6 +20,7 @@ from .guides import Rows, attention_guide, relevance
 from .losses import answer_slots
 
 GuideName = Literal["relevance", "attention", "grad_attention", "lrp", "provenance"]
+GRAD_ATTENTION: GuideName = "grad_attention"
 Guide = Callable[[Any, Encoded], tuple[Tensor, Tensor]]
 """Of a model and a batch with labels: a map (B, N) float32, at least 0, 0 on padding; the full model's logits (S, V) at
 the answer slots."""

@@ -1,7 +1,7 @@
 """Provenance: whence comes what the words of the prompt hold, by attention rolled out from the first layer on.
 
-The guide of DVT (Dynamic Visual Token pruning; https://github.com/NaomiEX/DynamicVisualTokenPruning, May 2026, without a
-licence: written from a description, nothing of it is here). Image token n is a column of P, at first 1 in its own row;
+The guide of DVT (https://github.com/NaomiEX/DynamicVisualTokenPruning, May 2026; it has no licence, so this is written
+from a description and nothing of it is here). Image token n is a column of P, at first 1 in its own row;
 each layer makes P = (beta I + (1 - beta) A) P, A its attention, mean over heads. What the words read in a layer is
 A P in their rows. Attention that looks at all before it alike, put through the same, says what a token has for its
 place alone; a row is divided by that to the power of `alpha`, and by its sum. No gradient is needed, and no answer.
@@ -113,6 +113,6 @@ class Walk:
 
 
 def even_attention(mask: Tensor) -> Tensor:
-    """``(B, L, L)``: attention that looks at all that stands at or before a column alike, of real columns ``(B, L)``."""
+    """``(B, L, L)``: attention that looks alike at all real columns ``(B, L)`` up to its own."""
     seen = (mask[:, None] & mask[:, :, None]).tril().float()
     return seen / seen.sum(2, keepdim=True).clamp_min(1)
