@@ -12,7 +12,7 @@ import pkgutil
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from ..core.hub import Pretrained, load, read_method
 from ..core.near import near
 from ..core.source import Source
 from . import container
+
+LONGEST_SIDE = 4096  # pixels of the square
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TokenizerConfig(PrunerConfig):
         for name in ("image_size", "patch", *names):
             if getattr(self, name) < 1:
                 raise PruneZooError(f"{method}: {name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size > LONGEST_SIDE:
+            raise PruneZooError(f"{method}: image_size={self.image_size} must be at most {LONGEST_SIDE}")
         if self.image_size % self.patch:
             raise PruneZooError(f"{method}: patch={self.patch} does not divide image_size={self.image_size}")
 
@@ -77,8 +81,12 @@ class Painted(NamedTuple):
 class Tokenizer(Pretrained):
     """Pictures to rows of codes, and prefixes of such rows to pictures. A subclass overrides what raises here."""
 
-    reads_text: ClassVar[bool] = False  # a Text is given wherever pictures or codes are
     config: TokenizerConfig
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a :class:`Text` is given wherever pictures or codes are."""
+        return False
 
     def forward(self, images: Tensor, length: int, text: Text | None = None) -> Painted:
         """Encode, quantise, cut the row to ``length`` and paint: what training calls.

@@ -36,21 +36,11 @@ class Row:
     fingerprint: int  # of the tokenizer, 16 bits
 
 
-def capacity(size: int, bits: int) -> int:
-    """How many codes of so many bits a file of ``size`` bytes holds; may be 0."""
-    return max(size - HEADER.size, 0) * 8 // bits
-
-
-def least_size(bits: int) -> int:
-    """Bytes of the smallest file, one code in it."""
-    return HEADER.size + -(-bits // 8)
-
-
 def pack(row: Row, bits: int, size: int, tokens: int | None = None) -> bytes:
     """A file of exactly ``size`` bytes.
 
     Args:
-        row: At most :func:`capacity` codes.
+        row: As many codes as fit into the size.
         bits: Bits of a code, at most 16.
         size: Bytes.
         tokens: How many tokens the codes are, at most 256; None: each is one.
