@@ -15,6 +15,8 @@ from .simulate import ANSWER, Pass, Weights, count_weights, simulate, vision_flo
 TERA = 1e12
 LIVE = 10**9
 """Parameters that ZeRO-3 lets lie gathered, its default."""
+BACKWARD = ("relevance", "lrp", "grad_attention")
+"""Guides that take a backward pass; counted once, though the last one takes it for each token of the answer."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def memory(job: Job, weights: Weights, passes: Pass, trained: int) -> dict[str, 
 def step_flops(job: Job, passes: Pass, vision: float) -> tuple[float, float, float]:
     """Operations of a step of one GPU: in the first stage, in the second, in the second with the cache of answers."""
     through = passes.forward_flops + passes.backward_flops
-    first = job.batch * vision + (through if job.model.guide == "relevance" else passes.forward_flops)
+    first = job.batch * vision + (through if job.model.guide in BACKWARD else passes.forward_flops)
     guided = job.model.guide_weight > 0
-    teacher = (through if job.model.guide == "relevance" else passes.forward_flops) if guided else passes.forward_flops
+    teacher = (through if job.model.guide in BACKWARD else passes.forward_flops) if guided else passes.forward_flops
     second = job.batch * vision + teacher + through
     cached = second if guided else job.batch * vision + through
     times = job.recipe.trainer.accumulate_grad_batches

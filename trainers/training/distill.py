@@ -108,7 +108,8 @@ class DistillModule(FrozenModule):
             start_from(pruner, warm_start)
         self.pruner.gate_temperature = temperature
         layers = (guide_layer,) if isinstance(guide_layer, int) else guide_layer
-        self.guide = find_guide(guide, **({"layers": layers, "rows": guide_rows} if guide == "attention" else {}))
+        self.guide = guide
+        self.ask_guide = find_guide(guide, **({"layers": layers, "rows": guide_rows} if guide == "attention" else {}))
         self.guide_loss = guide_mse if guide_loss == "mse" else partial(guide_kl, cut=guide_cut)
         self.guide_share, self.guide_weight, self.rank_weight = guide_share, guide_weight, rank_weight
         self.kl_weight, self.answer_weight = kl_weight, answer_weight
@@ -182,7 +183,7 @@ class DistillModule(FrozenModule):
 
     def ask_teacher(self, encoded: Encoded, with_guide: bool) -> tuple[Tensor | None, Tensor]:
         """The guide (B, N) if wanted, and the full model's logits (S, V) at the answer slots."""
-        return self.guide(self.vlm, encoded) if with_guide else (None, self.ask_answers(encoded)["logits"])
+        return self.ask_guide(self.vlm, encoded) if with_guide else (None, self.ask_answers(encoded)["logits"])
 
     @torch.no_grad()
     def ask_answers(self, encoded: Encoded) -> dict[str, Tensor]:
