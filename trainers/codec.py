@@ -120,7 +120,9 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
     pictures = Photographs(spread(photographs(args.images, args.split), args.limit), first.config.image_size)
     lengths = args.length or [length for length in LENGTHS if length <= first.config.tokens]
     for length in lengths:
-        first.check_length(length)
+        for name, tokenizer in tokenizers.items():
+            if tokenizer.file_size(tokenizer.check_length(length)) != first.file_size(length):
+                raise PruneZooError(f"{name}: {length} tokens are not as many bytes as the first's: measure them apart")
     record = {
         "command": shlex.join(["python", "-m", "trainers.codec", *words]),
         "images": args.images.name,

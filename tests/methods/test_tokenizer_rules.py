@@ -80,7 +80,7 @@ def test_turning_depends_on_how_far_apart_places_are():
         return (turned[0] * turned[1]).sum()
 
     here = product([1.0, 2.0, 3.0], [0.0, 4.0, 1.0])
-    torch.testing.assert_close(product([3.0, 3.0, 8.0], [2.0, 5.0, 6.0]), here)
+    torch.testing.assert_close(product([3.0, 3.0, 8.0], [2.0, 5.0, 6.0]), here, rtol=1e-4, atol=1e-4)
     assert not torch.isclose(product([1.0, 2.0, 3.0], [0.0, 4.0, 2.0]), here)
 
 
@@ -147,7 +147,7 @@ def test_codes_stand_for_the_sum_of_their_grids():
 def test_in_training_the_codebook_follows_the_grids():
     tokenizer, images = member("tokenflow").train(), pictures()
     first = float(tokenizer(images, 3).loss)
-    for _ in range(150):
+    for _ in range(60):
         last = float(tokenizer(images, 3).loss)
     assert last < 0.7 * first
     book = tokenizer.quantize.codebook.clone()
