@@ -61,4 +61,4 @@ def text_for(tokenizer: Tokenizer, count: int, seed: int = 0) -> Text | None:
     generator = torch.Generator().manual_seed(seed)
     words = 2 + torch.arange(count)
     valid = torch.arange(count + 1) < words[:, None]
-    return Text(torch.randn(count, count + 1, tokenizer.config.text_width, generator=generator), valid)
+    return Text(torch.randn(count, count + 1, tokenizer.config.to_dict()["text_width"], generator=generator), valid)

@@ -55,7 +55,7 @@ def test_bits_are_drawn_in_training_alone_and_the_gradient_passes():
     drawn = torch.stack([tokenizer(images, 6).codes for _ in range(40)]).float()
     assert 0 < float((drawn != codes).float().mean()) < 0.5, "drawn, and likelier as in use"
     logits = torch.zeros(1, requires_grad=True)
-    tokenizer.encoder.forward = lambda images: logits.expand(3, 6, 5)  # type: ignore[method-assign]
+    tokenizer.encoder.forward = lambda images: logits.expand(3, 6, 5)
     made = tokenizer(images, 6)
     assert float(made.loss) == pytest.approx(0.25 * tokenizer.config.penalty), "the most unsure of all"
     made.output.sum().backward()

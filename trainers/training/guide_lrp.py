@@ -22,6 +22,7 @@ Letters: B images (one a sample), N image tokens, S answer slots of the whole ba
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,9 @@ def explained(model: nn.Module, layers: Any) -> Iterator[None]:
                 hook(module, passing)
         for layer in layers:
             for name, share in SHARES.items():
-                hook(getattr(layer.self_attn, name), lambda _, __, out, share=share: scaled(out, share))
+                hook(getattr(layer.self_attn, name), partial(sharing, share=share))
             hook(layer.mlp.act_fn, lambda module, given, out: scaled(passing(module, given, out), 0.5))
-            hook(layer.mlp.up_proj, lambda _, __, out: scaled(out, 0.5))
+            hook(layer.mlp.up_proj, partial(sharing, share=0.5))
         yield
 
 
@@ -109,6 +110,11 @@ def passing(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
     x = given[0]
     ratio = torch.where(x == 0, 0.0, out / x).detach()
     return out.detach() + ratio * (x - x.detach())
+
+
+def sharing(_: nn.Module, __: Any, out: Tensor, share: float) -> Tensor:
+    """:func:`scaled` as a hook."""
+    return scaled(out, share)
 
 
 def scaled(out: Tensor, share: float) -> Tensor:

@@ -22,6 +22,7 @@ attended of them. With `keep="auto"` an image keeps as many as have an a above Q
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch.nn import functional
 
 from ..core.budgets import Keep
 from ..core.checks import require
+from ..core.choosing import Criterion
 from ..core.config import PrunerConfig
 from ..core.contract import PruneInputs, PruneOutput, Pruner
 from ..core.errors import PruneZooError
@@ -67,7 +69,7 @@ class PruMergeConfig(PrunerConfig):
 class PruMerge(Pruner):
     """The most attended tokens, each with its neighbours' share, and one of the rest."""
 
-    criteria = ("attention", "similarity")
+    criteria: ClassVar[tuple[Criterion, ...]] = ("attention", "similarity")
     config_class = PruMergeConfig
     config: PruMergeConfig
 
