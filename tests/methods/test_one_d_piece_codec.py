@@ -26,7 +26,7 @@ def test_the_codec_command_writes_files_of_the_size_asked_for(tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         codec.main(["decompress", names[0], names[2], "--tokenizer", folder])
-    assert "in.png: not a One-D-Piece file" in capsys.readouterr().err
+    assert "in.png: not a tokenizer's file" in capsys.readouterr().err
 
 
 def test_rivals_keep_to_their_bytes_and_get_better_with_them():

@@ -43,7 +43,7 @@ def test_every_damage_is_an_error():
     tokenizer = tiny()
     data = tokenizer.compress(picture(3), 32)
     for length in range(len(data)):
-        with pytest.raises(PruneZooError, match=r"cut|not a One-D-Piece file"):
+        with pytest.raises(PruneZooError, match=r"cut|not a tokenizer's file"):
             tokenizer.decompress(data[:length])
     for place in range(len(data)):
         broken = bytearray(data)

@@ -52,7 +52,7 @@ def test_files_have_the_bytes_asked_for_and_come_back(name):
     with pytest.raises(PruneZooError, match="too few"):
         tokenizer.compress(picture(1), tokenizer.file_size(1) - 1, text)
     for length in range(len(data) - 9):
-        with pytest.raises(PruneZooError, match=r"cut|not a One-D-Piece file"):
+        with pytest.raises(PruneZooError, match=r"cut|not a tokenizer's file"):
             tokenizer.decompress(data[:length], text)
     with pytest.raises(PruneZooError, match="another tokenizer"):
         member(name, seed=5).decompress(data, text)

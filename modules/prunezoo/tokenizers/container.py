@@ -70,7 +70,7 @@ def unpack(data: bytes, bits: int, fingerprint: int, numbers: Callable[[int], in
             picture of more than MOST_PIXELS.
     """
     if data[:2] != MAGIC:
-        raise PruneZooError("not a One-D-Piece file: it does not begin with '1P'")
+        raise PruneZooError("not a tokenizer's file: it does not begin with '1P'")
     if len(data) < HEADER.size:
         raise PruneZooError(f"the file is cut: {len(data)} bytes, the header alone has {HEADER.size}")
     _, version, width, height, count, made_by, checksum = HEADER.unpack_from(data)
