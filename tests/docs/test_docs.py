@@ -17,7 +17,7 @@ from trainers.upkeep.readme import PAGES, rendered
 DOCS = ROOT / "docs"
 RUN = (
     *("README", "quick_start", "choose", "input", "train", "publish", "protocol", "own_questions", "command"),
-    *("serving", "tokenizer", "tower", "faq", "several_pictures", "slim", "budgets"),
+    *("serving", "tokenizer", "tower", "faq", "several_pictures", "slim", "budgets", "pages"),
 )
 NEEDS = {"network", "gpu", "hours", "install"}
 """What a block may say that it needs, and is not run for."""
