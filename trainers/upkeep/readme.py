@@ -8,7 +8,7 @@ No number and no "yes" in them is typed: `models`, `support` and `methods` come 
 `make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
 hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, of `make gpu`, `walk` from
 hub_cards/walk.json, `gain`, `accuracy`, `zoo` and those of the league from the records beside the shipped modules, in
-hub_cards/league/ and in hub_cards/measured/.
+hub_cards/league/ and in hub_cards/measured/, `pages` from hub_cards/pages/.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from trainers.evaluation import before_tower, league
 from trainers.evaluation.record import mean_row
 from trainers.evaluation.scores import ALL_TOKENS, FULL
 
+from .documents import documents, sentence
 from .methods import methods_section
 from .pages import by_stage
 from .support import support_brief, support_section
@@ -67,7 +68,7 @@ def gain() -> str:
         f"- **Accuracy:** with {trained['tokens']:.0f} of {tokens:.0f} image tokens, our test model `tiny-llava` keeps "
         f"{trained['retention']:.1f} % of its accuracy under the trained pruner PPM (95 % interval {low:.1f} to "
         f"{high:.1f}, {record['n']:,} questions), and {plain['retention']:.1f} % under DivPrune, which needs no "
-        "training.\n"
+        f"training. {sentence()}\n"
         f"- **Speed:** with {fast['prefill']['tokens']:.0f} of {bare['tokens']:.0f} image tokens, a LLaVA of 120 M "
         f"parameters reads its prompt {fast['prefill']['speedup']:.1f} times as fast and answers "
         f"{fast['end_to_end']['speedup']:.1f} times as fast ({speed['device']}, DivPrune).\n"
@@ -103,6 +104,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
     ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed()), "gpu": gpu},
+    ROOT / "docs" / "pages.md": {"pages": documents},
     ROOT / "docs" / "input.md": {"first token": first_token, "before tower": before_tower.table},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
