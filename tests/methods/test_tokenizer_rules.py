@@ -147,9 +147,9 @@ def test_codes_stand_for_the_sum_of_their_grids():
 def test_in_training_the_codebook_follows_the_grids():
     tokenizer, images = member("tokenflow").train(), pictures()
     first = float(tokenizer(images, 3).loss)
-    for _ in range(20):
+    for _ in range(40):
         last = float(tokenizer(images, 3).loss)
-    assert last < 0.7 * first
+    assert last < 0.8 * first
     book = tokenizer.quantize.codebook.clone()
     tokenizer.eval()(images, 3)
     assert torch.equal(tokenizer.quantize.codebook, book), "in use it stands still"

@@ -34,7 +34,9 @@ class Further(nn.Module):
         super().__init__()
         self.embed = nn.Linear(inputs, width)
         enter_what(self.embed.weight, inputs**-0.5)
-        self.places = nn.Parameter(NOISE * torch.randn(places, width))
+        marks = NOISE * torch.randn(places, width)
+        marks[:, 0] = 1.0  # as `mark_places` marks what gives: else nothing looks here, and nothing is learnt from here
+        self.places = nn.Parameter(marks)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, X, inputs), brought to unit variance, to (B, X, W)."""
