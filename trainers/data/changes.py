@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from prunezoo.core.errors import PruneZooError
 
+from .pictures import decode_picture
 from .suite import Item, Suite
 
 DEGREES, BRIGHTER, QUALITY = 5.0, 1.4, 20
@@ -38,7 +39,7 @@ def compress(picture: Image.Image) -> Image.Image:
     """As JPEG of quality 20 leaves it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
-    return Image.open(buffer).convert("RGB")
+    return decode_picture(buffer.getvalue())
 
 
 def write(picture: Image.Image) -> Image.Image:
