@@ -5,17 +5,20 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_llava import IMAGE_SIZE, make_llava, make_processor
 
+from prunezoo.core.compiled import compile_pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.prefill import decoder_flops
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import attach
 from trainers import benchmark
+from trainers.benchmarking import run as timing
 from trainers.benchmarking.flops import Work, counted_flops, request_work
 from trainers.benchmarking.measure import BARE, MEMORY, Setting, cases_of
 from trainers.benchmarking.memory import peak_memory, weights_size
@@ -224,6 +227,17 @@ def test_a_learned_method_is_built_for_the_width(vlm, tmp_path):
     assert load_for_timing("uniform", 32).name == "uniform"
     build_pruner("ppm", **type(pruner).tiny_config(32, 32)).save_pretrained(tmp_path)
     assert load_for_timing(str(tmp_path), 64).config.width == 32
+
+
+def test_compiled_networks_are_timed_beside(tiny_llava_folder, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(timing, "compile_pruner", partial(compile_pruner, backend="eager"))  # inductor takes a minute
+    words = f"--vlm {tiny_llava_folder} --pruner uniform ppm --compile --keep 1/9 --length 20 --decode 2 --repeats 1"
+    assert benchmark.main([*words.split(), "--picture", "30x24", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    tokens = {row["pruner"]: row["tokens"] for row in rows if row["part"] == "prefill"}
+    assert tokens.keys() == {BARE, "full", "uniform", "ppm", "ppm compiled"}, "what has no network is timed once"
+    assert tokens["ppm compiled"] == tokens["ppm"] == 4
 
 
 def test_the_command_writes_rows(tiny_llava_folder, tmp_path, capsys, caplog):
