@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prunezoo.core.schedule import Schedule
 from trainers import evaluate
+from trainers.cli.names import folder_named
 from trainers.data.scenes import Scenes
 from trainers.data.suite import load_suite
 from trainers.evaluation.journal import Journal
-from trainers.evaluation.run import journal_of
+from trainers.evaluation.methods import build_method
+from trainers.evaluation.run import journal_of, schedules_of
 from trainers.evaluation.scores import ItemScores
 
 
@@ -121,3 +124,19 @@ class Other(Scenes):
 
     def fingerprint(self):
         return "other"
+
+
+@pytest.mark.parametrize("name", ["fixed:{}", "random@{}", "steps:frames:{}", "random@{}?seed=3"])
+def test_a_folder_is_found_behind_what_stands_in_front_of_it(tmp_path, name):
+    """So that answers under other weights in the same folder are not taken for these."""
+    assert folder_named(name.format(tmp_path / "p")) == str(tmp_path / "p")
+
+
+def test_the_journal_knows_the_content_of_a_schedule(tmp_path):
+    """Its file may change while its name stays."""
+    path = tmp_path / "s.json"
+    found = []
+    for count in (60, 50):
+        Schedule(stage="vision", available=144, counts=(144, 144, 144, count), made_by="hand").save(path)
+        found.append(schedules_of([build_method(f"tome?schedule={path}", depth=2), build_method("uniform", depth=2)]))
+    assert found[0] != found[1] and found[0][1] is None

@@ -99,6 +99,13 @@ def find_pruner(name: str) -> str:
     return f"{shown(CHECKPOINTS / of_method[0])}{mark}{query}"
 
 
+def folder_named(name: str) -> str:
+    """The folder, Hub id or method in the name of what is measured: `runs/ppm` in `fixed:runs/ppm?hidden=8`."""
+    while front := next((front for front in FRONTS if name.startswith(front)), ""):
+        name = name.removeprefix(front)
+    return name.partition("?")[0]
+
+
 def find_vlm(name: str) -> str:
     """The path of a shipped model; a path that is there, a Hub id and `random:…` stay as they are.
 

@@ -16,6 +16,7 @@ from trainers.cards.cards import PICTURES, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output
 from trainers.cli.lock import hold
+from trainers.cli.names import FRONTS, folder_named
 from trainers.cli.options import check_at_least_one
 from trainers.cli.terminal import progress_bar
 from trainers.data.changes import Changed
@@ -120,6 +121,12 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise PruneZooError(f"--card {args.card}: not among what is measured; name that folder at --pruner too")
 
 
+def schedules_of(methods: Sequence[Method]) -> list[dict[str, Any] | None]:
+    """What each method was given as `?schedule=FILE`: the file's content, which may change while its name stays."""
+    given = [method.pruners[0].given_schedule if isinstance(method, PrunerMethod) else None for method in methods]
+    return [None if schedule is None else schedule.to_dict() for schedule in given]
+
+
 def journal_of(
     args: argparse.Namespace,
     suite: Suite,
@@ -178,8 +185,9 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         if isinstance(method, PrunerMethod) and not args.any_model:
             check_base_model(method.name, method.pruners[0].base_model, vlm)
     missing = leave_out(vlm, processor, suite, methods, budgets, args.pruner)
-    weights = {method.name: weights_digest(method.name.partition("?")[0]) for method in methods}
-    journal = journal_of(args, suite, [str(vlm.dtype), [b.label for b in budgets]], methods, weights)
+    weights = {method.name: weights_digest(folder_named(method.name)) for method in methods}
+    facts = [str(vlm.dtype), [b.label for b in budgets], schedules_of(methods)]
+    journal = journal_of(args, suite, facts, methods, weights)
     processes = launch(args.devices, vlm.device)  # when all that a user can mistake has been looked at
     console.quiet |= processes.rank > 0
     measurement = measure_with_progress(
@@ -196,7 +204,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
         "split": args.split,
         "seed": args.seed,
         "command": command_line,
-        "weights": {name: digest for name, digest in weights.items() if digest},
+        # of a name with a front, as `random@F`, it is not the pruner of F that was measured
+        "weights": {name: digest for name, digest in weights.items() if digest and not name.startswith(FRONTS)},
         "left_out": [{"pruner": name, "why": why} for name, why in missing.items()],
     }
     record = build_record(measurement, contenders(methods, args.compare), header)
