@@ -130,13 +130,13 @@ def tables() -> str:
     first, lines = read_league()[0], []
     for keep, places in league().items():
         lines += [f"### {keep} of the image tokens", ""]
-        lines += ["| | method | kind | stage | tokens | retention, % | behind the best learned, points |"]
-        lines += ["|---:|---|---|---|---:|---:|---:|"]
+        lines += ["| | method | kind | stage | tokens | operations | retention, % | behind the best learned, points |"]
+        lines += ["|---:|---|---|---|---:|---:|---:|---:|"]
         for rank, place in enumerate(places, 1):
             row, ci = place.row, place.ci
             behind = "–" if ci == (0, 0) else f"{_points(place.behind)} ({_points(ci[0])} to {_points(ci[1])})"
             cells = [rank, f"`{display_name(place.name)}`", place.kind, _stage(place.name), f"{row['tokens']:.1f}"]
-            cells += [f"{percent(row['retention'])} ({span(row)})", behind]
+            cells += [f"{row['flops']:.2f}", f"{percent(row['retention'])} ({span(row)})", behind]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     full = _mean(first, FULL, ALL_TOKENS)
@@ -146,8 +146,9 @@ def tables() -> str:
         f"`{first['vlm']}`; mean retention over {len(first['groups'])} groups of questions with 95 % bootstrap "
         "intervals, differences paired over the same questions. With all "
         f"{full['tokens']:.0f} tokens the model answers {100 * full['accuracy']:.1f} %. Tokens are measured, mean over "
-        "the decoder's layers. A method that is missing at a budget cannot be brought that low: the layers in front of "
-        "it read everything.",
+        "the decoder's layers. Operations are those of tower and language model, as a share of those with all tokens; "
+        "what a method computes itself is left out. A method that is missing at a budget cannot be brought that low: "
+        "the layers in front of it read everything.",
         "",
     ]
     return "\n".join(lines)
