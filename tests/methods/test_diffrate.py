@@ -69,18 +69,20 @@ def test_by_hand(kind, attention, keep):
         assert len(alive) == keep[row] and found == {tuple(state.tolist()) for state in states.round(decimals=2)}
 
 
-def test_the_relaxed_tower_puts_out_what_the_hard_one_does():
+@pytest.mark.parametrize(("kind", "attention"), [("clip", "cls"), ("clip", "received"), ("siglip", "received")])
+def test_the_relaxed_tower_puts_out_what_the_hard_one_does(kind, attention):
     """Sizes are clamped in training alone, so similarities that are not negative make the two the same."""
-    model, pixels = small_tower("clip"), torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(5))
-    tower, pruner = Tower(model, -1), rated((22, 20, 11), (20, 14, 8))
+    model, pixels = small_tower(kind), torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(5))
+    tower = Tower(model, -1, has_cls=kind == "clip")
+    pruner = rated((22, 20, 11), (20, 14, 8), attention=attention)
     model(pixels, output_hidden_states=True)  # which puts hooks of its own on
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     with RelaxedTower(tower, pruner, "diffrate", patches(2), log_eps=1e-30) as relaxed:
-        states = model(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        states = model(pixels, output_hidden_states=True).hidden_states[-1][:, tower.prefix :]
     assert relaxed.gates.sum(1).tolist() == [8, 8]
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     for row in range(2):
-        act = by_hand([25, 22, 20, 11], [25, 20, 14, 8], True, 1.0)
+        act = by_hand([25, 22, 20, 11], [25, 20, 14, 8], attention == "cls", 1.0)
         alive, expected = walk(model, tower, pixels[row], act)
         assert relaxed.gates[row].nonzero()[:, 0].tolist() == alive
         torch.testing.assert_close(states[row, alive], expected, rtol=1e-3, atol=1e-3)

@@ -22,7 +22,7 @@ class RatesModule(GatedTowerModule):
     """Frozen model, rates, two losses.
 
     Args:
-        vlm: As in :class:`GatedTowerModule`, with a CLIP tower.
+        vlm: As in :class:`GatedTowerModule`; a tower without CLS needs `attention: received` of the pruner.
         pruner: The rates.
         vlm_dtype: See there, as for what is not said here.
         target: See there.

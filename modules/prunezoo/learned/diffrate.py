@@ -19,7 +19,7 @@ its similarity, and its logarithm is added in the attention of later blocks.
 | other towers | – | a block of a tower of another depth has the rate of the one as far in |
 | order | falling attention | raster; a merged token sits nearest to the middle of what it stands for |
 | a tower that joins patches behind it | – | what leaves is dropped, by whole cells; not in training |
-| no CLS | – | `attention="received"`, not in training |
+| no CLS | – | `attention="received"` |
 
 What it learns serves other methods: `python -m trainers.schedule read FOLDER --out FILE`, then `tome?schedule=FILE`.
 """
@@ -56,7 +56,7 @@ class DiffRateConfig(PrunerConfig):
     blocks: int = 23  # vision blocks of the tower that run, from 1
     tokens: int = 576  # patches of a picture, from 1
     granularity: int = 4  # step between the counts that a block may leave, from 1
-    attention: str = "cls"  # what tokens are sorted by: "cls", or "received" for vision towers without CLS
+    attention: str = "cls"  # what tokens are sorted by: "cls", or "received", which towers without CLS need
 
     def __post_init__(self) -> None:
         """Check the ranges."""

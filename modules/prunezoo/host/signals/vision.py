@@ -75,10 +75,14 @@ class VisionTap:
     def _write_states(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.seen[STATES] = output if output.dim() == 3 else output[None]  # packed pictures are one row
 
-    def read(self, kind: str) -> Tensor:
+    def read(self, kind: str, looking: Tensor | None = None) -> Tensor:
         """A signal of the last pass, with the axes of its kind; float32 where it is attention.
 
         A map only of towers whose pictures all stand in rows of their own; else :meth:`maps`.
+
+        Args:
+            kind: Of VISION_SIGNALS.
+            looking: ``(R, S)``: how much each row counts in a mean over rows; None: alike, but for what nobody sees.
         """
         prefix = self.tower.prefix  # CLS is the first token wherever there is one
         if kind in ("vision_attention", "vision_head_attention"):
@@ -96,8 +100,9 @@ class VisionTap:
             elif kind == "cls_joint_attention":
                 means.append(joint_attention(query[:, :1], key, mask))
             else:
-                rows = query[:, :1] if kind == "cls_attention" else query
-                means.append(mean_attention(rows, key, self.attention.scale, mask))
+                of_cls = kind == "cls_attention"
+                rows, counted = (query[:, :1], None) if of_cls else (query, looking)
+                means.append(mean_attention(rows, key, self.attention.scale, mask, counted))
         return torch.cat(means, 1)[:, prefix:]
 
     def maps(self, kind: str) -> list[Tensor]:
@@ -121,7 +126,9 @@ class VisionTap:
             handle.remove()
 
 
-def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def mean_attention(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, counted: Tensor | None = None
+) -> Tensor:
     """Softmax weights that each key gets, mean over heads and rows.
 
     Args:
@@ -130,13 +137,15 @@ def mean_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None
         scale: Of the dot products.
         mask: As given to the attention, the same for every row: ``(R, 1, 1 or S, S)``, True or a number to add; None:
             everything is seen.
+        counted: ``(R, T)`` float32: weight of each row in the mean; None: 1, and 0, where there are all rows, of tokens
+            that nobody may look at.
 
     Returns:
-        ``(R, S)`` float32. Where there are all rows, those of tokens that nobody may look at are left out.
+        ``(R, S)`` float32.
     """
-    bias = _bias(query, mask)
-    counted = query.new_ones(query.shape[:2], dtype=torch.float32)
-    if bias is not None and query.shape[1] == key.shape[1]:
+    bias, given = _bias(query, mask), counted
+    counted = query.new_ones(query.shape[:2], dtype=torch.float32) if given is None else given
+    if given is None and bias is not None and query.shape[1] == key.shape[1]:
         counted = (bias[:, 0] > torch.finfo(query.dtype).min / 2).float()
     total = key.new_zeros(key.shape[:2], dtype=torch.float32)
     # One head and some rows at a time: the whole map of a large tower would be gigabytes.

@@ -39,7 +39,7 @@ class RelaxedTower:
         """Plan the pass.
 
         Args:
-            tower: A plain ViT with CLS.
+            tower: A plain ViT.
             pruner: Relaxes.
             name: Of the pruner, for messages.
             patches: The pictures, whose features do not matter.
@@ -96,7 +96,8 @@ class RelaxedTower:
                 self.left.clear()
                 self.gates = self.sizes = patches.new_ones(patches.shape[:2], dtype=torch.float32)
             assert self.gates is not None and self.sizes is not None
-            signals = {name: tap.read(name) for name in self.pruner.needs}
+            looking = nn.functional.pad(self.gates.detach(), (prefix, 0), value=1.0)  # what has gone looks at nothing
+            signals = {name: tap.read(name, looking) for name in self.pruner.needs}
             inputs = replace(self.patches, features=patches, signals=signals, layer=block, depth=self.tower.depth)
             patches, self.gates, self.sizes = self.pruner.relax(inputs, self.gates, self.sizes)
             self.left.append(self.gates.sum(1))
