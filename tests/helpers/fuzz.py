@@ -1,4 +1,4 @@
-"""Load mutated checkpoint folders: `python tests/fuzz.py COUNT SEED`. For a process of its own, which may not survive.
+"""Load spoiled checkpoint folders: `python tests/helpers/fuzz.py COUNT SEED`. For a process of its own, which may fall.
 
 Each case takes a good folder, spoils one file and loads it. That must give a PruneZooError of one line, or a pruner or
 tokenizer, within seconds, without memory above twice the file (and a fixed allowance), without a file outside the
@@ -20,26 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_inputs import ALL, build
+from tiny_tokenizer import FAMILY, member
 
-from prunezoo import OneDPiece, PruneZooError, build_pruner, load_pruner
+from prunezoo import PruneZooError, build_pruner, load_pruner
+from prunezoo.tokenizers.base import load_tokenizer
 
 SECONDS, ALLOWANCE = 20, 96 << 20  # of one case; what malloc's arenas and short-lived temporaries may take
 SMALL = {"width": 32, "hidden": 16, "heads": 2, "blocks": 1}
-METHODS: dict[str, dict[str, Any]] = {
-    "ppm": {**SMALL, "text_blocks": 1},
-    "policy": {**SMALL, "text_blocks": 1},
-    "m3": SMALL,
-    "atp": {"width": 32, "layers": [1], "strides": [2]},
-    "explain_cnn": {"widths": [4, 8]},
-    "pyramiddrop": {"layers": [1, 2]},
-    "combined": {
-        "methods": ["ppm", "fastv"],
-        "configs": [{**SMALL, "text_blocks": 1}, {"layer": 1}],
-        "shares": [0.5, 0.5],
-    },
-}
-TOKENIZER: dict[str, Any] = {"image_size": 48, "tokens": 24, "width": 32, "heads": 2, "head": "pixels"}
-TOKENIZER |= {"encoder_layers": 1, "decoder_layers": 1, "codes": 64, "code_width": 4}
+COMBINED = {"methods": ["ppm", "fastv"], "configs": [{**SMALL, "text_blocks": 1}, {"layer": 1}], "shares": [0.5, 0.5]}
 NASTY: tuple[Any, ...] = (
     *(0, 1, -1, 3, 2**20, 2**31, 2**40, 2**63, 10**30, 10**400, -(2**62), 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *(
@@ -175,19 +164,22 @@ def spoil_tensors(data: bytes, rng: random.Random) -> bytes:
 
 
 def good_folders(root: Path) -> list[Path]:
-    folders = []
-    for name, config in METHODS.items():
-        torch.manual_seed(0)
-        folders.append(build_pruner(name, **config).save_pretrained(root / name))
+    """One of every method that has weights, one that has none, and one of every tokenizer."""
+    pruners = {name: build(name) for name in ALL}
+    pruners = {
+        name: one for name, one in pruners.items() if name == "pyramiddrop" or any(True for _ in one.parameters())
+    }
+    pruners["combined"] = build_pruner("combined", **COMBINED)
+    folders = [pruner.save_pretrained(root / name) for name, pruner in pruners.items()]
     stored = json.loads((root / "ppm" / "config.json").read_text())
     stored["base_model"] = {"name": "n", "family": "llava", "width": 32, "depth": 2, "tower": "clip", "tower_width": 24}
     (root / "ppm" / "config.json").write_text(json.dumps(stored))
-    return [*folders, lora_folder(root / "lora"), OneDPiece(**TOKENIZER).save_pretrained(root / OneDPiece.name)]
+    return [*folders, lora_folder(root / "lora"), *(member(name).save_pretrained(root / name) for name in FAMILY)]
 
 
 def load(folder: Path) -> object:
     """What is in a folder, as its owner would load it."""
-    return OneDPiece.from_pretrained(folder) if folder.name == OneDPiece.name else load_pruner(folder)
+    return load_tokenizer(folder) if folder.name in FAMILY else load_pruner(folder)
 
 
 def lora_folder(folder: Path) -> Path:
