@@ -1,16 +1,18 @@
-"""The tokenizer as a codec: compress and decompress files, measure quality and speed.
+"""The tokenizer as a codec: compress and decompress files, measure quality, speed and what the codes tell.
 
     python -m trainers.codec compress IN OUT --bytes 96 --tokenizer checkpoints/one-d-piece-tiny
     python -m trainers.codec decompress IN OUT --tokenizer checkpoints/one-d-piece-tiny
     python -m trainers.codec measure --tokenizer F [F2 …] --images PHOTOGRAPHS [--bytes 32 64] [--json F] [--report DIR]
+    python -m trainers.codec probe --tokenizer F [F2 …] --images PHOTOGRAPHS [--bytes 32 64] [--json F]
     python -m trainers.codec speed --tokenizer F [--json F]
     python -m trainers.codec card F --quality JSON --speed JSON --photographs "what they are"
 
 A tokenizer that reads a text wants `--text` to compress, and the same to decompress: the file does not have it, and
-beside another text it paints another picture. `measure` reads captions, `NAME.txt` beside `NAME.jpg`.
+beside another text it paints another picture. `measure` and `probe` read captions, `NAME.txt` beside `NAME.jpg`.
 
 `measure` paints held-out photographs from prefixes of their rows, tokenizers of any kinds beside JPEG and WebP within
-the same bytes, headers included. `card` writes the tokenizer's model card from what `measure` and `speed` wrote, and later
+the same bytes, headers included. `probe` fits a line from what the codes stand for to the class of a photograph, which
+is the name of its folder. `card` writes the tokenizer's model card from what `measure` and `speed` wrote, and later
 anew from the folder's own metrics, or from those but for what is given.
 """
 
@@ -32,14 +34,16 @@ from trainers.cli.options import add_option, check_at_least_one
 from trainers.compression.card import read_measurement, write_card
 from trainers.compression.figures import draw_curves, draw_pictures
 from trainers.compression.measure import shown_lengths
+from trainers.compression.probe import Side, label, probe_record
 from trainers.compression.quality import METRICS
-from trainers.compression.records import print_rows, quality_record, speed_rows
+from trainers.compression.records import print_rows, progress, quality_record, speed_rows
 from trainers.compression.texts import captions_for, same_text
 from trainers.data.photographs import Photographs, photographs, spread
 from trainers.data.pictures import BrokenImage, open_picture
 from trainers.data.suite import SPLITS
-from trainers.evaluation.loading import check_device, default_device
+from trainers.evaluation.loading import check_device, default_device, load_vlm
 from trainers.evaluation.record import versions, write_record
+from trainers.training.sight import Sight
 
 WORDS = "whose words a tokenizer that reads a text was trained beside; by default tiny-llava"
 CAPTIONS = "folder with NAME.txt for each NAME.jpg, for a tokenizer that reads a text; by default beside the pictures"
@@ -76,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"the bytes of so many tokens of the first; by default {' '.join(map(str, LENGTHS))} and its whole row",
     )  # fmt: skip
     add_option(measure, "report", help="write curves and pictures into this folder")
+    probe = commands.add_parser("probe", parents=[several], help="the class of a photograph, told from its codes")
+    add_option(probe, "split", choices=SPLITS[1:], help="which judges; the probes are fitted on train")
+    add_option(probe, "limit", default=4096, help="photographs of each split, evenly over the folder")
+    probe.add_argument("--bytes", nargs="+", type=int, help="of a whole file; by default each tokenizer's whole row")
     speed = commands.add_parser("speed", help="pictures a second, beside the bare ViT")
     add_option(speed, "tokenizer", required=True)
     speed.add_argument("--text", help="beside each picture, for a tokenizer that reads a text")
@@ -169,6 +177,43 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> None:
         sheet.save(args.report / "pictures.png")
 
 
+def probe(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """What a line through the codes tells."""
+    check_at_least_one(args, "limit", *(["bytes"] if args.bytes else []))
+    check_output("--json", args.json)
+    hold("--json", args.json)
+    tokenizers, first = load_several(args)
+    paths = [spread(photographs(args.images, split), args.limit) for split in ("train", args.split)]
+    classes, labels = label(args.images, paths)
+    sides = [
+        Side(
+            Photographs(own, first.config.image_size),
+            of,
+            captions_for(tokenizers, own, args.images, args.captions, args.vlm),
+        )
+        for own, of in zip(paths, labels, strict=True)
+    ]
+    sight = Sight(*load_vlm(args.vlm, "cpu", "float32"), f"--vlm {args.vlm}")
+    with progress(sum(map(len, paths)) * (len(tokenizers) + 1)) as advance:
+        found = probe_record(tokenizers, *sides, sorted({*args.bytes}) if args.bytes else [None], sight, advance)
+    record = {
+        "command": shlex.join(["python", "-m", "trainers.codec", *words]),
+        "images": args.images.name,
+        "split": args.split,
+        "classes": len(classes),
+        "n": {"train": len(paths[0]), args.split: len(paths[1])},
+        "versions": versions(),
+        "kinds": {name: tokenizer.name for name, tokenizer in tokenizers.items()},
+        "weights": {name: weights_digest(name) for name in [*tokenizers, args.vlm]},
+        **found,
+    }
+    rows = [{**row, "low": row["ci"][0], "high": row["ci"][1]} for row in record["rows"]]
+    print_rows(rows, ["probe", "reads", "tokens", "bytes", "numbers", "c", "accuracy", "low", "high"])
+    print(f"chance, always naming the commonest of {len(classes)} classes: {record['chance']:.3f}")
+    if args.json:
+        write_record(record, args.json)
+
+
 def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Pictures a second."""
     check_at_least_one(args, "batch", "repeats")
@@ -208,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = args.tokenizer
         args.tokenizer = find_pruner(named) if isinstance(named, str) else [find_pruner(name) for name in named]
         args.vlm = find_vlm(args.vlm)
-    {run.__name__: run for run in (compress, decompress, measure, speed, card)}[args.command](args, words)
+    {run.__name__: run for run in (compress, decompress, measure, probe, speed, card)}[args.command](args, words)
     return 0
 
 
