@@ -185,17 +185,18 @@ def probe(args: argparse.Namespace, words: Sequence[str]) -> None:
     tokenizers, first = load_several(args)
     paths = [spread(photographs(args.images, split), args.limit) for split in ("train", args.split)]
     classes, labels = label(args.images, paths)
-    sides = [
+    train, held_out = (
         Side(
             Photographs(own, first.config.image_size),
             of,
             captions_for(tokenizers, own, args.images, args.captions, args.vlm),
         )
         for own, of in zip(paths, labels, strict=True)
-    ]
+    )
     sight = Sight(*load_vlm(args.vlm, "cpu", "float32"), f"--vlm {args.vlm}")
     with progress(sum(map(len, paths)) * (len(tokenizers) + 1)) as advance:
-        found = probe_record(tokenizers, *sides, sorted({*args.bytes}) if args.bytes else [None], sight, advance)
+        budgets = sorted({*args.bytes}) if args.bytes else [None]
+        found = probe_record(tokenizers, train, held_out, budgets, sight, advance)
     record = {
         "command": shlex.join(["python", "-m", "trainers.codec", *words]),
         "images": args.images.name,
