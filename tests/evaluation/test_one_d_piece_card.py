@@ -64,7 +64,7 @@ def test_the_card_says_what_was_measured(measured):
     assert "| jpeg | 30 | 0 % | – | – | – | – |" in card.text
     assert str(render_card(folder, metrics)) == (folder / "README.md").read_text()
     with Image.open(folder / "pictures.webp") as sheet, Image.open(folder / "curves.png") as curves:
-        assert sheet.width == 4 * 52 - 4 and curves.width > 1000
+        assert sheet.width == 5 * 52 - 4 and curves.width > 1000
 
 
 def test_a_card_is_rendered_anew_from_its_own_metrics(measured, capsys):

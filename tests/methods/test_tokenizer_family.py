@@ -59,6 +59,40 @@ def test_files_have_the_bytes_asked_for_and_come_back(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_painted_again_as_its_file_paints_it(name):
+    tokenizer, image = member(name), picture(1, 50, 40)
+    text = text_for(tokenizer, 1)
+    for length in (1, tokenizer.config.tokens):
+        size = tokenizer.file_size(length)
+        assert tokenizer.length_within(size - 1) < length <= tokenizer.length_within(size)
+        through_a_file = tokenizer.decompress(tokenizer.compress(image, size, text), text)
+        painted = tokenizer.repaint(image, tokenizer.length_within(size), text)
+        assert painted.size == (50, 40) and painted.tobytes() == through_a_file.tobytes()
+    assert tokenizer.length_within(10**6) == tokenizer.config.tokens
+    for length in (0, tokenizer.config.tokens + 1):
+        with pytest.raises(PruneZooError, match=f"length={length} is out of range"):
+            tokenizer.repaint(image, length, text)
+
+
+WIDTHS = {"one_d_piece": 4, "instella": 32, "textok": 3, "tokenflow": 10}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_stand_for_vectors(name):
+    tokenizer, images = member(name), pictures()
+    codes = tokenizer.encode(images, text_for(tokenizer, 3))
+    whole = tokenizer.vectors(codes)
+    assert whole.shape[::2] == (3, WIDTHS[name]) and whole.std(0).max() > 0
+    first = tokenizer.vectors(codes[:, : tokenizer.numbers(1)])
+    assert first.shape == (3, 1, WIDTHS[name])
+    if name == "tokenflow":  # one cell is over all of them
+        torch.testing.assert_close(first[:, 0], tokenizer.quantize.codebook[codes[:, 0]])
+        torch.testing.assert_close(whole, tokenizer.gather(codes).flatten(2).transpose(1, 2))
+    else:
+        torch.testing.assert_close(first, whole[:, :1])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded_gives_the_same_bits(name, tmp_path):
     tokenizer, images = member(name), pictures()
     text = text_for(tokenizer, 3)

@@ -163,7 +163,7 @@ def eval_results(quality: Mapping[str, Any], name: str) -> list[EvalResult]:
 def own_table(quality: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """One line a length: tokens, bytes, and every metric."""
     return [
-        {"tokens": row["tokens"], "bytes": row["bytes"], "cells": [shown(row[m], m) for m in METRICS]}
+        {"tokens": row["tokens"] or "–", "bytes": row["bytes"], "cells": [shown(row[m], m) for m in METRICS]}
         for row in rows_of(quality, name)
     ]
 

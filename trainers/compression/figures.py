@@ -11,7 +11,7 @@ from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from prunezoo.tokenizers.base import Tokenizer
+from prunezoo.tokenizers.base import Text, Tokenizer
 from trainers.cli.text import in_figure
 
 from .quality import METRICS
@@ -37,11 +37,20 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_pictures(tokenizer: Tokenizer, squares: Sequence[Tensor], lengths: Sequence[int]) -> Image.Image:
-    """A row for each picture ``(3, S, S)``: painted from each length, and the picture itself."""
+def draw_pictures(
+    tokenizer: Tokenizer, squares: Sequence[Tensor], lengths: Sequence[int], text: Text | None = None
+) -> Image.Image:
+    """A row for each picture ``(3, S, S)``: painted from each length, and the picture itself.
+
+    Args:
+        tokenizer: Which paints.
+        squares: The pictures, in [0, 1].
+        lengths: Tokens.
+        text: Of the pictures, where the tokenizer reads one.
+    """
     images = torch.stack(list(squares))
-    codes = tokenizer.encode(images)
-    columns = [tokenizer.decode(codes[:, : tokenizer.numbers(length)]) for length in lengths] + [images]
+    codes = tokenizer.encode(images, text)
+    columns = [tokenizer.decode(codes[:, : tokenizer.numbers(length)], text) for length in lengths] + [images]
     titles = [f"{length}: {tokenizer.file_size(length)} bytes" for length in lengths] + ["photograph"]
     step = images.shape[-1] + GAP
     sheet = Image.new("RGB", (len(columns) * step - GAP, len(images) * step - GAP + LABEL), "white")

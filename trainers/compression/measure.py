@@ -17,6 +17,7 @@ from trainers.evaluation.statistics import interval
 
 from .quality import METRICS, Floats, quality
 from .rivals import attempts, best_within
+from .texts import Texts
 
 SHOWN = (1, 4, 16, 64, 256)  # lengths that are drawn and timed
 
@@ -28,27 +29,33 @@ class Figures:
     """Quality of every picture at one length or within so many bytes; NaN where a codec cannot go so low."""
 
     size: int  # bytes of a file, its header included
-    tokens: int | None  # of a tokenizer
+    tokens: int | None  # of a tokenizer, where one fits
     values: dict[str, Floats] = field(default_factory=dict)  # by metric, (I,)
 
 
 def shown_lengths(tokenizer: Tokenizer) -> list[int]:
-    """Those of 1, 4, 16, 64 and 256 that the tokenizer has."""
-    return [length for length in SHOWN if length <= tokenizer.config.tokens]
+    """Those of 1, 4, 16, 64 and 256 that are below the whole row of the tokenizer, and the whole row."""
+    whole = tokenizer.config.tokens
+    return [*(length for length in SHOWN if length < whole), whole]
 
 
 def measure_tokenizer(
-    tokenizer: Tokenizer, pictures: Photographs, lengths: Sequence[int], advance: Callable[[], None]
+    tokenizer: Tokenizer, pictures: Photographs, sizes: Sequence[int], texts: Texts, advance: Callable[[], None]
 ) -> list[Figures]:
-    """Every length, each picture encoded once."""
-    figures = [Figures(tokenizer.file_size(length), length) for length in lengths]
+    """For each size of a file the longest row that fits into it; each picture is encoded once."""
+    lengths = [tokenizer.length_within(size) for size in sizes]
+    figures = [Figures(size, length or None) for size, length in zip(sizes, lengths, strict=True)]
     for start in range(0, len(pictures), 32):
-        images = torch.stack([pictures[i] for i in range(start, min(start + 32, len(pictures)))])
-        codes = tokenizer.encode(images)
+        places = range(start, min(start + 32, len(pictures)))
+        images = torch.stack([pictures[i] for i in places])
+        text = texts(tokenizer, places)
+        codes = tokenizer.encode(images, text)
+        found = {0: _nothing(len(places))}
+        for length in {*lengths} - {0}:
+            painted = tokenizer.decode(codes[:, : tokenizer.numbers(length)], text)
+            found[length] = quality((painted * 255).round() / 255, images)  # 8 bits a channel, as a file gives it
         for one, length in zip(figures, lengths, strict=True):
-            # as a file would give it: in 8 bits a channel
-            painted = (tokenizer.decode(codes[:, : tokenizer.numbers(length)]) * 255).round() / 255
-            _append(one, quality(painted, images))
+            _append(one, found[length])
         for _ in images:
             advance()
     return figures
@@ -64,8 +71,7 @@ def measure_rival(
         found = attempts(rival, image)
         for one in figures:
             best = best_within(found, one.size)
-            nothing = {name: np.array([np.nan]) for name in METRICS}
-            _append(one, nothing if best is None else _compare(best.picture, image))
+            _append(one, _nothing(1) if best is None else _compare(best.picture, image))
         advance()
     return figures
 
@@ -99,6 +105,10 @@ def paired_of(name: str, own: Sequence[Figures], rivals: Mapping[str, Sequence[F
                     low, high = interval(difference[draws].mean(1))
                     rows.append({**row, "difference": _number(difference.mean()), "ci": [_number(low), _number(high)]})
     return rows
+
+
+def _nothing(pictures: int) -> dict[str, Floats]:
+    return {name: np.full(pictures, np.nan) for name in METRICS}
 
 
 def _append(figures: Figures, found: Mapping[str, Floats]) -> None:

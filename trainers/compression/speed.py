@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunezoo.tokenizers.base import Tokenizer
+from prunezoo.tokenizers.base import Text, Tokenizer
 
 Row = dict[str, Any]
 
 
 @torch.no_grad()
-def measure_speed(tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], repeats: int, name: str) -> list[Row]:
+def measure_speed(
+    tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], repeats: int, name: str, text: Text | None = None
+) -> list[Row]:
     """`{dtype, part, tokens, per_second, ratio, spread}`, timed in turns with the bare ViT.
 
     Args:
@@ -23,12 +25,13 @@ def measure_speed(tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], 
         lengths: Tokens that decoding reads.
         repeats: Pairs of a case and the bare ViT; medians over them, and the interquartile range of the ratio.
         name: Of the type.
+        text: Beside each of the pictures, where the tokenizer reads one.
     """
-    codes = tokenizer.encode(images)
+    codes = tokenizer.encode(images, text)
     cases: list[tuple[str, int | None, Callable[[], Tensor]]] = [
-        ("encode", tokenizer.config.tokens, lambda: tokenizer.encode(images))
+        ("encode", tokenizer.config.tokens, lambda: tokenizer.encode(images, text))
     ]
-    cases += [("decode", k, lambda k=k: tokenizer.decode(codes[:, : tokenizer.numbers(k)])) for k in lengths]  # type: ignore[misc]
+    cases += [("decode", k, lambda k=k: tokenizer.decode(codes[:, : tokenizer.numbers(k)], text)) for k in lengths]  # type: ignore[misc]
     rows = []
     everything = []
     for part, tokens, case in cases:

@@ -28,19 +28,13 @@ class CaptionedPhotographs(Dataset[Captioned]):
     """
 
     def __init__(self, photographs: Photographs) -> None:
-        self.photographs = photographs
-        missing = [path for path in photographs.paths if not path.with_suffix(".txt").is_file()]
-        if missing:
-            raise PruneZooError(
-                f"{missing[0]}: {len(missing)} of {len(photographs)} pictures have no caption: write each into a "
-                "file of the picture's name that ends in .txt"
-            )
+        self.photographs, self.files = photographs, caption_files(photographs.paths)
 
     def __len__(self) -> int:
         return len(self.photographs)
 
     def __getitem__(self, index: int) -> Captioned:
-        return self.photographs[index], read_caption(self.photographs.paths[index])
+        return self.photographs[index], read_caption(self.files[index])
 
 
 class CaptionedDataModule(PhotographDataModule):
@@ -67,9 +61,34 @@ class CaptionedDataModule(PhotographDataModule):
         )
 
 
-def read_caption(picture: Path) -> str:
-    """What stands in the file beside a picture; PruneZooError where it is no text or too long."""
-    path = picture.with_suffix(".txt")
+def caption_files(pictures: Sequence[Path], images: Path | None = None, captions: Path | None = None) -> list[Path]:
+    """Where the caption of each picture is: `NAME.txt` beside `NAME.jpg`, or at the same place in another folder.
+
+    Args:
+        pictures: Their paths.
+        images: The folder that they are in, at any depth; only where ``captions`` is another one.
+        captions: That folder; `captions/cats/1.txt` is the caption of `images/cats/1.jpg`.
+
+    Raises:
+        PruneZooError: A picture has no caption, or there is no such folder.
+    """
+    files = [path.with_suffix(".txt") for path in pictures]
+    if images is not None and captions is not None:
+        if not captions.is_dir():
+            raise PruneZooError(f"{captions} is not a folder of captions: NAME.txt for each NAME.jpg of {images}")
+        files = [captions / file.relative_to(images.resolve()) for file in files]
+    missing = [picture for picture, file in zip(pictures, files, strict=True) if not file.is_file()]
+    if missing:
+        place = f" in {captions}" if captions else ""
+        raise PruneZooError(
+            f"{missing[0]}: {len(missing)} of {len(pictures)} pictures have no caption{place}: write each into a "
+            "file of the picture's name that ends in .txt"
+        )
+    return files
+
+
+def read_caption(path: Path) -> str:
+    """What stands in a file of a caption; PruneZooError where it is no text or too long."""
     try:
         return read_bytes(path, MOST_CAPTION_BYTES).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -3,10 +3,8 @@
 Letters: B pictures, S side in pixels, G cells along a side of the tokenizer, D width of the tower.
 """
 
-import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from prunezoo.tokenizers.textok import TexTok
 from prunezoo.tokenizers.tokenflow import TokenFlow
 
 from .frozen import Dtype, load_frozen
+from .sight import Sight
 from .tokenizer import TokenizerModule
 
 
@@ -56,12 +55,8 @@ class GuidedTokenizerModule(TokenizerModule):
         if isinstance(tokenizer, TexTok):
             self.check_width("text_width", model.get_input_embeddings().weight.shape[-1])
             return
-        if not hasattr(model.model, "vision_tower"):
-            raise PruneZooError(
-                f"guide {guide}: a '{model.config.model_type}' has no vision_tower; take one of LLaVA's kin"
-            )
-        self.check_width("tower_width", model.config.vision_config.hidden_size)
-        self.statistics = [torch.tensor(getattr(processor.image_processor, f"image_{of}")) for of in ("mean", "std")]
+        self.sight = Sight(model, processor, f"guide {guide}")
+        self.check_width("tower_width", self.sight.width)
 
     def check_width(self, field: str, width: int) -> None:
         """Refuse a tokenizer that was built for another model."""
@@ -93,15 +88,6 @@ class GuidedTokenizerModule(TokenizerModule):
         apart = 1 - F.cosine_similarity(made.meaning.float(), self.seen(images), dim=-1)
         return {"meaning": self.meaning_weight * apart.mean()}
 
-    @torch.no_grad()
     def seen(self, images: Tensor) -> Tensor:
         """What the frozen tower sees, (B, G², D) float32 at our cells, of the layer that the model reads."""
-        config = self.guide.config
-        side, grid = config.vision_config.image_size, self.tokenizer.config.grid
-        mean, std = (values.to(images)[:, None, None] for values in self.statistics)
-        pixels = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        out = self.guide.model.vision_tower(((pixels - mean) / std).to(self.guide.dtype), output_hidden_states=True)
-        states = out.hidden_states[config.vision_feature_layer].float()
-        cells = math.isqrt(states.shape[1])
-        patches = states[:, -(cells**2) :].transpose(1, 2).unflatten(2, (cells, cells))  # the class token comes first
-        return F.interpolate(patches, (grid, grid), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        return self.sight.at(images, self.tokenizer.config.grid)

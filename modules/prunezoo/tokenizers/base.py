@@ -9,7 +9,7 @@ Letters: B pictures, N tokens, M numbers, S side of the picture in pixels, T wor
 import binascii
 import importlib
 import pkgutil
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,10 @@ class Tokenizer(Pretrained):
         """:meth:`decode` for training: nothing checked or clamped, and with a gradient."""
         raise NotImplementedError
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """What codes ``(B, numbers(k))`` stand for, unchecked: vectors ``(B, n, C)``, which the decoder reads."""
+        raise NotImplementedError
+
     def bare(self, images: Tensor) -> Tensor:
         """What the encoder's transformer makes of the patches alone, no queries, no codes: speed is held against it."""
         raise NotImplementedError
@@ -153,6 +157,10 @@ class Tokenizer(Pretrained):
         """Bytes of the smallest file with so many tokens, header included."""
         return container.HEADER.size + -(-self.numbers(length) * self.config.bits // 8)
 
+    def length_within(self, size: int) -> int:
+        """k, the tokens of the longest row whose file has at most so many bytes; 0: not even one fits."""
+        return bisect_right(range(1, self.config.tokens + 1), size, key=self.file_size)
+
     def compress(self, image: Image.Image, size: int, text: Text | None = None) -> bytes:
         """A file of exactly ``size`` bytes, its header included, with as many tokens as fit; see :mod:`container`.
 
@@ -164,14 +172,10 @@ class Tokenizer(Pretrained):
         Raises:
             PruneZooError: ``size`` has no room for one token, or a text as in :meth:`encode`.
         """
-        side = self.config.image_size
-        lengths = range(1, self.config.tokens + 1)
-        length = sum(self.file_size(k) <= size for k in lengths)
+        length = self.length_within(size)
         if length < 1:
             raise PruneZooError(f"{size} bytes are too few: header and one code take {self.file_size(1)}")
-        square = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(self.key_weight.device) / 255
-        codes = self.encode(pixels, text)[0, : self.numbers(length)].tolist()
+        codes = self._read_picture(image, text)[0, : self.numbers(length)].tolist()
         row = container.Row(codes, *image.size, self.fingerprint)
         return container.pack(row, self.config.bits, size, length)
 
@@ -183,8 +187,29 @@ class Tokenizer(Pretrained):
         """
         row = container.unpack(data, self.config.bits, self.fingerprint, self.numbers)
         codes = torch.tensor([row.codes], device=self.key_weight.device)
+        return self._paint_picture(codes, (row.width, row.height), text)
+
+    def repaint(self, image: Image.Image, length: int, text: Text | None = None) -> Image.Image:
+        """A picture as its first ``length`` tokens paint it, in its own width and height; as through a file, but none
+        is written.
+
+        Raises:
+            PruneZooError: ``length`` is not in 1 to N, or a text as in :meth:`encode`.
+        """
+        count = self.numbers(self.check_length(length))
+        return self._paint_picture(self._read_picture(image, text)[:, :count], image.size, text)
+
+    def _read_picture(self, image: Image.Image, text: Text | None) -> Tensor:
+        """The codes ``(1, M)`` of a picture of any size."""
+        side = self.config.image_size
+        square = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(self.key_weight.device) / 255
+        return self.encode(pixels, text)
+
+    def _paint_picture(self, codes: Tensor, size: tuple[int, int], text: Text | None) -> Image.Image:
+        """The picture of codes ``(1, numbers(k))``, of so many pixels across and down."""
         pixels = (self.decode(codes, text)[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-        return Image.fromarray(pixels).resize((row.width, row.height), Image.Resampling.BICUBIC)
+        return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
     def length_of(self, codes: Tensor) -> int:
         """k, the tokens that these codes ``(B, numbers(k))`` are; PruneZooError where they are none of a prefix."""

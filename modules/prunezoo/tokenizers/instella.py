@@ -116,7 +116,11 @@ class Instella(Tokenizer):
 
     def paint(self, codes: Tensor, text: Text | None = None) -> Tensor:
         """Pixels ``(B, 3, S, S)`` from bits ``(B, k V)``."""
-        return self.read(codes.unflatten(1, (-1, self.config.token_bits)).to(self.bit_embedding.dtype))
+        return self.decoder(self.vectors(codes))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Sums of the embeddings of the bits that are set, ``(B, k, W)`` from bits ``(B, k V)``."""
+        return codes.unflatten(1, (-1, self.config.token_bits)).to(self.bit_embedding.dtype) @ self.bit_embedding
 
     def read(self, bits: Tensor) -> Tensor:
         """Pixels from the first k tokens' bits ``(B, k, V)``, which may have a gradient."""

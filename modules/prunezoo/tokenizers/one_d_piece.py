@@ -118,11 +118,15 @@ class OneDPiece(Tokenizer):
 
     def paint(self, codes: Tensor, text: Text | None = None) -> Tensor:
         """Pixels ``(B, 3, S, S)`` from codes ``(B, k)``."""
-        output = self.decoder(self.quantize.codebook[codes])
+        output = self.decoder(self.vectors(codes))
         if self.config.head == "pixels":
             return output
         # codes chosen softly, as the published pixel decoder was tuned
         return self.pixel_decoder(torch.einsum("bvhw,vc->bchw", output.softmax(1), self.pixel_codes))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Entries of the codebook, ``(B, k, C)`` from codes ``(B, k)``."""
+        return self.quantize.codebook[codes]
 
     def bare(self, images: Tensor) -> Tensor:
         """See :meth:`Tokenizer.bare`."""

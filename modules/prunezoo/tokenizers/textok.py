@@ -103,7 +103,11 @@ class TexTok(Tokenizer):
 
     def paint(self, codes: Tensor, text: Text | None = None) -> Tensor:
         """Pixels ``(B, 3, S, S)`` from rounded numbers ``(B, k C)``."""
-        return self.read(self.values(codes.unflatten(1, (-1, self.config.latent_width))), text)
+        return self.read(self.vectors(codes), text)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Numbers from -1 to 1, ``(B, k, C)`` from rounded ones ``(B, k C)``."""
+        return self.values(codes.unflatten(1, (-1, self.config.latent_width)))
 
     def latents(self, images: Tensor, text: Text | None) -> Tensor:
         """The real numbers ``(B, N, C)``, float32, between -1 and 1."""

@@ -129,6 +129,11 @@ class TokenFlow(Tokenizer):
         self.length_of(codes)
         return self.meaning_decoder(self.split(self.gather(codes))[0])
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """The sum of the grids, meaning and pixels, at the cells of the finest that is there: ``(B, size², C)``."""
+        size = self.config.scales[self.length_of(codes) - 1]
+        return F.adaptive_avg_pool2d(self.gather(codes), size).flatten(2).transpose(1, 2)
+
     def gather(self, codes: Tensor) -> Tensor:
         """The sum of the grids, ``(B, C, G, G)``: what the codes ``(B, numbers(k))`` stand for, in both codebooks."""
         sizes = self.config.scales[: self.length_of(codes)]
