@@ -14,7 +14,7 @@ from tiny_llava import IMAGE_SIZE, make_llava, make_processor
 
 from prunezoo.core.compiled import compile_pruner
 from prunezoo.core.errors import PruneZooError
-from prunezoo.core.prefill import decoder_flops
+from prunezoo.core.prefill import Prefill, decoder_flops
 from prunezoo.core.registry import build_pruner
 from prunezoo.host import attach
 from trainers import benchmark
@@ -227,6 +227,18 @@ def test_a_learned_method_is_built_for_the_width(vlm, tmp_path):
     assert load_for_timing("uniform", 32).name == "uniform"
     build_pruner("ppm", **type(pruner).tiny_config(32, 32)).save_pretrained(tmp_path)
     assert load_for_timing(str(tmp_path), 64).config.width == 32
+
+
+def test_a_learned_method_is_built_as_its_options_say(vlm):
+    """And not the shipped one of that method, under another config than it was trained with."""
+    prefill = Prefill.of(vlm.config)
+    own, small = (load_for_timing(name, 32, None, prefill) for name in ("ppm?heads=2&budget_flops=1", "ppm?heads=2&budget_flops=0.2"))
+    assert small.config.hidden < own.config.hidden < 512
+    mine = load_for_timing("ppm?hidden=48&select=mmr", 32)
+    assert (mine.config.hidden, mine.config.width, mine.select) == (48, 32, "mmr")
+    assert load_for_timing("fastervlm?select=mmr", 32).select == "mmr"
+    with pytest.raises(PruneZooError, match="unknown config key 'hiden'"):
+        load_for_timing("ppm?hiden=48", 32)
 
 
 def test_compiled_networks_are_timed_beside(tiny_llava_folder, tmp_path, monkeypatch):

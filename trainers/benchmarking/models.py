@@ -15,7 +15,8 @@ from prunezoo.core.contract import Pruner
 from prunezoo.core.errors import PruneZooError
 from prunezoo.core.near import near
 from prunezoo.core.prefill import Prefill
-from prunezoo.core.registry import build_pruner, list_pruners, load_pruner
+from prunezoo.core.registry import build_pruner, list_pruners, load_pruner, set_choice, split_options
+from trainers.cli.names import has_weights
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Item
 from trainers.evaluation.loading import DTYPES, check_device, default_device, default_dtype, load_vlm
@@ -100,11 +101,15 @@ def load_for_timing(source: str, width: int, tower_width: int | None = None, pre
 
     How long a pruner takes does not depend on its weights, so that none need be trained for a model to be timed on it;
     only its ``width`` and ``tower_width``, if it has them, must be those of the model's tokens and of its tower, and
-    sizes that it leaves open suit the ``prefill``, if that is given.
+    sizes that it leaves open suit the ``prefill``, if that is given: 1 % of it, or as ``ppm?budget_flops=0.005`` says.
     """
-    if source not in list_pruners():
+    name, options = split_options(source)
+    if name not in list_pruners() or (options and not has_weights(str(name))):
         return load_pruner(source)
-    return fit_width(build_pruner(source), width, tower_width, prefill).eval()
+    choice = {word: options.pop(word, None) for word in ("select", "schedule")}
+    pruner = fit_width(build_pruner(str(name), **options), width, tower_width, prefill).eval()
+    set_choice(pruner, **choice)
+    return pruner
 
 
 class Request:

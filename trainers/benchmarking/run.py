@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, command_line: str, console: Console) -> dict[s
     hold("--json", args.json)
     vlm, processor = load_model(args.vlm, args.device, args.dtype)
     model = BaseModel.describe(vlm)
-    named = [name if name in list_pruners() else find_pruner(name) for name in args.pruner]  # `ppm` is built untrained
+    methods = list_pruners()  # `ppm`, or `ppm?hidden=64`, is built untrained
+    named = [name if name.partition("?")[0] in methods else find_pruner(name) for name in args.pruner]
     sizes = model.width, model.tower_width, Prefill.of(vlm.config)
     pruners = [(name, load_for_timing(name, *sizes).to(vlm.device)) for name in dict.fromkeys(named)]
     if args.compile:

@@ -173,15 +173,20 @@ def load_pruner(
         changes = {**read_options(Path(str(found)), pruner.name), **changes}
     if changes:
         pruner = _vary(pruner, changes, str(source))
-    if select is not None:
-        pruner.select = select
-    if schedule is not None:
-        pruner.given_schedule = Schedule.load(str(schedule))
+    set_choice(pruner, select, schedule)
     if any_model:
         pruner.base_model = None
     if vlm is not None:
         check_base_model(pruner.name, pruner.base_model, vlm)
     return pruner
+
+
+def set_choice(pruner: Pruner, select: Any = None, schedule: Any = None) -> None:
+    """Give a pruner what stands behind ``?`` in its name and is no config field: a rule, and a schedule's file."""
+    if select is not None:
+        pruner.select = select
+    if schedule is not None:
+        pruner.given_schedule = Schedule.load(str(schedule))
 
 
 def read_options(path: Path, method: str) -> dict[str, Any]:
