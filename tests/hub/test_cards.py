@@ -15,7 +15,7 @@ from prunezoo.core.registry import build_pruner, list_pruners, pruner_class
 from trainers.cards import cards
 from trainers.cards.__main__ import main as write_cards
 from trainers.cards.about import stage_of
-from trainers.cards.cards import CHEAPER, render_card, write_card
+from trainers.cards.cards import CHEAPER, RESTORED, render_card, write_card
 from trainers.cards.parts import weights_digest
 from trainers.cli.names import CHECKPOINTS
 from trainers.evaluation.record import read_record, write_record
@@ -68,6 +68,9 @@ def test_the_command_writes_the_card(checkpoint, tmp_path, capsys):
 def test_every_stage_says_what_it_makes_cheaper():
     assert set(CHEAPER) == {stage_of(pruner_class(name)) for name in list_pruners()}
     assert "first blocks see every patch" in (CHECKPOINTS / "a-clip-tiny" / "README.md").read_text("utf-8")
+    restoring = CHECKPOINTS / "dtop-tiny"
+    assert RESTORED in str(render_card(restoring, read_record(restoring / "metrics.json")))
+    assert not (restoring / "kept.webp").exists()  # it would show every token at every budget
 
 
 def test_nothing_ships_without_a_card_and_the_record_behind_it():

@@ -59,6 +59,10 @@ CHEAPER = {
     "several": "What gets cheaper follows from its parts; the first that acts decides what still sees every patch.",
 }
 """What fewer tokens make cheaper, by the stage of the method."""
+RESTORED = (
+    "Only the tower's later blocks get cheaper; behind it every patch has a token, and the language model reads all."
+)
+"""The same of a method that has every patch put out again."""
 PICTURES = 3
 """Pictures of the suite, each of another group, that a card shows."""
 
@@ -137,7 +141,7 @@ def render_card(folder: Path, metrics: Mapping[str, Any], repo: str | None = Non
             papers=method.references,
             parameters=f"{sum(p.numel() for p in pruner.parameters()):,}",
             work=share_on(pruner, vlm),
-            cheaper=CHEAPER[stage_of(type(pruner))],
+            cheaper=RESTORED if pruner.restore else CHEAPER[stage_of(type(pruner))],
             query_aware=getattr(pruner.config, "query_aware", None),
             base_model=pruner.base_model,
             clips=shows_clips(metrics),
@@ -239,7 +243,7 @@ def write_card(folder: Path, record: Mapping[str, Any], examples: Sequence[Examp
         metrics, card = dict(record), render_frozen_card(folder, record)
     else:
         metrics = metrics_of(folder, record)
-        if examples:
+        if examples and not load_pruner(folder).restore:  # else every token is kept, and there is nothing to see
             draw_sheet(examples, metrics["pruner"]).save(folder / PICTURE_FILE, quality=90)
         card = render_card(folder, metrics)
     texts = {folder / CARD_FILE: str(card)}
