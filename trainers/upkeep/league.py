@@ -53,18 +53,18 @@ VARIANTS = (
     "corematching?layer=2&word=2",
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
-NOT_SHIPPED = ("diffrate", "dtop", "stvit", "top_vim")
+NOT_SHIPPED = ("stvit", "top_vim")
 """Learned, and no trained one is shipped."""
 BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
     *("combined", "budget", "aptp", "changed", "evs", "vidcom2", "hourglass", "tome_unmerge"),
-    "token_transforming_inverse",
+    *("token_transforming_inverse", "dtop"),
     *BEFORE_TOWER,
     *NOT_SHIPPED,
 )
 """A combination is its shipped one; `budget` and `aptp` set budgets; `changed` is for streams; `evs`, `vidcom2` and
-`hourglass` are for clips, and docs/several_pictures.md has them; under `tome_unmerge` and `token_transforming_inverse`
-the language model reads everything; those in front of the tower spare it work too, so they have a table of their
+`hourglass` are for clips, and docs/several_pictures.md has them; under `tome_unmerge`, `token_transforming_inverse` and
+`dtop` the language model reads everything; those in front of the tower spare it work too, so they have a table of their
 own."""
 
 
