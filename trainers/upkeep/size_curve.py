@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -84,6 +85,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.vlines(shares, *zip(*(row["ci"] for row in own), strict=True), color=colour, linewidth=1, alpha=0.6)
     axes.axhline(100, color=GREY, linewidth=0.9)
     axes.set(xscale="log", xlabel="pruner's operations, % of a prefill", ylabel="retention, %")
+    axes.xaxis.set_major_formatter(ScalarFormatter())  # 1 and 10, not powers
     axes.legend(frameon=False, loc="lower right")
     save_figure(figure, path)
 
