@@ -232,7 +232,7 @@ def test_a_learned_method_is_built_for_the_width(vlm, tmp_path):
 def test_a_learned_method_is_built_as_its_options_say(vlm):
     """And not the shipped one of that method, under another config than it was trained with."""
     prefill = Prefill.of(vlm.config)
-    own, small = (load_for_timing(name, 32, None, prefill) for name in ("ppm?heads=2&budget_flops=1", "ppm?heads=2&budget_flops=0.2"))
+    own, small = (load_for_timing(f"ppm?heads=2&budget_flops={share}", 32, None, prefill) for share in (1, 0.2))
     assert small.config.hidden < own.config.hidden < 512
     mine = load_for_timing("ppm?hidden=48&select=mmr", 32)
     assert (mine.config.hidden, mine.config.width, mine.select) == (48, 32, "mmr")

@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--items", type=int, default=4096, help="among how many is chosen")
     p.add_argument("--clusters", type=int, help="of prototype and dbp; by default those of trainers.select")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipes")
-    p.add_argument("--keep", default="1/9", help="budget that is measured")
+    add_option(p, "keep", nargs=None, default="1/9")
     add_option(p, "vlm", default="tiny-llava")
     add_option(p, "suite", default="scenes")
     add_option(p, "limit", default=2100)
