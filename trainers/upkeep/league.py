@@ -53,7 +53,7 @@ VARIANTS = (
     "corematching?layer=2&word=2",
 )
 """Other settings that docs/choose.md speaks of, and of what its defaults are for deeper models."""
-NOT_SHIPPED = ("stvit", "top_vim")
+NOT_SHIPPED = ("top_vim",)
 """Learned, and no trained one is shipped."""
 BEFORE_TOWER = ("energy", "patch_classifier", "pixelprune", "random_input", "uniform_input")
 UNMEASURED = (
