@@ -7,6 +7,7 @@ from prunezoo import PruneZooError, build_pruner, load_pruner
 from prunezoo.core.schedule import Schedule
 from trainers import schedule as command
 from trainers.benchmarking.flops import counted_flops
+from trainers.cli.names import CHECKPOINTS
 from trainers.planning.costs import blocks_of, layer_costs, tower_costs
 
 
@@ -43,6 +44,34 @@ def test_what_diffrate_learned_serves_others(tmp_path):
     load_pruner(f"gtp?schedule={path}")
     with pytest.raises(PruneZooError, match="learns no schedule"):
         command.read_trained("tome")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("tome", 4), ("flowcut", 4), ("vflowopt?second=0.5", 5), ("pyramiddrop", 5)]
+)
+def test_what_a_method_does_by_itself_serves_others(tmp_path, name, depth):
+    file = tmp_path / "own.json"
+    assert (
+        command.main(["of", name, "--vlm", str(CHECKPOINTS / "tiny-llava"), "--keep", "1/2", "--out", str(file)]) == 0
+    )
+    schedule = Schedule.load(file)
+    assert schedule.available == 144 and len(schedule.counts) == depth and schedule.counts[-1] < 144
+    asked, found = torch.tensor([72]), torch.tensor([144])
+    own = load_pruner(name)
+    before = [int(left) for left in own.steps(asked, found, depth)]
+    least = [min(before[: number + 1]) for number in range(len(before))]  # one that only looks leaves what it finds
+    assert [schedule.counts[place] for place in own.stages(depth)] == least
+    other = load_pruner(f"{'tome' if own.stage == 'vision' else 'pyramiddrop'}?schedule={file}")
+    taken = [int(left) for left in other.steps(torch.tensor([schedule.counts[-1]]), found, depth)]
+    assert taken == [schedule.counts[place] for place in other.stages(depth)]
+
+
+def test_a_method_that_acts_once_has_no_schedule(tmp_path, capsys):
+    words = ["of", "divprune", "--vlm", str(CHECKPOINTS / "tiny-llava"), "--keep", "1/2", "--out", str(tmp_path / "s")]
+    with pytest.raises(SystemExit):
+        command.main(words)
+    assert "acts once, at the prompt stage: name one of the vision or layer stage" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_costs_are_what_torch_counts(tiny_llava):
