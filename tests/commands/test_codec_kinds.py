@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from codec_errors import fails
 from PIL import Image
 from tiny_tokenizer import FAMILY, member, picture, save_photographs
 
@@ -33,13 +34,6 @@ def images(tmp_path_factory):
     for path in folder.rglob("*.png"):
         path.with_suffix(".txt").write_text("a red circle")
     return folder
-
-
-def fails(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        codec.main(words)
-    assert caught.value.code == 2
-    return capsys.readouterr().err.strip()
 
 
 def test_a_text_goes_into_the_file_and_must_come_out_of_it(folders, tmp_path, capsys):

@@ -143,10 +143,11 @@ def mean_attention(
     Returns:
         ``(R, S)`` float32.
     """
-    bias, given = _bias(query, mask), counted
-    counted = query.new_ones(query.shape[:2], dtype=torch.float32) if given is None else given
-    if given is None and bias is not None and query.shape[1] == key.shape[1]:
-        counted = (bias[:, 0] > torch.finfo(query.dtype).min / 2).float()
+    bias = _bias(query, mask)
+    if counted is None:
+        counted = query.new_ones(query.shape[:2], dtype=torch.float32)
+        if bias is not None and query.shape[1] == key.shape[1]:
+            counted = (bias[:, 0] > torch.finfo(query.dtype).min / 2).float()
     total = key.new_zeros(key.shape[:2], dtype=torch.float32)
     # One head and some rows at a time: the whole map of a large tower would be gigabytes.
     for head in range(key.shape[2]):
