@@ -102,7 +102,7 @@ def test_a_line_is_found_and_c_is_chosen_for_it():
 
 def test_pixels_are_shrunk():
     images = pictures()
-    side = Side(images, np.zeros(3, dtype=np.int64), lambda *_: None)  # type: ignore[arg-type]
+    side = Side(images, np.zeros(3, dtype=np.int64), lambda *_: None)
     rows = pixel_features(side, 1)
     assert rows.shape == (3, 3)
     np.testing.assert_allclose(rows, images.mean((2, 3)), atol=0.03)
