@@ -5,6 +5,7 @@
     python -m trainers.codec measure --tokenizer F [F2 …] --images PHOTOGRAPHS [--bytes 32 64] [--json F] [--report DIR]
     python -m trainers.codec probe --tokenizer F [F2 …] --images PHOTOGRAPHS [--bytes 32 64] [--json F]
     python -m trainers.codec speed --tokenizer F [--json F]
+    python -m trainers.codec pictures FOLDER --suite scenes --split train --limit 8000
     python -m trainers.codec card F --quality JSON --speed JSON --photographs "what they are"
 
 A tokenizer that reads a text wants `--text` to compress, and the same to decompress: the file does not have it, and
@@ -12,8 +13,9 @@ beside another text it paints another picture. `measure` and `probe` read captio
 
 `measure` paints held-out photographs from prefixes of their rows, tokenizers of any kinds beside JPEG and WebP within
 the same bytes, headers included. `probe` fits a line from what the codes stand for to the class of a photograph, which
-is the name of its folder. `card` writes the tokenizer's model card from what `measure` and `speed` wrote, and later
-anew from the folder's own metrics, or from those but for what is given.
+is the name of its folder. `pictures` writes a suite's pictures, and captions where it has them, as such photographs: a
+tokenizer that is trained on them paints what the suite's model can read. `card` writes the tokenizer's model card from
+what `measure` and `speed` wrote, and later anew from the folder's own metrics, or from those but for what is given.
 """
 
 import argparse
@@ -37,12 +39,14 @@ from trainers.compression.measure import shown_lengths
 from trainers.compression.probe import Side, label, probe_record
 from trainers.compression.quality import METRICS
 from trainers.compression.records import print_rows, progress, quality_record, speed_rows
+from trainers.compression.suite_pictures import write_pictures
 from trainers.compression.texts import captions_for, same_text
 from trainers.data.photographs import Photographs, photographs, spread
 from trainers.data.pictures import BrokenImage, open_picture
-from trainers.data.suite import SPLITS
+from trainers.data.suite import SPLITS, list_suites
 from trainers.evaluation.loading import check_device, default_device, load_vlm
 from trainers.evaluation.record import versions, write_record
+from trainers.evaluation.run import read_suite
 from trainers.training.sight import Sight
 
 WORDS = "whose words a tokenizer that reads a text was trained beside; by default tiny-llava"
@@ -92,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--repeats", type=int, default=10)
     add_option(speed, "device", default=default_device())
     add_option(speed, "json")
+    pictures = commands.add_parser("pictures", help="a suite's pictures as files, with captions where it has them")
+    pictures.add_argument("target", type=Path, metavar="FOLDER", help="where; goes on there")
+    add_option(pictures, "suite", nargs="+", required=True, help=f"one of {', '.join(list_suites())}")
+    for name in ("suite-option", "limit"):
+        add_option(pictures, name)
+    add_option(pictures, "split", choices=SPLITS)
     card = commands.add_parser("card", help="the model card, from what was measured")
     card.add_argument("folder", type=Path, help="the tokenizer's folder")
     card.add_argument("--quality", type=Path, help="what `measure --json` wrote")
@@ -232,6 +242,16 @@ def speed(args: argparse.Namespace, words: Sequence[str]) -> None:
         write_record({**head, "rows": rows}, args.json)
 
 
+def pictures(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """A suite's pictures as files."""
+    if args.limit is not None:
+        check_at_least_one(args, "limit")
+    suite = read_suite(args.suite, args.suite_option, args.split, args.limit)
+    with progress(len(suite)) as advance:
+        captioned = write_pictures(suite, args.target, advance)
+    print(f"{args.target}: {len(suite)} pictures, {captioned} with a caption")
+
+
 def card(args: argparse.Namespace, words: Sequence[str]) -> None:
     """The model card. What is not given stays as it is in the folder's own metrics."""
     measured = {name: read_measurement(path) for name in ("quality", "speed") if (path := getattr(args, name))}
@@ -250,11 +270,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
-    if args.command != "card":
+    if args.command not in ("card", "pictures"):
         named = args.tokenizer
         args.tokenizer = find_pruner(named) if isinstance(named, str) else [find_pruner(name) for name in named]
         args.vlm = find_vlm(args.vlm)
-    {run.__name__: run for run in (compress, decompress, measure, probe, speed, card)}[args.command](args, words)
+    {run.__name__: run for run in (compress, decompress, measure, probe, speed, pictures, card)}[args.command](
+        args, words
+    )
     return 0
 
 

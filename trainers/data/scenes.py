@@ -6,6 +6,7 @@ dialogue (the second turn leans on the first). Answers are balanced, and every r
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,6 +170,16 @@ def drawn_by() -> str:
     return code_digest("scenes*.py", "numpy", "pillow", "scikit-learn")
 
 
+def describe(things: Sequence[Thing]) -> str:
+    """All things in WORDS, cell by cell: `large red circle b2 and white plate 7 0 2 d4`."""
+    said = []
+    for thing in sorted(things, key=lambda thing: (thing.cell, thing.x)):
+        number = " ".join(thing.number)
+        size = "" if number else thing.size  # plates are as wide as their number
+        said.append(" ".join(filter(None, (size, thing.color, thing.shape, number, thing.cell))))
+    return " and ".join(said)
+
+
 @register_suite("scenes")
 class Scenes(Suite):
     """Item i asks about a scene of its own; groups take turns, so any first N items are balanced over the groups."""
@@ -201,4 +212,5 @@ class Scenes(Suite):
             things = make_things(rng, self.split)
             question = Asker(things, np.random.default_rng((_SEEDS[self.split], index, 1))).ask(group)
         picture = Image.fromarray(render(things, rng, self.split))
-        return Item(f"{self.split}-{index}", picture, question.turns, group, relevance(question.wanted))
+        asked = (question.turns, group, relevance(question.wanted))
+        return Item(f"{self.split}-{index}", picture, *asked, caption=describe(things))

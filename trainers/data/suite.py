@@ -57,6 +57,7 @@ class Item:
         more: further pictures, in reading order behind ``image``: number of the turn whose question each stands in, and
             the picture. ``relevant`` is (P, H, W) then, of all P pictures in that order.
         stream: of what it is one step; items of a stream follow one another. Empty: of nothing.
+        caption: what is on ``image``, in words; empty where the suite does not know.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Item:
     choices: tuple[str, ...] = ()
     more: tuple[tuple[int, Image.Image], ...] = ()
     stream: str = ""
+    caption: str = ""
 
     @property
     def pictures(self) -> tuple[tuple[int, Image.Image], ...]:
