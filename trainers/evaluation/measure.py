@@ -20,7 +20,7 @@ vocabulary, averaged over these positions.
 Letters: B items of a batch, L tokens, A answer positions of the whole batch, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,9 +183,21 @@ def measure(
         if journal and processes.rank == 0:
             journal.write(scores, group_names, window.stop)
 
+    return measurement_of(suite, group_names, scores)
+
+
+def measurement_of(suite: Suite, group_names: Sequence[str], scores: Mapping[Key, ItemScores]) -> Measurement:
+    """What was measured, when the group of every item is known."""
     groups = tuple(group for group in suite.groups if group in set(group_names))
     group_of = np.array([groups.index(name) for name in group_names], dtype=np.int64)
     return Measurement(groups, group_of, suite.chance, scores)
+
+
+def check_groups(suite: Suite, names: Collection[str]) -> None:
+    """PruneZooError where items are of a group that the suite does not announce; "" is not known yet."""
+    unknown = set(names) - {*suite.groups, ""}
+    if unknown:
+        raise PruneZooError(f"suite {suite.name}: items of unknown group {', '.join(sorted(unknown))}")
 
 
 @torch.no_grad()
@@ -321,9 +333,7 @@ def _gather(
         PruneZooError: a group that the suite does not announce.
     """
     here = slice(window.start, window.stop)
-    unknown = set(group_names[here]) - {*suite.groups, ""}
-    if unknown:
-        raise PruneZooError(f"suite {suite.name}: items of unknown group {', '.join(sorted(unknown))}")
+    check_groups(suite, group_names[here])
     if processes.world == 1:
         return
     numbers = np.array([suite.groups.index(name) + 1 if name else 0 for name in group_names[here]], dtype=np.float64)
