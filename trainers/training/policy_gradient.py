@@ -28,7 +28,7 @@ from prunezoo.learned.policy import KeepPolicy
 from trainers.data.modules import GROUPS
 
 from .frozen import Dtype, FrozenModule
-from .losses import answer_slots
+from .losses import answer_slots, row_means
 from .warm_start import start_from
 
 COLLAPSED = 0.1
@@ -215,8 +215,7 @@ class PolicyModule(FrozenModule):
         if teacher is not None:
             teacher = teacher.log_softmax(-1)
             slots = slots - self.agreement_weight * (teacher.exp() * (teacher - log_p)).sum(-1)
-        total = slots.new_zeros(rows).index_add_(0, sample, slots)
-        return total / torch.bincount(sample, minlength=rows).clamp_min(1)
+        return row_means(slots, sample, rows)
 
     def loss(self, rollout: Rollout) -> Tensor:
         """Policy gradient, or its clipped surrogate where draws are used again; KL and entropy."""
