@@ -113,6 +113,8 @@ class PolicyModule(FrozenModule):
         if not 0 < clip < 1:
             raise PruneZooError(f"clip must lie in (0, 1), got {clip}")
         if warm_start is not None:
+            if not pruner.scores_tokens:
+                raise PruneZooError(f"model.pruner is a '{pruner.name}', which has no scores to draw by: take 'policy'")
             start_from(pruner, warm_start)
         # not a submodule: the warm start is neither trained nor saved
         reference = None if warm_start is None else copy.deepcopy(pruner).eval().requires_grad_(False)
