@@ -190,6 +190,8 @@ def test_the_warm_start_is_checked_and_left_alone(module, world):
         start_from(build_pruner("policy", **{**PPM, "blocks": 2}), str(world / "ppm"))
     with pytest.raises(PruneZooError, match="'uniform': a warm start is from"):
         start_from(build_pruner("policy", **PPM), "uniform")
+    with pytest.raises(PruneZooError, match="'atp', which has no scores to draw by"):
+        PolicyModule(str(module.vlm.name_or_path), build_pruner("atp", width=32), "unused")
 
 
 def test_a_collapsed_policy_is_told(module, recwarn):

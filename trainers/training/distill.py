@@ -43,7 +43,8 @@ class DistillModule(FrozenModule):
         vlm: Folder or Hub id of a `transformers` image-text-to-text model. It stays frozen and out of the checkpoints.
         pruner: The pruner to train.
         vlm_dtype: Type that the frozen model is held in: auto (as stored), float32, bfloat16 or float16.
-        warm_start: Folder or Hub id of a trained PPM whose weights it starts from; None: from scratch.
+        warm_start: Folder or Hub id of a trained pruner of the same config whose weights it starts from; None: from
+            scratch.
         guide: Whose map the scores learn: the frozen model's gradient `relevance`, the `attention` of one layer,
             `grad_attention` rolled out (dear), `lrp` or `provenance`; see `guide_names.GUIDES`.
         guide_layer: Layer of the attention guide, from 0; or several, of which it is the mean; null: all.
@@ -105,7 +106,7 @@ class DistillModule(FrozenModule):
             raise PruneZooError(f"temperature must be above 0, got {temperature}")
         super().__init__(vlm, pruner, vlm_dtype, lr, warm_up, weight_decay, measure)
         if warm_start is not None:
-            start_from(pruner, warm_start)
+            start_from(self.pruner, warm_start)
         self.pruner.gate_temperature = temperature
         layers = (guide_layer,) if isinstance(guide_layer, int) else guide_layer
         self.guide = guide

@@ -36,6 +36,17 @@ def answer_slots(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor,
     return logits[:, :-1][asked].float(), labels[:, 1:][asked], asked.nonzero()[:, 0]
 
 
+def row_means(slots: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The mean over the answer slots of each row, (rows,); 0 where it has none.
+
+    Args:
+        slots: (S,) what is averaged.
+        row: (S,) long, that each slot belongs to.
+        rows: How many there are.
+    """
+    return slots.new_zeros(rows).index_add_(0, row, slots) / torch.bincount(row, minlength=rows).clamp_min(1)
+
+
 def slot_states(out: Any, layers: Sequence[int]) -> Tensor:
     """Hidden states at the answer slots, (S, H, D).
 

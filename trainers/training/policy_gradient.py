@@ -28,7 +28,7 @@ from prunezoo.learned.policy import KeepPolicy
 from trainers.data.modules import GROUPS
 
 from .frozen import Dtype, FrozenModule
-from .losses import answer_slots
+from .losses import answer_slots, row_means
 from .warm_start import start_from
 
 COLLAPSED = 0.1
@@ -113,6 +113,8 @@ class PolicyModule(FrozenModule):
         if not 0 < clip < 1:
             raise PruneZooError(f"clip must lie in (0, 1), got {clip}")
         if warm_start is not None:
+            if not pruner.scores_tokens:
+                raise PruneZooError(f"model.pruner is a '{pruner.name}', which has no scores to draw by: take 'policy'")
             start_from(pruner, warm_start)
         # not a submodule: the warm start is neither trained nor saved
         reference = None if warm_start is None else copy.deepcopy(pruner).eval().requires_grad_(False)
@@ -215,8 +217,7 @@ class PolicyModule(FrozenModule):
         if teacher is not None:
             teacher = teacher.log_softmax(-1)
             slots = slots - self.agreement_weight * (teacher.exp() * (teacher - log_p)).sum(-1)
-        total = slots.new_zeros(rows).index_add_(0, sample, slots)
-        return total / torch.bincount(sample, minlength=rows).clamp_min(1)
+        return row_means(slots, sample, rows)
 
     def loss(self, rollout: Rollout) -> Tensor:
         """Policy gradient, or its clipped surrogate where draws are used again; KL and entropy."""

@@ -1,4 +1,4 @@
-"""Start a training from the weights of a trained PPM, or of a policy, which has the same body."""
+"""Start a training from the weights of a trained pruner: of the same method, or of a PPM for a policy, and back."""
 
 from pathlib import Path
 
@@ -9,19 +9,24 @@ from prunezoo.learned.ppm import PPM
 
 
 def start_from(pruner: Pruner, source: str) -> None:
-    """Give a PPM or policy the weights of a trained one of the same sizes.
+    """Give a pruner the weights of a trained one of the same config; all of it goes on learning.
+
+    A PPM and a policy have the same body, and either starts from the other; a temperature is no size.
 
     Args:
         pruner: What is about to be trained; changed in place.
         source: Folder or Hub id of the trained one.
 
     Raises:
-        PruneZooError: Another method, or another size; the message names the fields.
+        PruneZooError: Another method, or another config; the message names the fields.
     """
     start = load_pruner(source)
-    for what, it in (("model.pruner", pruner), (f"warm_start {source}", start)):
-        if not isinstance(it, PPM):
-            raise PruneZooError(f"{what} is a '{it.name}': a warm start is from a 'ppm' or 'policy' to one of these")
+    both_ppm = isinstance(start, PPM) and isinstance(pruner, PPM)
+    if not both_ppm and start.name != pruner.name:
+        raise PruneZooError(
+            f"warm_start {source} is a '{start.name}': a warm start is from the method of model.pruner, "
+            f"'{pruner.name}', or from a 'ppm' or 'policy' to one of these"
+        )
     theirs, ours = start.config.to_dict(), pruner.config.to_dict()
     unlike = [f"{k}={ours[k]} (there {v})" for k, v in theirs.items() if k != "temperature" and ours[k] != v]
     if unlike:

@@ -170,9 +170,14 @@ class ATP(Pruner):
             statistics.append(prompt)
         start = keep_threshold(redundant, valid, keep, self.gate_temperature)
         sizes = torch.stack([keep, valid.sum(1)], dim=1).clamp_min(1).log()
-        displacement, level = self.thresholds[inputs.step](torch.cat([*statistics, start.detach(), sizes], dim=1))
+        displacement, level = self.ask_head(inputs.step, torch.cat([*statistics, start.detach(), sizes], dim=1))
         spatial = log_odds(spatial_scores(inputs.cells, c.strides, c.spatial_weight))
         return torch.maximum(redundant - start - displacement, spatial - level)
+
+    def ask_head(self, step: int, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """What the :class:`Thresholds` of a pruned layer, from 0, say of statistics (B, S)."""
+        displacement, level = self.thresholds[step](statistics)
+        return displacement, level
 
 
 class Thresholds(nn.Module):

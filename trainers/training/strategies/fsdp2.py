@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prunezoo.core.errors import PruneZooError
 
-DIRECT = ("score", "reduce", "loss_terms")
+DIRECT = ("score", "reduce", "loss_terms", "ask_head")
 """Methods of a pruner, besides `forward`, that trainings call."""
 
 
