@@ -103,6 +103,7 @@ class FitCLI(LightningCLI):
         named = [
             str(data[key]) for key in ("suite", "json", "images", "dataset", "shards") if data.get(key) is not None
         ]
+        named += data.get("suites", [])
         return RunRecord(
             folder=config.out,
             command=shlex.join(["python", "-m", "trainers.fit", *self.words]),

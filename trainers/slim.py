@@ -192,7 +192,13 @@ class Slimming:
         return pruner
 
     def references(self, pruner: Pruner, batches: int) -> list[PruneInputs]:
-        """The first batches of the recipe's training data, as the pruner sees them."""
+        """The first batches of the recipe's training data, as the pruner sees them.
+
+        Raises:
+            PruneZooError: The recipe has several frozen models.
+        """
+        if not isinstance(self.config.model.init_args.vlm, str):
+            raise PruneZooError("model.vlm: this method reads batches of one frozen model; take a recipe that has one")
         settings, data = self.config.model.init_args, build(self.words, DataCLI).datamodule
         vlm = load_frozen(settings.vlm, settings.get("vlm_dtype", "auto"))
         data.setup("fit")

@@ -114,6 +114,7 @@ def test_cards_and_what_is_published_carry_no_folders_of_this_machine(folder, ca
         ("SuiteArms(scenes)", ["scenes"]),
         ("HubDataModule(org/talks)", ["org/talks"]),
         ("TaughtHub(org/talks, x)", ["org/talks"]),
+        ("SuitesInTurn(scenes, pages)", ["scenes", "pages"]),
         ("LlavaJsonDataModule(train.json, images)", None),
         ("WebShardsDataModule(data/{0..9}.tar)", None),
         ("HubDataModule(/home/me/talks)", None),

@@ -50,6 +50,16 @@ def test_the_card_says_what_was_measured(published):
     assert metrics["weights"] == {str(published): weights_digest(published)}
 
 
+def test_a_card_lists_all_models_and_suites_of_a_training(checkpoint):
+    run = json.loads((checkpoint / "run.json").read_text())
+    run |= {"vlm": {"scenes": "org/llava", "pages": "org/other"}, "data": "SuitesInTurn(scenes, pages)"}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint)))
+    card = ModelCard.load(checkpoint / "README.md")
+    assert "; frozen models: `org/llava` on scenes, `org/other` on pages; seed 1." in card.text
+    assert card.data.datasets == ["scenes", "pages"]
+
+
 def test_what_no_pruner_can_know_stands_apart(checkpoint):
     write_card(checkpoint, record_of(str(checkpoint), weights_digest(checkpoint), rival="relevance"))
     text = (checkpoint / "README.md").read_text()

@@ -38,17 +38,17 @@ def weights_digest(folder: str | Path) -> str | None:
 
 
 def datasets_of(run: Mapping[str, Any] | None) -> list[str] | None:
-    """What it was trained on, where that has a name which others know: a suite of ours, or a data set of the Hub.
+    """What it was trained on, where that has a name which others know: suites of ours, or a data set of the Hub.
 
     Args:
         run: the run record, whose `data` reads `HubDataModule(org/name)`; a file's name says nothing to others.
     """
-    match = re.match(r"(\w+)\(([^,)]+)", run["data"]) if run else None
+    match = re.match(r"(\w+)\(([^)]+)", run["data"]) if run else None
     if match is None:
         return None
-    kind, name = match.groups()
-    on_hub = "Hub" in kind and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return [name] if on_hub or name in list_suites() else None
+    kind, names = match[1], match[2].split(", ")
+    on_hub = "Hub" in kind and re.fullmatch(r"[\w.-]+/[\w.-]+", names[0]) and not Path(names[0]).exists()
+    return names[:1] if on_hub else names if set(names) <= set(list_suites()) else None
 
 
 def speed_of(folder: Path, method: str) -> dict[str, Any] | None:

@@ -4,14 +4,14 @@ A recipe is code: what it names as a class is imported and built. So it names cl
 we train with; others only where the command line says `--allow-code`.
 """
 
-import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pydoc import locate
 from typing import Any, cast
 
 import yaml
-from jsonargparse import set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 # jsonargparse has no public name for what it reads YAML with, which knows more numbers than PyYAML
 from jsonargparse._loaders_dumpers import yaml_load
@@ -35,7 +35,7 @@ def load_yaml(text: str) -> Any:
     """The values of a YAML text.
 
     Raises:
-        yaml.YAMLError: It is none, or too long, too deep, or more values than MOST_VALUES.
+        yaml.YAMLError: It is none, or too long, too deep, or more values than MOST_VALUES; or it says a key twice.
     """
     if len(text) > MOST_JSON_BYTES:
         raise yaml.YAMLError(f"longer than any recipe, more than {MOST_JSON_BYTES:,} characters")
@@ -63,22 +63,23 @@ def nearest_key(message: str, sections: Mapping[str, type]) -> str:
         kind, name = sections[beside[1]], beside[2]
     else:
         return ""
-    # classes that hand on **options say them in their base classes
-    known = {key for base in cast(Any, kind).__mro__ for key in inspect.signature(base.__init__).parameters}
-    return near(name, known - {"self", "args", "kwargs"})
+    return near(name, ArgumentParser().add_class_arguments(kind, fail_untyped=False))  # also those of its **options
 
 
 def count_values(node: yaml.Node | None, known: dict[int, int]) -> int:
     """Values of a node, aliases written out; those counted before are `known`.
 
     Raises:
-        yaml.YAMLError: More than MOST_VALUES, or a value that holds itself.
+        yaml.YAMLError: More than MOST_VALUES, a value that holds itself, or a key that is said twice.
     """
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1  # what stands within itself has no end
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
+            said = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in said.items() if count > 1]:
+                raise yaml.YAMLError(f"'{twice[0]}' stands twice in one place; the first would be forgotten")
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         known[id(node)] = 1 + sum(count_values(part, known) for part in inner)

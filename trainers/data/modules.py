@@ -119,7 +119,7 @@ class ItemDataModule(L.LightningDataModule, ABC):
         """What makes batches of these items."""
         return SkipRefused(self.collate, items) if isinstance(items, SkipBroken) else self.collate
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Shuffled, endless over epochs, resumable in mid-epoch."""
         assert self.train_set is not None
         return ResumableLoader.for_training(self, self.train_set, self.train_collate, "items", self.lengths())

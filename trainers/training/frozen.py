@@ -80,11 +80,15 @@ class FrozenModule(L.LightningModule):
         device = self.trainer.strategy.root_device  # this module itself is moved only later
         if not self.shared_out:
             self.__dict__["shares"], self.shared_out = share_out(self.trainer.strategy, self.vlm), True
-        self.groups: tuple[str, ...] = self.trainer.datamodule.groups  # type: ignore[attr-defined]
+        self.groups = self.groups_of(self.trainer.datamodule)  # type: ignore[attr-defined]
         self.table = AnswerTable(len(self.groups), 1 + len(self.measure)).to(device)
         self.total_steps = self.trainer.estimated_stepping_batches
         if stage == "fit" and not math.isfinite(self.total_steps):
             raise PruneZooError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+
+    def groups_of(self, data: Any) -> tuple[str, ...]:
+        """The question groups that validation reports apart, of the training's data module."""
+        return data.groups
 
     def configure_model(self) -> None:
         """Share the pruner out, where the strategy leaves that to the module."""
@@ -92,10 +96,11 @@ class FrozenModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Answer with all tokens and with each budget's tokens, really dropped."""
-        groups = torch.tensor([self.groups.index(group) for group in batch.pop(GROUPS)], device=self.device)
+        names = batch.pop(GROUPS)
         encoded = encode(self.vlm, batch, self.pruner.needs, clips=self.clips)
         full = full_forward(self.vlm, encoded)
         teacher, tokens, sample = answer_slots(full.logits, full.labels)
+        groups = torch.tensor([self.groups.index(name) for name in names], device=teacher.device)
         rows = [judge(teacher, teacher, tokens, sample, len(groups))]
         for share in self.measure:
             run = run_pruned(self.vlm, encoded, self.pruner, share)
@@ -106,8 +111,12 @@ class FrozenModule(L.LightningModule):
         self.table.update(groups, torch.stack(rows, dim=1))
 
     def on_validation_epoch_end(self) -> None:
+        """Log and say what was measured."""
+        self.report()
+
+    def report(self) -> dict[str, Tensor]:
         """Log means over groups, retention in percent of the full model, and each group's accuracy; no figure where
-        there is nothing to measure, or to take a share of.
+        there is nothing to measure, or to take a share of. Say the most important ones, and return all.
         """
         table = self.table.compute()  # (G, R, 3), nan where a group had no item
         self.table.reset()
@@ -133,12 +142,16 @@ class FrozenModule(L.LightningModule):
             f"{figure:.3g} {unit} at {label}" if math.isfinite(figure) else f"no figure at {label}"
             for figure, label in zip(figures.tolist(), labels, strict=True)
         )
-        step = f"step {self.global_step}:"
         if self.free_text:
             said = f"full model {accuracy[0]:.3f} word for word, so the answers are free text; KL to it {kept}"
         else:
             said = f"accuracy {accuracy[0]:.3f} with all tokens; kept: {kept}"
-        rank_zero_info(f"{step} {said} of the tokens")
+        self.say(f"{said} of the tokens")
+        return values
+
+    def say(self, text: str) -> None:
+        """Print a line on this step, from the first process only."""
+        rank_zero_info(f"step {self.global_step}: {text}")
 
     @property
     def best_by(self) -> tuple[str, Literal["max", "min"]]:

@@ -34,12 +34,14 @@ class RunRecord(L.Callback):
         folder: Its folder.
         command: The command line.
         recipe: The whole configuration, as YAML text.
-        vlm: The frozen model, as it was named; None where there is none.
+        vlm: The frozen model, as it was named; several by their suites; None where there is none.
         data: What it was trained on, in a few words.
         seed: Of the run.
     """
 
-    def __init__(self, folder: str, command: str, recipe: str, vlm: str | None, data: str, seed: int) -> None:
+    def __init__(
+        self, folder: str, command: str, recipe: str, vlm: str | dict[str, str] | None, data: str, seed: int
+    ) -> None:
         self.folder = Path(folder)
         self.facts = {"command": command, "vlm": vlm, "data": data, "seed": seed}
         self.recipe = recipe
