@@ -9,8 +9,6 @@ settings.
 import argparse
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from prunezoo import AutoPruner, PruneZooError
+from prunezoo import AutoPruner
 from trainers.cli.errors import check_output, command
 from trainers.cli.lock import hold
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.ours import run_ours
 from trainers.cli.terminal import Terminal
 from trainers.evaluation.demo import KEEP, SUITE, ask, verdict
 from trainers.evaluation.record import read_record
@@ -50,11 +49,9 @@ def run_part(console: Console, title: str, words: Sequence[str]) -> None:
     console.rule(Text(title, style="bold"))
     console.print(f"$ {shlex.join(['python', *words])}", style="cyan", soft_wrap=True, highlight=False)
     # tables are made for a wide terminal; where there is none, rich would take 80 columns
-    environment = {"COLUMNS": str(max(console.width, 140)), **os.environ} if not console.is_terminal else None
+    wide = "COLUMNS" not in os.environ and not console.is_terminal
     begun = time.monotonic()
-    code = subprocess.run([sys.executable, *words], env=environment, check=False).returncode  # noqa: S603 - our own
-    if code:
-        raise PruneZooError(f"{words[1]} ended with code {code}; its own message stands above")
+    run_ours(*words[1:], environment={"COLUMNS": str(max(console.width, 140))} if wide else None)
     console.print(f"{title}: {time.monotonic() - begun:.0f} s", style="dim")
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from prunezoo.core.errors import PruneZooError
+from trainers.cli import ours
 from trainers.cli.names import CHECKPOINTS
 from trainers.upkeep import data_curve
 
@@ -18,7 +19,7 @@ def curve(folder, *extra):
 
 
 def test_what_is_trained_is_measured_and_told_from_random(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_curve.subprocess, "run", None)  # it would fail
+    monkeypatch.setattr(ours.subprocess, "run", None)  # it would fail
     trained = {"random-0.5-1": "ppm-tiny", "random-1-1": "ppm-tiny", "dbp-0.5-1": "explain-cnn-tiny"}
     (tmp_path / "ppm_tiny").mkdir()
     for name, shipped in trained.items():
@@ -41,7 +42,7 @@ def test_what_is_trained_is_measured_and_told_from_random(tmp_path, monkeypatch,
 def test_a_training_is_the_recipe_on_the_list_that_was_made_for_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        data_curve.subprocess, "run", lambda words, **_: asked.append(words[2:]) or SimpleNamespace(returncode=0)
+        ours.subprocess, "run", lambda words, **_: asked.append(words[2:]) or SimpleNamespace(returncode=0)
     )
     args = data_curve.parser().parse_args(
         f"--folder {tmp_path} --json x --items 64 --clusters 4 --set trainer.max_steps=2".split()
@@ -75,7 +76,7 @@ def test_what_cannot_be_is_refused(tmp_path, capsys, words, said):
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_curve.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(ours.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=2))
     args = data_curve.parser().parse_args(["--folder", str(tmp_path), "--json", "x"])
-    with pytest.raises(PruneZooError, match=r"trainers.fit .*random-1-1.* ended with code 2; see above"):
+    with pytest.raises(PruneZooError, match=r"trainers.fit .*random-1-1.* ended with code 2"):
         data_curve.train("ppm_tiny", "random", 1.0, 1, args)

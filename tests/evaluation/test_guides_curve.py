@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from prunezoo.core.errors import PruneZooError
+from trainers.cli import ours
 from trainers.cli.names import CHECKPOINTS
-from trainers.upkeep import guides, size_curve
+from trainers.upkeep import guides
 
 
 def test_what_is_trained_already_is_measured_beside_the_guides_themselves(tmp_path, capsys):
@@ -25,13 +27,13 @@ def test_what_is_trained_already_is_measured_beside_the_guides_themselves(tmp_pa
 def test_a_training_is_the_recipe_but_for_the_guide(tmp_path, monkeypatch):
     asked = []
     done = SimpleNamespace(returncode=0)
-    monkeypatch.setattr(size_curve.subprocess, "run", lambda words, **_: asked.append(words[2:]) or done)
+    monkeypatch.setattr(ours.subprocess, "run", lambda words, **_: asked.append(words[2:]) or done)
     for guide in ("lrp", "attention"):
         guides.train(guide, tmp_path / guide, 300)
     steps = ["--trainer.max_steps=300", "--trainer.val_check_interval=300"]
     recipe = ["trainers.fit", "--config", "configs/ppm_tiny.yaml"]
     assert asked[0] == [*recipe, f"--out={tmp_path / 'lrp'}", "--model.guide=lrp", *steps]
     assert asked[1][4:6] == ["--model.guide=attention", "--model.guide_layer=null"]
-    monkeypatch.setattr(size_curve.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(ours.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    with pytest.raises(PruneZooError, match=r"trainers.fit .*=lrp.* ended with code 2"):
         guides.train("lrp", tmp_path / "lrp", None)

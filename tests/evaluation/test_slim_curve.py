@@ -7,6 +7,7 @@ import pytest
 
 from prunezoo.core.errors import PruneZooError
 from trainers import slim
+from trainers.cli import ours
 from trainers.upkeep import slim_curve
 
 
@@ -26,7 +27,7 @@ def curve(folder, *extra):
 
 
 def test_what_is_made_is_measured_and_drawn(halves, monkeypatch, capsys):
-    monkeypatch.setattr(slim_curve.subprocess, "run", None)  # it would fail
+    monkeypatch.setattr(ours.subprocess, "run", None)  # it would fail
     assert curve(halves, "--sparsity", "0.3", "0.9") == 0
     record = json.loads((halves / "slim.json").read_text())
     start, light, heavy = record["rows"]
@@ -40,7 +41,7 @@ def test_what_is_made_is_measured_and_drawn(halves, monkeypatch, capsys):
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(slim_curve.subprocess, "run", lambda words, **_: type("Done", (), {"returncode": 2}))
+    monkeypatch.setattr(ours.subprocess, "run", lambda words, **_: type("Done", (), {"returncode": 2}))
     args = slim_curve.parser().parse_args(["--method", "precrop", "--folder", str(tmp_path)])
-    with pytest.raises(PruneZooError, match=r"precrop-0.3-1: trainers.slim ended with code 2; see above"):
+    with pytest.raises(PruneZooError, match=r"trainers.slim .*precrop-0.3-1.* ended with code 2"):
         slim_curve.small_ones(args, slim_curve.Terminal())

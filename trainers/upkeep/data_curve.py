@@ -11,7 +11,6 @@ over seeds of the differences, each over the same questions. Stopped, it goes on
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import find_vlm
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.ours import run_ours
 from trainers.cli.terminal import Terminal
 from trainers.data.suite import load_suite
 from trainers.evaluation.answers import join_answers
@@ -57,17 +57,6 @@ Key = tuple[str, str, float, int]
 """Recipe, way, share, seed."""
 
 
-def run(module: str, *words: str) -> None:
-    """One of our commands.
-
-    Raises:
-        PruneZooError: It failed; it said why.
-    """
-    done = subprocess.run([sys.executable, "-m", module, *words], check=False)  # noqa: S603
-    if done.returncode:
-        raise PruneZooError(f"{shlex.join([module, *words])} ended with code {done.returncode}; see above")
-
-
 def spoken(key: Key) -> str:
     """In a record."""
     recipe, way, share, seed = key
@@ -86,9 +75,9 @@ def train(recipe: str, way: str, share: float, seed: int, args: argparse.Namespa
         choice = [f"--method={way.partition('-')[0]}", f"--share={share}", f"--seed={seed}", *WAYS[way]]
         clusters = [] if args.clusters is None else [f"--clusters={args.clusters}"]
         cache = f"--cache={args.folder / 'embeddings'}"
-        run("trainers.select", *data, *choice, *clusters, cache, f"--file={only}")
+        run_ours("trainers.select", *data, *choice, *clusters, cache, f"--file={only}")
         data.append(f"--data.only={only}")
-    run("trainers.fit", *data, f"--seed_everything={seed}", f"--out={out}")
+    run_ours("trainers.fit", *data, f"--seed_everything={seed}", f"--out={out}")
     return out
 
 

@@ -24,6 +24,7 @@ from prunezoo.core.hub import CONFIG_FILE
 from prunezoo.host import encode
 from trainers.cli.errors import check_output, command
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.ours import run_ours
 from trainers.cli.terminal import Terminal
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import load_suite
@@ -31,7 +32,7 @@ from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.record import mean_row, read_record, versions, write_record
 from trainers.evaluation.scores import GUIDE
 from trainers.training.guide_names import GUIDES, find_guide, fixed
-from trainers.upkeep.size_curve import KEEPS, RECIPE, VLM, run
+from trainers.upkeep.size_curve import KEEPS, RECIPE, VLM
 from trainers.upkeep.support import ROOT
 
 SPLIT = "validation"
@@ -43,7 +44,7 @@ def measure(pruners: Sequence[str], path: Path, limit: int) -> dict[str, Any]:
     """The record of some pruners on the validation split, measured unless the file has it."""
     if not path.is_file() or not {row["pruner"] for row in read_record(path)["rows"]} >= set(pruners):
         where = ("--vlm", VLM, "--suite", "scenes", "--split", SPLIT, "--limit", str(limit), "--json", str(path))
-        run("trainers.evaluate", *where, "--keep", *KEEPS, "--pruner", *pruners)
+        run_ours("trainers.evaluate", *where, "--keep", *KEEPS, "--pruner", *pruners, cwd=ROOT)
     return read_record(path)
 
 
@@ -53,7 +54,8 @@ def train(guide: str, folder: Path, steps: int | None) -> None:
         return
     more = [] if steps is None else [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     layers = ["--model.guide_layer=null"] if guide == "attention" else []
-    run("trainers.fit", "--config", RECIPE, f"--out={folder}", f"--model.guide={guide}", *layers, *more)
+    words = (f"--out={folder}", f"--model.guide={guide}", *layers, *more)
+    run_ours("trainers.fit", "--config", RECIPE, *words, cwd=ROOT)
 
 
 def seconds_of(guides: Sequence[str]) -> dict[str, float]:

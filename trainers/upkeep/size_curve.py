@@ -9,7 +9,6 @@ that a run that was stopped goes on. Few steps and `--limit` show that it works,
 
 import argparse
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from prunezoo.core.hub import CONFIG_FILE
 from prunezoo.core.registry import load_pruner
 from trainers.cli.errors import check_output, command
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.ours import run_ours
 from trainers.cli.recipes import load_yaml
 from trainers.cli.terminal import Terminal
 from trainers.evaluation.curves import COLOURS, GREY, save_figure
@@ -50,14 +50,7 @@ def train(share: float, folder: Path, steps: int | None) -> None:
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     more = [] if steps is None else [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-    run("trainers.fit", "--config", str(own), f"--out={folder}", *more)
-
-
-def run(module: str, *words: str) -> None:
-    """One of our commands; where it fails its message has been printed, and this one ends with its exit code."""
-    status = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=False).returncode  # noqa: S603
-    if status:
-        raise SystemExit(status)
+    run_ours("trainers.fit", "--config", str(own), f"--out={folder}", *more, cwd=ROOT)
 
 
 def rows_of(record: dict[str, Any], folders: dict[float, Path]) -> list[dict[str, Any]]:
@@ -130,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit = [] if args.limit is None else ["--limit", str(args.limit)]
     if not measured.is_file() or not {row["pruner"] for row in read_record(measured)["rows"]} >= set(names):
         where = ("--vlm", VLM, "--suite", "scenes", "--json", str(measured))
-        run("trainers.evaluate", *where, *limit, "--keep", *KEEPS, "--pruner", *names)
+        run_ours("trainers.evaluate", *where, *limit, "--keep", *KEEPS, "--pruner", *names, cwd=ROOT)
     found = read_record(measured)
     kept = {key: found[key] for key in ("vlm", "suite", "suite_version", "split", "n")}
     line = shlex.join(["python", "-m", "trainers.upkeep.size_curve", *argv])

@@ -11,7 +11,6 @@ it was. `lth` and `precrop` begin with the recipe's untrained pruner, the others
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from trainers.cards.parts import weights_digest
 from trainers.cli.errors import check_output, command
 from trainers.cli.names import ROOT, find_pruner, find_vlm
 from trainers.cli.options import add_option, check_at_least_one
+from trainers.cli.ours import run_ours
 from trainers.cli.terminal import Terminal
 from trainers.data.suite import load_suite
 from trainers.evaluation.curves import COLOURS, GREY, MARKERS, save_figure
@@ -71,9 +71,7 @@ def small_ones(args: argparse.Namespace, console: Console) -> dict[str, Path]:
                 words += [] if method in UNTRAINED else [f"--pruner={args.pruner}"]
                 words += [f"--tune={args.tune}"] if method in TUNED else []
                 console.print(shlex.join(["python", "-m", "trainers.slim", *words]), soft_wrap=True)
-                done = subprocess.run([sys.executable, "-m", "trainers.slim", *words], cwd=Path.cwd())  # noqa: S603
-                if done.returncode:
-                    raise PruneZooError(f"{out}: trainers.slim ended with code {done.returncode}; see above")
+                run_ours("trainers.slim", *words)
     return found
 
 
