@@ -28,6 +28,8 @@ from .support import family_title
 
 FOLDER = ROOT / "docs" / "methods"
 INDEX = "README.md"
+AXES = "Axes"
+"""Title of what the columns of the tables of axes mean, in the index."""
 STAGES = {
     "input": "in front of the vision tower",
     "vision": "inside the vision tower",
@@ -50,7 +52,7 @@ def page(method: str) -> str:
         docstring(cls),
         "## Axes",
         axes_table(axes(method)),
-        NOTE,
+        f"What they mean: [{AXES}]({INDEX}#{AXES.lower()}).",
         "## What it reads",
         _reads(cls),
         "## Options",
@@ -173,6 +175,7 @@ def index() -> str:
             does = said.title.partition(": ")[2] or said.title
             lines.append(f"| [`{name}`]({name}.md) | {kind} | {does} | {paper} |")
         lines.append("")
+    lines += [f"## {AXES}", "", NOTE, ""]
     lines += ["## Accuracy", "", summary_section(read_zoo())]
     return "\n".join(lines)
 
