@@ -84,6 +84,34 @@ def test_turning_depends_on_how_far_apart_places_are():
     assert not torch.isclose(product([1.0, 2.0, 3.0], [0.0, 4.0, 2.0]), here)
 
 
+def test_at_the_start_a_latent_looks_at_the_patches_near_its_place():
+    torch.manual_seed(0)
+    sizes = {"image_size": 64, "patch": 8, "tokens": 6, "token_bits": 5, "width": 64, "heads": 2, "encoder_layers": 1}
+    sizes |= {"merge_after": 0, "decoder_width": 32, "decoder_heads": 1, "decoder_layers": 1, "split_after": 0}
+    encoder, tokens, grid = tokenizer_class("instella")(**sizes).encoder, 6, 8
+    x = torch.cat([encoder.latents.expand(2, -1, -1), encoder.patches(torch.rand(2, 3, 64, 64))], dim=1)
+    places = torch.cat([llama_blocks.row_places(tokens, grid), llama_blocks.grid_places(grid)])
+    block = encoder.blocks[0]
+    turns = llama_blocks.turns_of(places, x.shape[-1] // block.heads)
+    query, key, _ = block.qkv(block.norm1(x)).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+    looks = (llama_blocks.turn(query, turns) @ llama_blocks.turn(key, turns).transpose(-1, -2)).softmax(-1).mean((0, 1))
+    assert looks[:tokens, :tokens].sum(1).max() < 0.1  # latents have nothing to give yet
+    apart = torch.cdist(places[:tokens, 1:], places[tokens:, 1:])
+    seen = looks[:tokens, tokens:]
+    assert (seen * apart).sum(1).mean() < 0.6 * apart.mean()
+    assert llama_blocks.row_places(3, grid).tolist() == llama_blocks.row_places(tokens, grid)[:3].tolist()
+    assert llama_blocks.row_places(0, grid).shape == (0, 3)
+
+
+def test_merging_starts_as_the_mean_and_splitting_as_copies():
+    torch.manual_seed(0)
+    merge, split = torch.nn.Linear(32, 8, bias=False), torch.nn.Linear(8, 32, bias=False)
+    llama_blocks.start_as_mean(merge), llama_blocks.start_as_copies(split)
+    cells = torch.randn(5, 4, 8)
+    assert (merge(cells.flatten(1)) - cells.mean(1)).abs().mean() < 0.1
+    assert (split(cells[:, 0]).view(5, 4, 8) - cells[:, :1]).abs().mean() < 0.1
+
+
 # TexTok
 
 

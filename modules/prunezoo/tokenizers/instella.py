@@ -10,9 +10,10 @@ its logit is above 0. The decoder reads the bits' embeddings beside mask tokens,
 middle.
 
 Reconstructed in part: the published weights of the losses are not known, so the penalty's is ours, as are the places of
-merged patches and the sizes of SwiGLU. Left out are the adversarial loss, the perceptual network, for which weights
-would have to be downloaded, and the alignment of the decoder with another network. Ours is the tail-dropped variant:
-trained with a random length each step, as One-D-Piece is, so that any prefix is a picture.
+latents and merged patches and the sizes of SwiGLU. Left out are the adversarial loss, the perceptual network, for which
+weights would have to be downloaded, and the alignment of the decoder with another network. Ours is the tail-dropped
+variant: trained with a random length each step, as One-D-Piece is, so that any prefix is a picture; and the start, at
+which each latent looks at what is near its place, or all would say much the same for thousands of steps.
 
 Letters: B pictures, N tokens, W width, V bits of a token, S side of the picture in pixels.
 """
@@ -30,13 +31,19 @@ from .llama_blocks import (
     Block,
     gather_cells,
     grid_places,
+    mark,
     pool_places,
     row_places,
     spread_cells,
+    start_as_copies,
+    start_as_mean,
     turns_of,
 )
 from .start import NOISE
 from .vit import lay_patches
+
+CLEAR = 3.0  # how much larger than usual the map of the patches starts, beside their marks
+SURE = 2.0  # likewise the map to the bits: bits that are drawn by chance are unlearned in the first steps
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,15 @@ class Encoder(nn.Module):
         self.merge = nn.Linear(4 * c.width, c.width)
         self.norm = nn.RMSNorm(c.width)
         self.logits = nn.Linear(c.width, c.token_bits)
+        half = c.width // 2
+        start_as_mean(self.merge)
+        mark(self.patch_embed.bias, gives=True)
+        mark(self.latents, gives=False)
+        with torch.no_grad():  # what the patches hold is in the half of the channels without marks, and makes the bits
+            self.patch_embed.weight[:half] *= NOISE
+            self.patch_embed.weight[half:] *= CLEAR
+            self.logits.weight[:, :half] *= NOISE
+            self.logits.weight[:, half:] *= SURE
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S): logits (B, N, V)."""
@@ -167,7 +183,7 @@ class Encoder(nn.Module):
         """All blocks over (B, tokens + grid², W), the patches merged on the way."""
         c = self.config
         here = grid_places(c.grid).to(x.device)
-        row = row_places(tokens).to(x.device)
+        row = row_places(tokens, c.grid).to(x.device)
         for number, block in enumerate(self.blocks):
             if number == c.merge_after:
                 merged = self.merge(gather_cells(x[:, tokens:], c.grid))
@@ -189,6 +205,11 @@ class Decoder(nn.Module):
         self.split = nn.Linear(width, 4 * width)
         self.norm = nn.RMSNorm(width)
         self.pixels = nn.Linear(width, 3 * c.patch**2)
+        start_as_copies(self.split)
+        mark(self.embed.bias, gives=True)
+        mark(self.mask_token, gives=False)
+        with torch.no_grad():
+            self.embed.weight[: width // 2] *= NOISE
         with torch.no_grad():  # grey at first, or the first steps unlearn the bits to be rid of the noise
             self.pixels.weight *= 0.1
             self.pixels.bias.fill_(0.5)
@@ -198,7 +219,7 @@ class Decoder(nn.Module):
         c, tokens = self.config, row.shape[1]
         whole = grid_places(c.grid).to(row.device)
         here = pool_places(whole, c.grid)
-        places = row_places(tokens).to(row.device)
+        places = row_places(tokens, c.grid).to(row.device)
         x = torch.cat([self.embed(row), self.mask_token.expand(len(row), len(here), -1)], dim=1)
         for number, block in enumerate(self.blocks):
             if number == c.split_after:

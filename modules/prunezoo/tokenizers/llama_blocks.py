@@ -1,6 +1,7 @@
 """Transformer blocks of Llama's make: RMS norms, rotary places, SwiGLU (Touvron et al., 2023, arXiv 2302.13971).
 
-Places have three axes, each turning channels of its own: number in the row, height and width in the picture.
+Places have three axes, each turning channels of its own: number in the row, height and width in the picture. Ours is
+how the blocks start: by looking at what is near, after mimetic initialisation (Trockman and Kolter, arXiv 2305.09828).
 
 Letters: B pictures, L vectors, W width, H heads, d width of a head.
 """
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_HEAD = 32  # d is a multiple of it, so that each of the three axes turns whole pairs of channels
+NEAR = 4.0  # how much larger than usual queries and keys start: a patch near by gets a third of a look; ours
+SMALL = 0.1  # likewise, of what should hardly count at the start
 SLOWEST = 100.0  # places over which the slowest channels turn once around; ours
 
 
@@ -30,6 +33,26 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
+        self.look_near()
+
+    @torch.no_grad()
+    def look_near(self) -> None:
+        """Start by looking at givers near by and handing on what they hold; see :func:`mark`.
+
+        Queries read either mark and keys the givers', by the same map, so places decide. What is handed on is the
+        second half of the channels, which has no marks.
+        """
+        quarter, half = quarters(self.norm1.weight.shape[0])
+        query, key, value = self.qkv.weight.chunk(3)
+        query[:, :quarter] *= NEAR
+        query[:, quarter:half] = query[:, :quarter]
+        query[:, half:] *= SMALL
+        key[:, :quarter] = query[:, :quarter]
+        key[:, quarter:] *= SMALL
+        value[:, :half] *= SMALL
+        self.out.weight[:half] *= SMALL
+        self.out.weight[half:] *= 2.0  # as only half of the channels is handed on
+        self.down.weight *= SMALL
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """(B, L, W) and the angles (L, d / 2) of :func:`turns_of`, to (B, L, W)."""
@@ -38,6 +61,34 @@ class Block(nn.Module):
         x = x + self.out(looked.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
+
+
+def quarters(width: int) -> tuple[int, int]:
+    """Where the marks of givers end, and those of takers."""
+    return width // 4, width // 2
+
+
+@torch.no_grad()
+def mark(vectors: Tensor, gives: bool) -> None:
+    """Start vectors (..., W) as givers, whom all look for, by their first quarter, or as takers, by the second."""
+    quarter, half = quarters(vectors.shape[-1])
+    vectors[..., :half] *= SMALL
+    vectors[..., slice(0, quarter) if gives else slice(quarter, half)] += 1.0
+
+
+@torch.no_grad()
+def start_as_mean(merge: nn.Linear) -> None:
+    """Start a map (4 W to W) of 2 x 2 cells side by side as their mean, marks included."""
+    width = merge.out_features
+    merge.weight *= SMALL
+    merge.weight += torch.eye(width).repeat(1, 4) / 4
+
+
+@torch.no_grad()
+def start_as_copies(split: nn.Linear) -> None:
+    """Start a map (W to 4 W) into 2 x 2 cells as four copies."""
+    split.weight *= SMALL
+    split.weight += torch.eye(split.in_features).repeat(4, 1)
 
 
 def turns_of(places: Tensor, head: int) -> Tensor:
@@ -68,9 +119,11 @@ def grid_places(grid: int) -> Tensor:
     return F.pad(cells.view(-1, 2), (1, 0))
 
 
-def row_places(tokens: int) -> Tensor:
-    """Places (tokens, 3) of the tokens of a row: numbers from 1, at no height or width."""
-    return F.pad(torch.arange(1, tokens + 1).float()[:, None], (0, 2))
+def row_places(tokens: int, grid: int) -> Tensor:
+    """Places (tokens, 3) of the tokens of a row: numbers from 1, spread evenly over a grid, as is every prefix."""
+    numbers = torch.arange(1, tokens + 1).float()[:, None]
+    spread = torch.quasirandom.SobolEngine(2).draw(tokens + 1)[1:]  # the first one is the corner
+    return torch.cat([numbers, spread * grid - 0.5], dim=1)
 
 
 def pool_places(places: Tensor, grid: int) -> Tensor:
