@@ -161,6 +161,7 @@ class Encoder(nn.Module):
         self.logits = nn.Linear(c.width, c.token_bits)
         half = c.width // 2
         start_as_mean(self.merge)
+        assert self.patch_embed.bias is not None  # a convolution may have none
         mark(self.patch_embed.bias, gives=True)
         mark(self.latents, gives=False)
         with torch.no_grad():  # what the patches hold is in the half of the channels without marks, and makes the bits
