@@ -64,7 +64,8 @@ def test_a_tokenizer_paints_the_pictures_again(name, tmp_path):
             wanted = tokenizer.repaint(before.image, length)
             assert after.image.size == before.image.size and after.image.tobytes() == wanted.tobytes()
             assert (after.turns, after.group, after.id) == (before.turns, before.group, before.id)
-    assert whole[0].image.tobytes() != first[0].image.tobytes()
+    # of a picture that is alike all over an untrained tokenizer may say the same in each token
+    assert any(a.image.tobytes() != b.image.tobytes() for a, b in zip(whole, first, strict=True))
     other = member(name, seed=1).save_pretrained(tmp_path / "other" / name)
     versions = [one.version for one in (suite, whole, first, Changed(suite, f"tokenizer:{other}@1"))]
     assert len(set(versions)) == 4, "no record of one mixes with another's"
