@@ -26,6 +26,9 @@ def guided(name: str, **options) -> GuidedTokenizerModule:
     return GuidedTokenizerModule(member(name, **WIDTHS[name]).train(), GUIDE, "float32", measure=(1,), **options)
 
 
+RECIPES = {"instella": "instella_tiny.yaml", "textok": "textok_scenes.yaml", "tokenflow": "tokenflow_tiny.yaml"}
+
+
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch):
     """Stopped behind step 4, where the last checkpoint is of step 3."""
@@ -34,7 +37,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name, tmp_path, monkeypatch)
         path.with_suffix(".txt").write_text(f"a red circle {number}")
     sizes = {**FAMILY[name], **WIDTHS[name]}
     words = [
-        f"--config={CONFIGS / f'{name}_tiny.yaml'}",
+        f"--config={CONFIGS / RECIPES[name]}",
         *(f"--model.tokenizer.config.{key}={list(v) if isinstance(v, tuple) else v}" for key, v in sizes.items()),
         *(["--model.guide", GUIDE] if name != "instella" else []),
         f"--data.images={folder}",
