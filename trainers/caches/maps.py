@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from prunezoo.core.errors import PruneZooError
 from prunezoo.host import Encoded, encode, full_forward
@@ -174,7 +174,7 @@ class MapDataModule(CachedDataModule):
         if self.map_set is None:
             self.map_set = MapSet(self.cache(self.module))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Shuffled maps, endless over epochs, resumable in mid-epoch."""
         assert self.map_set is not None and self.trainer is not None
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
