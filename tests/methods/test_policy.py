@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled import labelled
 from tiny_llava import make_image
 
 from prunezoo import PruneZooError, attach, build_pruner, encode, load_pruner, pruned_forward
@@ -80,19 +81,6 @@ def fit(world, tiny_llava_folder, monkeypatch):
 def module(world, tiny_llava_folder):
     policy = build_pruner("policy", **PPM)
     return PolicyModule(str(tiny_llava_folder), policy, str(world / "ppm"), "float32", draws=5)
-
-
-def labelled(tiny):
-    prompts = [
-        "<s> USER: <image> what color is the ball ? ASSISTANT: red </s>",
-        "<s> USER: <image> is ? ASSISTANT: 1 2 </s>",
-    ]
-    batch = tiny.batch(prompts, [[make_image(0)], [make_image(1)]], padding_side="right")
-    labels = torch.full_like(batch["input_ids"], -100)
-    for row, count in enumerate((2, 3)):
-        end = batch["attention_mask"][row].nonzero()[-count:, 0]
-        labels[row, end] = batch["input_ids"][row, end]
-    return {**batch, "labels": labels}
 
 
 def test_the_reward_is_what_the_really_pruned_model_says(module, tiny_llava):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled import labelled
 from tiny_llava import make_image
 from trainings import one_line_error
 
@@ -51,16 +52,7 @@ def module(tiny_llava_folder):
 
 @pytest.fixture
 def batch(tiny_llava):
-    prompts = [
-        "<s> USER: <image> what color is the ball ? ASSISTANT: red </s>",
-        "<s> USER: <image> is ? ASSISTANT: 1 2 </s>",
-    ]
-    made = tiny_llava.batch(prompts, [[make_image(0)], [make_image(1)]], padding_side="right")
-    labels = torch.full_like(made["input_ids"], -100)
-    for row, count in enumerate((2, 3)):
-        end = made["attention_mask"][row].nonzero()[-count:, 0]
-        labels[row, end] = made["input_ids"][row, end]
-    return {**made, "labels": labels}
+    return labelled(tiny_llava)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled import labelled
 from tiny_llava import make_image
 from torch.distributions import Normal
 
@@ -55,16 +56,7 @@ def make(world, deep_llava):
 
 @pytest.fixture
 def batch(deep_llava):
-    prompts = [
-        "<s> USER: <image> what color is the ball ? ASSISTANT: red </s>",
-        "<s> USER: <image> is ? ASSISTANT: 1 2 </s>",
-    ]
-    made = deep_llava.batch(prompts, [[make_image(0)], [make_image(1)]], padding_side="right")
-    labels = torch.full_like(made["input_ids"], -100)
-    for row, count in enumerate((2, 3)):
-        end = made["attention_mask"][row].nonzero()[-count:, 0]
-        labels[row, end] = made["input_ids"][row, end]
-    return {**made, "labels": labels}
+    return labelled(deep_llava)
 
 
 def same_weights(one, two):
