@@ -1,6 +1,7 @@
 """How `trainers/` is laid out: commands on top, rooms below; who may import whom; and no file of all is too long."""
 
 import ast
+from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -92,3 +93,10 @@ def test_no_file_is_too_long(folder):
     sizes = {path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert len(sizes) > 50
     assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > MOST_LINES} == {}
+
+
+def test_no_two_test_files_have_one_name():
+    """Pytest imports them by their names alone: of two, the second is no longer collected once the first has been."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 50
+    assert [name for name, times in names.items() if times > 1] == []

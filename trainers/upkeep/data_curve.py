@@ -39,7 +39,7 @@ from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.methods import PrunerMethod
 from trainers.evaluation.record import build_record, versions, write_record
 from trainers.evaluation.run import measure_with_progress
-from trainers.evaluation.statistics import interval
+from trainers.evaluation.seeds import difference_of, mean_of
 
 SPLIT = "test"
 RANDOM = "random"
@@ -132,11 +132,9 @@ def rows_of(measured: Mapping[str, Any], keys: Sequence[Key], keep: str) -> list
         own = [at[recipe, way, share, seed] for seed in seeds]
         lot = [at[recipe, RANDOM, share, seed] for seed in seeds if (recipe, RANDOM, share, seed) in at]
         row: dict[str, Any] = {"recipe": recipe, "method": way, "share": share, "seeds": seeds}
-        row |= {"retention": round(float(points[own].mean()), 3), "of_seeds": np.round(points[own], 3).tolist()}
-        row |= {"difference": None, "ci": None}
+        row |= {**mean_of(points, own), "difference": None, "ci": None}
         if way != RANDOM and len(lot) == len(own):
-            ends = interval((draws[own] - draws[lot]).mean(0))
-            row |= {"difference": round(float((points[own] - points[lot]).mean()), 3), "ci": np.round(ends, 3).tolist()}
+            row |= difference_of(points, draws, own, lot)
         rows.append(row)
     return rows
 
