@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from prunezoo.core.errors import PruneZooError
+from prunezoo.core.registry import load_pruner
 from trainers import slim
 from trainers.cli import ours
+from trainers.cli.names import CHECKPOINTS
 from trainers.upkeep import slim_curve
 
 
@@ -44,4 +46,15 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ours.subprocess, "run", lambda words, **_: type("Done", (), {"returncode": 2}))
     args = slim_curve.parser().parse_args(["--method", "precrop", "--folder", str(tmp_path)])
     with pytest.raises(PruneZooError, match=r"trainers.slim .*precrop-0.3-1.* ended with code 2"):
-        slim_curve.small_ones(args, slim_curve.Terminal())
+        slim_curve.small_ones(args, {"precrop": [0.3]}, slim_curve.Terminal())
+
+
+def test_what_cannot_be_taken_out_is_left_out(capsys):
+    start = load_pruner(str(CHECKPOINTS / "ppm-tiny"))
+    args = slim_curve.parser().parse_args("--method iss_p lrp precrop --sparsity 0.5 0.8 0.9".split())
+    found = slim_curve.sparsities(args, start, slim_curve.Terminal())
+    assert found == {"iss_p": [0.5, 0.8, 0.9], "lrp": [0.5, 0.8], "precrop": [0.5, 0.8]}
+    assert "lrp: at most 0.827 can go, so without 0.9" in capsys.readouterr().out
+    args = slim_curve.parser().parse_args("--method lrp --sparsity 0.9".split())
+    with pytest.raises(PruneZooError, match=r"--sparsity 0.9: lrp can take out at most 0.827 here"):
+        slim_curve.sparsities(args, start, slim_curve.Terminal())

@@ -166,6 +166,7 @@ def test_a_sweep_measures_each_part(tmp_path, capsys):
         ("magnitude", ("--part=tail", "--pruner=START"), "--part tail: 'ppm' has all"),
         ("precrop", ("--pruner=START",), "precrop is for untrained pruners"),
         ("precrop", ("--sparsity=0.99",), "one unit in each layer costs more"),
+        ("lrp", ("--sparsity=0.99", "--pruner=START"), "one unit in each layer stays; at most"),
         ("lrp", ("--lrp.batches=0", "--pruner=START"), "lrp.batches=0: at least 1"),
         ("sweep", ("--pruner=START",), "the recipe's data must be a suite"),
         ("best", (), "method"),

@@ -33,7 +33,7 @@ from prunezoo.core.errors import PruneZooError
 from prunezoo.learned._blocks import CrossAttention, LinearAttention, Norm, SwiGLU
 from prunezoo.learned.ppm import PPM
 
-from .units import choose, crop, layers_of, total
+from .units import choose, crop, layers_of, most_that_goes, total
 
 EPSILON = 1e-9
 
@@ -167,6 +167,8 @@ def prune_by_relevance(ppm: PPM, sparsity: float, batches: Sequence[PruneInputs]
     Raises:
         PruneZooError: Not so many can go.
     """
+    if sparsity > (most := most_that_goes(ppm)):
+        raise PruneZooError(f"--sparsity {sparsity}: one unit in each layer stays; at most {most:.3f} here")
     whole, gone = total(ppm), 0.0
     while gone < sparsity:
         gone = min(gone + references.step, sparsity)

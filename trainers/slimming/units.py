@@ -73,6 +73,11 @@ def total(ppm: PPM) -> int:
     return own(ppm)
 
 
+def most_that_goes(ppm: PPM) -> float:
+    """The share of its parameters, in [0, 1), that can go: one unit in each layer stays."""
+    return sum(layer.parameters * (layer.units - 1) for layer in layers_of(ppm)) / total(ppm)
+
+
 def sizes(layers: list[Layer], units: list[int]) -> dict[str, Any]:
     """Config fields of a PPM whose layers have so many units."""
     found = list(zip(layers, units, strict=True))

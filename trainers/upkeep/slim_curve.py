@@ -1,18 +1,19 @@
 """Measure pruners that were made small, by every way: retention at 1/9 of the tokens against size and time.
 
-    python -m trainers.upkeep.slim_curve --config ppm_tiny --pruner ppm [--sparsity 0.3 0.5 0.7 0.9] [--seed 1 2 3]
+    python -m trainers.upkeep.slim_curve --config ppm_tiny --pruner ppm [--sparsity 0.3 0.5 0.8 0.9] [--seed 1 2 3]
     python -m trainers.upkeep.slim_curve … --set trainer.max_steps=4 data.batch_size=4 --limit 21
 
 Runs `trainers.slim` for each method, sparsity and seed, one after the other; measures all that came of it on the same
 questions; times each pruner's own forward pass in turns with the one that they were made of. Stopped, it goes on where
-it was. `lth` and `precrop` begin with the recipe's untrained pruner, the others with `--pruner`.
+it was. `lth` and `precrop` begin with the recipe's untrained pruner, the others with `--pruner`. Methods that take
+units out leave one in each layer; sparsities beyond that are left out.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,9 +37,10 @@ from trainers.evaluation.curves import COLOURS, GREY, MARKERS, save_figure
 from trainers.evaluation.loading import default_device, device_name
 from trainers.evaluation.record import versions, write_record
 from trainers.slimming.measure import START, measure_all
-from trainers.slimming.methods import METHODS
+from trainers.slimming.methods import METHODS, STRUCTURED
 from trainers.slimming.note import NOTE_FILE, size_of
 from trainers.slimming.sweeping import spoken
+from trainers.slimming.units import as_ppm, most_that_goes
 from trainers.slimming.weights import check_sparsity
 
 from .selection import made_up
@@ -51,15 +53,38 @@ TUNED = ("magnitude", "lrp")
 """Methods that act at once, and are trained on as `--tune` says."""
 
 
-def small_ones(args: argparse.Namespace, console: Console) -> dict[str, Path]:
+def sparsities(args: argparse.Namespace, start: Pruner, console: Console) -> dict[str, list[float]]:
+    """What each method is asked for: all, or as much as it can take out of the pruner; says what is left out.
+
+    Raises:
+        PruneZooError: One of the methods can be asked for none.
+    """
+    found: dict[str, list[float]] = {}
+    for method in args.method:
+        most = most_that_goes(as_ppm(start, method)) if method in STRUCTURED else 1.0
+        found[method] = [sparsity for sparsity in args.sparsity if sparsity <= most]
+        beyond = [f"{sparsity:g}" for sparsity in args.sparsity if sparsity > most]
+        if not found[method]:
+            raise PruneZooError(f"--sparsity {' '.join(beyond)}: {method} can take out at most {most:.3f} here")
+        if beyond:
+            console.print(f"{method}: at most {most:.3f} can go, so without {', '.join(beyond)}", markup=False)
+    return found
+
+
+def small_ones(args: argparse.Namespace, asked: Mapping[str, Sequence[float]], console: Console) -> dict[str, Path]:
     """Make all of them, or find them made; folders by `METHOD SPARSITY SEED`.
+
+    Args:
+        args: The command line.
+        asked: Sparsities by method.
+        console: What is run is said there.
 
     Raises:
         PruneZooError: One of the runs failed; it said why.
     """
     found: dict[str, Path] = {}
-    for method in args.method:
-        for sparsity in args.sparsity:
+    for method, shares in asked.items():
+        for sparsity in shares:
             # without training nothing is drawn
             for seed in args.seed if args.tune or method not in TUNED else args.seed[:1]:
                 out = args.folder / f"{method}-{sparsity:g}-{seed}"
@@ -151,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     add_option(p, "vlm", default="tiny-llava")
     add_option(p, "pruner", nargs=None, default="ppm", help="the trained one to begin with")
     p.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="ways")
-    p.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.7, 0.9], help="shares that go")
+    p.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.8, 0.9], help="shares that go")
     p.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3], help="of the trainings")
     p.add_argument("--tune", type=int, default=300, help=f"steps of training behind {' and '.join(TUNED)}")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe")
@@ -176,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output("--json", args.json)
     check_output("--figure", args.figure)
     args.vlm, args.pruner = find_vlm(args.vlm), find_pruner(args.pruner)
-    folders = small_ones(args, console)
-    pruners = {START: load_pruner(args.pruner), **{name: load_pruner(str(path)) for name, path in folders.items()}}
+    start = load_pruner(args.pruner)
+    folders = small_ones(args, sparsities(args, start, console), console)
+    pruners = {START: start, **{name: load_pruner(str(path)) for name, path in folders.items()}}
     suite, width = load_suite(args.suite, "test", args.limit), pruners[START].base_model
     if width is None:
         raise PruneZooError(f"--pruner {args.pruner}: it was trained for no model; name a trained one")
