@@ -91,7 +91,7 @@ def test_a_method_stands_for_the_one_pruner_that_ships_of_it(monkeypatch):
     assert names.pruners_shipped() == {"a-clip-tiny": "a_clip"}, "under dtop the language model reads everything"
 
 
-def test_the_league_asks_one_embedded_model(monkeypatch, tmp_path):
+def test_a_league_asks_one_embedded_model(monkeypatch, tmp_path):
     monkeypatch.setattr(names, "CHECKPOINTS", tmp_path)
     for folder, model in (("m3-tiny", "checkpoints/tiny-llava"), ("hourglass-tiny", "checkpoints/tiny-llava-multi")):
         (tmp_path / folder).mkdir()
@@ -99,6 +99,7 @@ def test_the_league_asks_one_embedded_model(monkeypatch, tmp_path):
         (tmp_path / folder / "config.json").write_text(json.dumps({"method": method, "base_model": {"name": model}}))
     assert names.methods_shipped() == {"hourglass-tiny": "hourglass", "m3-tiny": "m3"}
     assert names.pruners_shipped() == {"m3-tiny": "m3"}
+    assert names.pruners_shipped("tiny-llava-multi") == {"hourglass-tiny": "hourglass"}
     assert names.trained_for("hourglass-tiny") == "tiny-llava-multi"
 
 

@@ -7,7 +7,7 @@ import pytest
 from prunezoo import list_pruners
 from prunezoo.core.registry import pruner_class
 from trainers.cards.about import options
-from trainers.evaluation.league import BUDGETS, league
+from trainers.evaluation.league import SCENES, league
 from trainers.upkeep.pages import FOLDER, INDEX, pages
 from trainers.upkeep.readme import PAGES, rendered
 
@@ -36,7 +36,7 @@ def test_options_are_all_there_with_a_word_on_each(method):
 
 
 def test_the_table_of_the_league_is_sorted():
-    for keep in BUDGETS:
+    for keep in SCENES.budgets:
         retention = [place.row["retention"] for place in league()[keep]]
         assert len(retention) > 10 and retention == sorted(retention, reverse=True), keep
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prunezoo import PruneZooError, list_pruners
-from trainers.cli.names import CHECKPOINTS, pruners_shipped
+from trainers.cli.names import CHECKPOINTS, has_weights, pruners_shipped
 from trainers.evaluation import league
 from trainers.evaluation.answers import join_answers
 from trainers.evaluation.record import build_record
@@ -57,7 +57,7 @@ def test_pairs_of_two_runs_are_those_of_one():
 
 def test_a_card_by_the_league_is_that_of_one_run(monkeypatch):
     monkeypatch.setattr(league, "methods_shipped", lambda: {"good": "fastv"})
-    monkeypatch.setattr(league, "read_league", lambda: [record(name) for name in RIGHT])
+    monkeypatch.setattr(league, "read_league", lambda *_: [record(name) for name in RIGHT])
     together, made = record(*RIGHT), league.beside_rivals("good")
     assert {row["rival"] for row in made["paired"]} == {"divprune", "fastv", "random"}
     assert {row["pruner"] for row in made["rows"]} == {"full", "none", *RIGHT}
@@ -92,14 +92,19 @@ def test_runs_over_other_questions_do_not_join():
         join_answers([old])
 
 
-def test_every_method_has_a_record():
-    """Whatever was added since must be measured: `python -m trainers.upkeep.league`."""
-    free = {path.stem.partition("-")[0] for path in league.FOLDER.glob("*.json")}
-    shipped = pruners_shipped()
-    lacking = set(list_pruners()) - free - set(shipped.values()) - {"full", "none", *UNMEASURED}
+@pytest.mark.parametrize("of", league.LEAGUES.values(), ids=league.LEAGUES)
+def test_every_method_has_a_record(of):
+    """Whatever was added since must be measured: `python -m trainers.upkeep.league --suite SUITE`."""
+    there = {path.stem.partition("-")[0] for path in of.folder.glob("*.json")}
+    lacking = {name for name in list_pruners() if not has_weights(name)} - there - {"full", "none", *UNMEASURED}
     assert not lacking
-    for folder, method in shipped.items():
-        assert method == "budget" or path_of(str(CHECKPOINTS / folder)).exists(), folder
+    for folder, method in pruners_shipped(of.vlm).items():
+        assert method == "budget" or path_of(str(CHECKPOINTS / folder), of).exists(), folder
+
+
+def test_every_learned_method_ships_or_says_why_not():
+    shipped = set(pruners_shipped().values())
+    assert not {name for name in list_pruners() if has_weights(name)} - shipped - {*UNMEASURED}
 
 
 def test_no_learned_method_stands_above_a_rival_that_beats_it():

@@ -17,7 +17,7 @@ CHECKPOINTS, CONFIGS = ROOT / "checkpoints", ROOT / "configs"
 TINY = "-tiny"
 """What ends the names of the pruners that were trained for an embedded model."""
 EMBEDDED = "tiny-llava"
-"""The one that is asked in the league."""
+"""The one of `scenes`, with which most of the pruners that ship were trained."""
 BY_FRAME = "frames:"
 """In front of a method's name, where methods are measured: it sees the frames of a clip one by one."""
 BY_STEP = "steps:"
@@ -39,8 +39,8 @@ def methods_shipped() -> dict[str, str]:
     return found
 
 
-def pruners_shipped() -> dict[str, str]:
-    """Those of them that were trained for the embedded model and are in the league; no tokenizers.
+def pruners_shipped(vlm: str = EMBEDDED) -> dict[str, str]:
+    """Those of them that were trained for an embedded model and are in its league; no tokenizers.
 
     Nor those of the input stage, which spare the tower too: in front of the tower is a table of its own. Nor those
     under which the tower puts out every patch again, so that the language model reads all of them. Nor those for
@@ -50,7 +50,7 @@ def pruners_shipped() -> dict[str, str]:
     return {
         name: method
         for name, method in methods_shipped().items()
-        if name.endswith(TINY) and method in known and fits_league(method) and trained_for(name) in ("any", EMBEDDED)
+        if method in known and fits_league(method) and trained_for(name) in ("any", vlm)
     }
 
 

@@ -1,12 +1,14 @@
-"""The league: every method of the zoo at equal tokens, sorted by what was measured; docs/league.md is made from it.
+"""The leagues: every method of the zoo at equal tokens, sorted by what was measured; docs/league.md is made from them.
 
-Its records lie in `hub_cards/league/`, one a method, and are what `trainers.evaluate --equal-tokens` writes, with one
-field more: `rows_kept`, where in the picture the tokens lie that are kept. `trainers.upkeep.league` makes them.
+There is one for each embedded model and its suite. Its records lie in a folder of `hub_cards/`, one a method, and are
+what `trainers.evaluate --equal-tokens` writes, with one field more: `rows_kept`, where in the picture the tokens lie
+that are kept. `trainers.upkeep.league` makes them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,6 @@ from .scores import ALL_TOKENS, FULL, NO_TOKENS, NONE
 from .statistics import interval
 from .tables import budgets_of, display_name, methods_of, percent, span
 
-FOLDER = ROOT / "hub_cards" / "league"
-BUDGETS = ("1/2", "1/3", "2/9", "1/9", "1/18")
 BUDGET = "1/9"
 """The one that the best are told by."""
 FLOORS = ("random", "uniform", "pool", "resize")
@@ -32,6 +32,30 @@ FLOORS = ("random", "uniform", "pool", "resize")
 PUBLISHED = "training-free"
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class League:
+    """Where methods compete.
+
+    Attributes:
+        vlm: the embedded model.
+        suite: its questions.
+        budgets: most tokens first.
+        items: questions of the test split.
+        folder: of the records.
+    """
+
+    vlm: str
+    suite: str
+    budgets: tuple[str, ...]
+    items: int
+    folder: Path
+
+
+SCENES = League("tiny-llava", "scenes", ("1/2", "1/3", "2/9", "1/9", "1/18"), 2100, ROOT / "hub_cards" / "league")
+PAGES = League("small-llava", "pages", ("1/2", "1/3", "1/9", "1/18"), 1200, ROOT / "hub_cards" / "league_pages")
+LEAGUES = {one.suite: one for one in (SCENES, PAGES)}
 
 
 @dataclass(frozen=True)
@@ -64,9 +88,9 @@ class Place:
 
 
 @cache
-def read_league() -> list[Record]:
+def read_league(of: League = SCENES) -> list[Record]:
     """All records, by name of file."""
-    return [read_record(path) for path in sorted(FOLDER.glob("*.json"))]
+    return [read_record(path) for path in sorted(of.folder.glob("*.json"))]
 
 
 def standings(records: Sequence[Record], keep: str) -> list[Place]:
@@ -120,15 +144,15 @@ def beside_rivals(name: str) -> dict[str, Any]:
 
 
 @cache
-def league() -> dict[str, list[Place]]:
+def league(of: League = SCENES) -> dict[str, list[Place]]:
     """Who was measured at each budget."""
-    return {keep: standings(read_league(), keep) for keep in BUDGETS}
+    return {keep: standings(read_league(of), keep) for keep in of.budgets}
 
 
-def tables() -> str:
+def tables(of: League = SCENES) -> str:
     """A table for each budget."""
-    first, lines = read_league()[0], []
-    for keep, places in league().items():
+    first, lines = read_league(of)[0], []
+    for keep, places in league(of).items():
         lines += [f"### {keep} of the image tokens", ""]
         lines += ["| | method | kind | stage | tokens | operations | retention, % | behind the best learned, points |"]
         lines += ["|---:|---|---|---|---:|---:|---:|---:|"]
@@ -159,13 +183,13 @@ def leaders() -> str:
     places = league()[BUDGET]
     learned = [place.name for place in places if place.kind == "learned"]
     free = [place.name for place in places if place.kind.startswith(PUBLISHED)]
-    lines = [f"| pruner | kind | {' | '.join(BUDGETS)} |", "|---|---|" + "---:|" * len(BUDGETS)]
+    lines = [f"| pruner | kind | {' | '.join(SCENES.budgets)} |", "|---|---|" + "---:|" * len(SCENES.budgets)]
     for name in (*learned[:2], *free[:2], "random"):
         own = {keep: place for keep, of in league().items() for place in of if place.name == name}
         kind = "baseline" if own[BUDGET].kind == "floor" else own[BUDGET].kind
         cells = [
             f"{percent(own[keep].row['retention'])} ({span(own[keep].row)})" if keep in own else "not possible"
-            for keep in BUDGETS
+            for keep in SCENES.budgets
         ]
         lines.append(f"| `{display_name(name)}` | {kind} | {' | '.join(cells)} |")
     first = read_league()[0]
@@ -210,9 +234,11 @@ def groups() -> str:
             row for record in records for row in record["rows"] if row["pruner"] in published and row["keep"] == keep
         ]
         means[keep] = {name: np.mean([row["retention"] for row in found if row["group"] == name]) for name in names}
-    order = sorted(names, key=lambda name: means[BUDGETS[-1]][name])
-    lines = ["| group of questions | " + " | ".join(BUDGETS) + " |", "|---|" + "---:|" * len(BUDGETS)]
-    lines += [f"| {name} | " + " | ".join(f"{means[keep][name]:.1f}" for keep in BUDGETS) + " |" for name in order]
+    order = sorted(names, key=lambda name: means[SCENES.budgets[-1]][name])
+    lines = ["| group of questions | " + " | ".join(SCENES.budgets) + " |", "|---|" + "---:|" * len(SCENES.budgets)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{means[keep][name]:.1f}" for keep in SCENES.budgets) + " |" for name in order
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -1,6 +1,7 @@
 """Measure the whole registry for the league, docs/league.md: every method at equal tokens on the same questions.
 
     python -m trainers.upkeep.league                    measure what has no record yet in hub_cards/league/
+    python -m trainers.upkeep.league --suite pages      likewise in hub_cards/league_pages/
     python -m trainers.upkeep.league visionzip --again  these anew
 
 Every method at the budgets that it can be brought down to, the shipped modules too; for each a record as
@@ -29,7 +30,7 @@ from trainers.cli.terminal import Terminal
 from trainers.data.conversation import ConversationCollator
 from trainers.data.suite import Suite, load_suite
 from trainers.evaluation.budgets import Budget, parse_budget
-from trainers.evaluation.league import BUDGETS, FOLDER
+from trainers.evaluation.league import LEAGUES, SCENES, League
 from trainers.evaluation.loading import load_vlm
 from trainers.evaluation.measure import why_not
 from trainers.evaluation.methods import Method, View, build_method
@@ -38,7 +39,7 @@ from trainers.evaluation.run import measure_with_progress
 from trainers.evaluation.scores import FULL, NONE, Measurement
 from trainers.evaluation.tables import WIDE
 
-VLM, SUITE, SPLIT = "tiny-llava", "scenes", "test"
+SPLIT = "test"
 BATCH, TOGETHER = 32, 6
 """Questions, and methods, at a time."""
 LOOKED = 210
@@ -68,17 +69,17 @@ UNMEASURED = (
 own."""
 
 
-def names_of_all() -> list[str]:
-    """What is in the league: every method without weights, and what ships."""
+def names_of_all(of: League = SCENES) -> list[str]:
+    """What is in a league: every method without weights, and what ships for its model."""
     free = [name for name in list_pruners() if name not in (FULL, NONE, *UNMEASURED) and not has_weights(name)]
-    ours = pruners_shipped().items()
+    ours = pruners_shipped(of.vlm).items()
     shipped = [shown(CHECKPOINTS / folder) for folder, method in ours if method not in ("budget", "aptp")]
     return [*free, *VARIANTS, *shipped]
 
 
-def path_of(name: str) -> Path:
+def path_of(name: str, of: League = SCENES) -> Path:
     """Where the record of a method lies."""
-    return FOLDER / f"{name.rpartition('/')[2].translate(str.maketrans('?&=', '---'))}.json"
+    return of.folder / f"{name.rpartition('/')[2].translate(str.maketrans('?&=', '---'))}.json"
 
 
 def rows_kept(vlm: Any, processor: Any, suite: Suite, method: Method, budget: Budget) -> list[dict[str, Any]]:
@@ -105,24 +106,24 @@ def rows_kept(vlm: Any, processor: Any, suite: Suite, method: Method, budget: Bu
     return [kept]
 
 
-def reached(vlm: Any, processor: Any, suite: Suite, method: Method) -> tuple[Budget, ...]:
+def reached(vlm: Any, processor: Any, suite: Suite, method: Method, of: League) -> tuple[Budget, ...]:
     """The budgets of the league that a method can be brought down to on this model."""
-    budgets = map(parse_budget, BUDGETS)
+    budgets = map(parse_budget, of.budgets)
     return tuple(budget for budget in budgets if why_not(vlm, processor, suite[0], method, [budget]) is None)
 
 
-def measure_all(names: Sequence[str], limit: int, console: Console) -> None:
+def measure_all(of: League, names: Sequence[str], limit: int, console: Console) -> None:
     """Measure these, and write a record for each: those that reach the same budgets together, some at a time."""
-    suite = load_suite(SUITE, SPLIT, limit)
-    model = find_vlm(VLM)
+    suite = load_suite(of.suite, SPLIT, limit)
+    model = find_vlm(of.vlm)
     vlm, processor = load_vlm(model)
     depth = vlm.config.get_text_config().num_hidden_layers
     together: dict[tuple[Budget, ...], list[Method]] = {}
     for name in names:
         method = build_method(name, depth=depth)
-        budgets = reached(vlm, processor, suite, method)
+        budgets = reached(vlm, processor, suite, method, of)
         if not budgets:
-            console.print(f"{name}: none of {', '.join(BUDGETS)} can be reached", markup=False)
+            console.print(f"{name}: none of {', '.join(of.budgets)} can be reached", markup=False)
             continue
         together.setdefault(budgets, []).append(method)
     for budgets, methods in together.items():
@@ -130,20 +131,26 @@ def measure_all(names: Sequence[str], limit: int, console: Console) -> None:
             console.print(", ".join(method.name for method in several), markup=False)
             measured = measure_with_progress(vlm, processor, suite, several, budgets, BATCH, None, console)
             for method in several:
-                write(measured, method, budgets, model, limit, rows_kept(vlm, processor, suite, method, budgets[-1]))
+                write(of, measured, method, budgets, limit, rows_kept(vlm, processor, suite, method, budgets[-1]))
 
 
 def write(
-    measured: Measurement, method: Method, budgets: Sequence[Budget], model: str, limit: int, kept: list[dict[str, Any]]
+    of: League,
+    measured: Measurement,
+    method: Method,
+    budgets: Sequence[Budget],
+    limit: int,
+    kept: list[dict[str, Any]],
 ) -> None:
     """The record of one method."""
+    model = find_vlm(of.vlm)
     scores = {key: value for key, value in measured.scores.items() if key[0] in (FULL, NONE, method.name)}
-    words = ["python", "-m", "trainers.evaluate", "--vlm", model, "--suite", SUITE, "--limit", str(limit)]
+    words = ["python", "-m", "trainers.evaluate", "--vlm", model, "--suite", of.suite, "--limit", str(limit)]
     words += ["--equal-tokens", "--pruner", method.name, "--keep", *(budget.label for budget in budgets)]
     digest = weights_digest(method.name.partition("?")[0])
     header = {
         "vlm": model,
-        "suite": SUITE,
+        "suite": of.suite,
         "split": SPLIT,
         "seed": 0,
         "command": shlex.join(words),
@@ -151,7 +158,7 @@ def write(
         "rows_kept": kept,
     }
     record = build_record(replace(measured, scores=scores), [method.name], header)
-    write_record(record, path_of(method.name))
+    write_record(record, path_of(method.name, of))
 
 
 @command
@@ -160,11 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m trainers.upkeep.league", description="Measure the whole registry.")
     p.add_argument("name", nargs="*", help="only these: methods, or shipped pruners")
     p.add_argument("--again", action="store_true", help="also what has a record")
-    add_option(p, "limit", default=2100)
+    add_option(p, "suite", default=SCENES.suite, choices=LEAGUES)
+    add_option(p, "limit", help="questions; by default those of the league")
     args = p.parse_args(argv)
-    names = [find_pruner(name) for name in args.name] or names_of_all()
-    missing = [name for name in names if args.again or not path_of(name).exists()]
-    measure_all(missing, args.limit, Terminal(width=None if sys.stdout.isatty() else WIDE))
+    of = LEAGUES[args.suite]
+    names = [find_pruner(name) for name in args.name] or names_of_all(of)
+    missing = [name for name in names if args.again or not path_of(name, of).exists()]
+    measure_all(of, missing, args.limit or of.items, Terminal(width=None if sys.stdout.isatty() else WIDE))
     return 0
 
 

@@ -18,7 +18,7 @@ from trainers.cards.axes import markdown as axes_table
 from trainers.cards.markdown import bibtex, fence
 from trainers.cli.errors import command, whole_file
 from trainers.cli.names import ROOT, has_weights, methods_shipped
-from trainers.evaluation.league import BUDGETS, Place, league
+from trainers.evaluation.league import SCENES, Place, league
 from trainers.evaluation.scores import FULL, NONE
 from trainers.evaluation.summary import read_zoo, summary_section
 from trainers.evaluation.tables import display_name, percent, span
@@ -130,9 +130,9 @@ def _measured(method: str) -> str:
                 found.setdefault(place.name, {})[keep] = place
     if not found:
         return "Not in the [league](../league.md)."
-    lines = [f"| | {' | '.join(BUDGETS)} |", "|---|" + "---:|" * len(BUDGETS)]
+    lines = [f"| | {' | '.join(SCENES.budgets)} |", "|---|" + "---:|" * len(SCENES.budgets)]
     for name, own in found.items():
-        cells = [_cell(own.get(keep)) for keep in BUDGETS]
+        cells = [_cell(own.get(keep)) for keep in SCENES.budgets]
         lines.append(f"| `{display_name(name)}` | {' | '.join(cells)} |")
     said = "Mean retention in % at equal measured tokens; [the league](../league.md) has all methods."
     return "\n".join([*lines, "", said])

@@ -8,7 +8,7 @@ No number and no "yes" in them is typed: `models`, `support` and `methods` come 
 `make support` writes, `stages` from the registry, `speed` from hub_cards/speed.json and `first token` from
 hub_cards/first_token.json, which `make speed` writes, `gpu` from hub_cards/gpu/, of `make gpu`, `walk` from
 hub_cards/walk.json, `gain`, `accuracy`, `zoo` and those of the league from the records beside the shipped modules, in
-hub_cards/league/ and in hub_cards/measured/, `pages` from hub_cards/pages/.
+hub_cards/league/, hub_cards/league_pages/ and hub_cards/measured/, `pages` from hub_cards/pages/.
 """
 
 import argparse
@@ -104,7 +104,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "choose.md": {"zoo": markdown},
     ROOT / "docs" / "families.md": {"support": lambda: support_section(recorded_families()), "methods": methods},
     ROOT / "docs" / "protocol.md": {"speed": lambda: speed_section(recorded_speed()), "gpu": gpu},
-    ROOT / "docs" / "pages.md": {"pages": documents},
+    ROOT / "docs" / "pages.md": {"pages": documents, "league": lambda: league.tables(league.PAGES)},
     ROOT / "docs" / "input.md": {"first token": first_token, "before tower": before_tower.table},
     ROOT / "docs" / "league.md": {
         "league": league.tables,
