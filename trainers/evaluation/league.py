@@ -54,7 +54,7 @@ class League:
 
 
 SCENES = League("tiny-llava", "scenes", ("1/2", "1/3", "2/9", "1/9", "1/18"), 2100, ROOT / "hub_cards" / "league")
-PAGES = League("small-llava", "pages", ("1/2", "1/3", "1/9", "1/18"), 1200, ROOT / "hub_cards" / "league_pages")
+PAGES = League("small-llava", "pages", ("1/2", "1/3", "1/9", "1/18"), 800, ROOT / "hub_cards" / "league_pages")
 LEAGUES = {one.suite: one for one in (SCENES, PAGES)}
 
 
