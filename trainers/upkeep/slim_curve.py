@@ -49,6 +49,8 @@ from .step_cost import clock_of
 KEEP = "1/9"
 UNTRAINED = ("lth", "precrop")
 """Methods that begin with an untrained pruner."""
+DROPPED = 6
+"""Points below the best that the chart shows."""
 TUNED = ("magnitude", "lrp")
 """Methods that act at once, and are trained on as `--tune` says."""
 
@@ -133,10 +135,14 @@ def time_all(pruners: dict[str, Pruner], width: int, tokens: int, repeats: int) 
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Retention against parameters that are not zero, and against time; a colour for each method."""
+    """Retention against parameters that are not zero, and against time; a colour for each method.
+
+    What lost more than DROPPED points stands on the lower edge, with its figure: else all others would lie on a line.
+    """
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     rows = [row for row in rows if row["retention"] is not None]  # of few questions the model may see nothing
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != START))
+    edge = max((row["retention"] for row in rows), default=100.0) - DROPPED
     panels = (
         ("not_zero", 1000, "thousand parameters that are not zero"),
         ("time", 1, "time of the pruner, 1 = before"),
@@ -148,10 +154,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for method, colour, marker in zip(methods, COLOURS, MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
             x = [row[key] / unit for row in own]
-            axes.plot(x, [row["retention"] for row in own], marker, color=colour, markersize=4, label=method)
-            axes.vlines(x, *zip(*(row["ci"] for row in own), strict=True), color=colour, linewidth=1, alpha=0.6)
+            axes.plot(x, [max(row["retention"], edge) for row in own], marker, color=colour, markersize=4, label=method)
+            ends = [[max(end, edge) for end in row["ci"]] for row in own]
+            axes.vlines(x, *zip(*ends, strict=True), color=colour, linewidth=1, alpha=0.6)
+            for at, row in zip(x, own, strict=True):
+                if row["retention"] < edge:
+                    axes.annotate(f" {row['retention']:.0f} %", (at, edge), color=colour, fontsize=8, va="bottom")
         axes.set(xlabel=label, ylabel=f"retention at {KEEP}, %" if number == 1 else "")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     save_figure(figure, path)
 
 
