@@ -137,6 +137,17 @@ def test_the_rule_learns_the_mean_of_skewed_losses():
     assert error < 0.3, "of the logarithm of the true mean"
 
 
+def test_a_rule_stays_finite_where_longer_prefixes_do_harm():
+    torch.manual_seed(0)
+    known = torch.randn(512, 2, 8)
+    losses = torch.where(known[..., 0] > 0, 0.5, -4.0)  # known beforehand, so that it can be learned in full
+    rule = StopRule(8, (1, 2))
+    learn(rule, known, losses, steps=600, lr=0.05)
+    expected = rule(known).detach()
+    assert expected.isfinite().all()
+    assert expected[losses < 0].mean() < 0.05 and expected[losses > 0].mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_losses_are_those_of_reading_each_prefix():
     vlm, processor = load_vlm(str(VLM), "cpu", "float32")
     items = load_suite("scenes", "train", 6)

@@ -84,7 +84,7 @@ def test_new_weights_beside_a_config_from_before_there_were_digests(tmp_path):
 WITH_DIGESTS = {
     *("patch-classifier", "patch-gaps-tiny", "fast3d-tiny", "region-focus-tiny", "a-clip-tiny", "token-routing-tiny"),
     *("hourglass-tiny", "ppm-pages", "ppm-light-tiny", "dtop-tiny", "diffrate-tiny", "stvit-tiny", "policy-pages"),
-    "one-d-piece-tiny",
+    *("one-d-piece-tiny", "budget-pages", "budget-ppm-tiny"),
 }
 """Saved since there are any; both kinds ship, and both must load."""
 

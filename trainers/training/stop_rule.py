@@ -47,16 +47,21 @@ def avoidable(losses: Tensor) -> Tensor:
     return losses - losses[:, losses.shape[1] // 2 :].mean(1, keepdim=True)
 
 
+LEAST = 1e-6
+"""Nats, far below every tolerance."""
+
+
 def deviance(expected: Tensor, losses: Tensor) -> Tensor:
     """Mean of expected - losses * log(expected): Poisson's deviance, up to what does not depend on the expectation.
 
-    However skewed the losses are, it is least where what is expected is their mean, given what is known.
+    However skewed the losses are, it is least where what is expected is their mean, given what is known. Where that is
+    below 0, as where longer prefixes do harm, it is least at 0: LEAST keeps its logarithm from falling without end.
 
     Args:
         expected: Any shape, above 0.
         losses: Likewise; single ones may be below 0.
     """
-    return (expected - losses * expected.log()).mean()
+    return (expected - losses * (expected + LEAST).log()).mean()
 
 
 def explained(expected: Tensor, losses: Tensor, usual: Tensor) -> float:
@@ -82,7 +87,7 @@ def learn(rule: StopRule, known: Tensor, losses: Tensor, steps: int, lr: float =
         batch: Items of a step.
     """
     with torch.no_grad():
-        rule.tell.bias.copy_(losses.mean().clamp_min(1e-6).log())
+        rule.tell.bias.copy_(losses.mean().clamp_min(LEAST).log())
     setup = adamw_cosine(list(rule.parameters()), lr, 0.05, 0.05, steps)
     optimizer, scheduler = setup["optimizer"], setup["lr_scheduler"]["scheduler"]
     for _ in range(steps):
